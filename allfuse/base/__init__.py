@@ -1,0 +1,1 @@
+"""L0: errors, units, events and tensor helpers. Imports torch only."""

@@ -1,0 +1,88 @@
+"""A named choice with arguments, as it stands in a plan: `ring`, `topk(0.01)`, `site(4, every=50)`.
+
+Topologies, rules, codecs, sync policies and axes are all choices. Each folder has one table from
+name to class; `build` makes a choice from such a table and explains what is allowed when it cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, ClassVar, TypeVar
+
+from allfuse.base.errors import PlanError, nearest
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Base of everything that a plan names. Subclasses are frozen dataclasses.
+
+    Fields without a default come first and are written without their name.
+    """
+
+    name: ClassVar[str]
+
+    def arguments(self) -> tuple[list[Any], dict[str, Any]]:
+        """Positional and keyword arguments that make this choice again, defaults left out."""
+        positional: list[Any] = []
+        keyword: dict[str, Any] = {}
+        for spec in fields(self):
+            value = getattr(self, spec.name)
+            default = spec.default_factory() if spec.default_factory is not MISSING else spec.default
+            if default is MISSING:
+                positional.append(value)
+            elif value != default:
+                keyword[spec.name] = value
+        return positional, keyword
+
+    def __str__(self) -> str:
+        positional, keyword = self.arguments()
+        parts = [str(value) for value in positional]
+        parts += [f"{key}={value}" for key, value in keyword.items()]
+        return f"{self.name}({', '.join(parts)})" if parts else self.name
+
+
+C = TypeVar("C", bound=Choice)
+
+
+def build(
+    kind: str, table: Mapping[str, type[C]], name: str, args: list[Any], kwargs: dict[str, Any]
+) -> C:
+    """The choice called `name` in `table`.
+
+    Raises:
+        PlanError: the name is not in the table, or the arguments are not its own.
+    """
+    cls = table.get(name)
+    call = f"{kind} {name}"
+    if cls is None:
+        hint = nearest(name, table)
+        raise PlanError(call, f"there is no {kind} of that name{hint}", ", ".join(table))
+    specs = fields(cls)
+    names = [spec.name for spec in specs]
+    if len(args) > len(names):
+        raise PlanError(
+            call, f"takes at most {len(names)} arguments, got {len(args)}", signature(cls)
+        )
+    values = dict(zip(names, args, strict=False))
+    for key, value in kwargs.items():
+        if key not in names:
+            hint = nearest(key, names)
+            raise PlanError(call, f"has no argument {key!r}{hint}", signature(cls))
+        if key in values:
+            raise PlanError(call, f"got {key!r} twice", signature(cls))
+        values[key] = value
+    for spec in specs:
+        required = spec.default is MISSING and spec.default_factory is MISSING
+        if required and spec.name not in values:
+            raise PlanError(call, f"needs its argument {spec.name!r}", signature(cls))
+    return cls(**values)
+
+
+def signature(cls: type[Choice]) -> str:
+    """How a choice is written, for messages: `site(n, every=1)`."""
+    parts = []
+    for spec in fields(cls):
+        default = spec.default_factory() if spec.default_factory is not MISSING else spec.default
+        parts.append(spec.name if default is MISSING else f"{spec.name}={default}")
+    return f"{cls.name}({', '.join(parts)})" if parts else cls.name

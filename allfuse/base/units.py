@@ -1,0 +1,44 @@
+"""Quantities for people: bytes, counts and durations as short text."""
+
+from __future__ import annotations
+
+
+def format_bytes(count: float) -> str:
+    """Decimal units, three digits.
+
+    >>> format_bytes(5_000_000)
+    '5 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(count) < 1000 or unit == "TB":
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration as people say it.
+
+    >>> format_seconds(3725)
+    '1 h 02 min'
+    >>> format_seconds(0.0042)
+    '4.2 ms'
+    """
+    if seconds < 1:
+        return f"{seconds * 1000:.3g} ms"
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+def format_count(count: int) -> str:
+    """Digits in groups of three.
+
+    >>> format_count(1234567)
+    '1,234,567'
+    """
+    return f"{count:,}"
