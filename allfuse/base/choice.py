@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
+from keyword import iskeyword
 from typing import Any, ClassVar, TypeVar
 
 from allfuse.base.errors import PlanError, nearest
@@ -28,7 +29,9 @@ class Choice:
         keyword: dict[str, Any] = {}
         for spec in fields(self):
             value = getattr(self, spec.name)
-            default = spec.default_factory() if spec.default_factory is not MISSING else spec.default
+            default = (
+                spec.default_factory() if spec.default_factory is not MISSING else spec.default
+            )
             if default is MISSING:
                 positional.append(value)
             elif value != default:
@@ -37,12 +40,26 @@ class Choice:
 
     def __str__(self) -> str:
         positional, keyword = self.arguments()
-        parts = [str(value) for value in positional]
-        parts += [f"{key}={value}" for key, value in keyword.items()]
+        parts = [write(value) for value in positional]
+        parts += [f"{key}={write(value)}" for key, value in keyword.items()]
         return f"{self.name}({', '.join(parts)})" if parts else self.name
 
 
 C = TypeVar("C", bound=Choice)
+
+
+def write(value: object) -> str:
+    """A value as it stands in the text of a plan. None is what is derived: `auto`.
+
+    >>> write("end"), write("1f1b"), write(0.5), write(None)
+    ('end', "'1f1b'", '0.5', 'auto')
+    """
+    if value is None:
+        return "auto"
+    if isinstance(value, str):
+        bare = value.isidentifier() and not iskeyword(value)
+        return value if bare else repr(value)
+    return str(value)
 
 
 def build(
@@ -60,11 +77,14 @@ def build(
         raise PlanError(call, f"there is no {kind} of that name{hint}", ", ".join(table))
     specs = fields(cls)
     names = [spec.name for spec in specs]
-    if len(args) > len(names):
+    positional = [spec.name for spec in specs if not spec.kw_only]
+    if len(args) > len(positional):
         raise PlanError(
-            call, f"takes at most {len(names)} arguments, got {len(args)}", signature(cls)
+            call,
+            f"takes at most {len(positional)} arguments without a name, got {len(args)}",
+            signature(cls),
         )
-    values = dict(zip(names, args, strict=False))
+    values = dict(zip(positional, args, strict=False))
     for key, value in kwargs.items():
         if key not in names:
             hint = nearest(key, names)
@@ -76,7 +96,10 @@ def build(
         required = spec.default is MISSING and spec.default_factory is MISSING
         if required and spec.name not in values:
             raise PlanError(call, f"needs its argument {spec.name!r}", signature(cls))
-    return cls(**values)
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:  # a value of a wrong kind is bad input, not a bug
+        raise PlanError(call, f"does not take these arguments: {error}", signature(cls)) from error
 
 
 def signature(cls: type[Choice]) -> str:
@@ -84,5 +107,5 @@ def signature(cls: type[Choice]) -> str:
     parts = []
     for spec in fields(cls):
         default = spec.default_factory() if spec.default_factory is not MISSING else spec.default
-        parts.append(spec.name if default is MISSING else f"{spec.name}={default}")
+        parts.append(spec.name if default is MISSING else f"{spec.name}={write(default)}")
     return f"{cls.name}({', '.join(parts)})" if parts else cls.name

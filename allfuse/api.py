@@ -1,0 +1,168 @@
+"""The three ways in, from Python: `session`, `train`, `launch`; and fusions for foreign loops."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from allfuse.base.errors import JobError
+from allfuse.job import Job, load_job
+from allfuse.launcher import current_world
+from allfuse.launcher.torchrun import started_by_torchrun
+from allfuse.plan import Plan, as_plan, check_workers
+from allfuse.plan.plan import PlanLike
+from allfuse.training.loop import Result, train_job
+from allfuse.training.session import Session, Settings
+
+if TYPE_CHECKING:
+    from allfuse.base.events import Event
+
+
+def session(
+    plan: PlanLike | None = None,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+    **settings: Any,
+) -> Session:
+    """A training session for a script's own loop; use it in a `with` statement.
+
+    Args:
+        plan: how the job is spread; by default what the launcher was given, else one worker.
+        out: the run folder to make (events, checkpoints, model.safetensors), or None.
+        resume: go on with the run in `out`.
+        quiet: show no progress.
+        settings: fields of `Settings`: seed, precision, clip, accumulate, compile,
+            batch_statistics, device, keep.
+
+    Raises:
+        PlanError, RunError: the plan or folder cannot be used; nothing was written.
+    """
+    made = Session(
+        None if plan is None else as_plan(plan),
+        out=out,
+        resume=resume,
+        settings=Settings(**settings),
+    )
+    watch(made, quiet=quiet)
+    return made
+
+
+def watch(session: Session, *, quiet: bool = False, tensorboard: bool = False) -> None:
+    """Subscribe the usual sinks of rank 0: the console and events.jsonl in the run folder."""
+    if not session.is_main:
+        return
+    if not quiet:
+        from allfuse.observe import Console
+
+        console = Console()
+        session.bus.subscribe(console)
+        session.at_close(console.close)
+
+    def open_files(event: Event) -> None:
+        if event.data["out"] is None:
+            return
+        from allfuse.observe import JsonLines, TensorBoard
+
+        folder = Path(event.data["out"])
+        lines = JsonLines(folder / "events.jsonl", append=True)
+        lines(event)
+        session.bus.subscribe(lines)
+        session.at_close(lines.close)
+        if tensorboard:
+            board = TensorBoard(folder / "tensorboard")
+            session.bus.subscribe(board)
+            session.at_close(board.close)
+
+    session.bus.subscribe(open_files, ["start"])
+
+
+def train(
+    job: Job | Callable[..., Job] | str | Path,
+    plan: PlanLike | None = None,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    device: str | None = None,
+    quiet: bool = False,
+    settings: Mapping[str, Any] | None = None,
+) -> Result:
+    """Train a job under a plan and return what it came to, the weights included.
+
+    Args:
+        job: a `Job`, a function that makes one, or the path of a job file.
+        plan: text, a Plan, or None for one worker in this process. Several workers are started as
+            processes of this machine, unless this process was itself started as one of them.
+        settings: arguments for the job function.
+    """
+    chosen = as_plan(plan) if plan is not None else None
+    work = functools.partial(
+        _train_here, job, chosen, out=out, resume=resume, device=device, quiet=quiet, settings=settings
+    )
+    if current_world() is not None or started_by_torchrun():
+        return work()
+    if chosen is None or chosen.workers == 1:
+        return work()
+    chosen.validate_executable()
+    result = launch(work, workers=chosen.workers, plan=chosen)
+    assert isinstance(result, Result)
+    return result
+
+
+def _train_here(
+    job: Job | Callable[..., Job] | str | Path,
+    plan: Plan | None,
+    *,
+    out: str | Path | None,
+    resume: bool,
+    device: str | None,
+    quiet: bool,
+    settings: Mapping[str, Any] | None,
+) -> Result:
+    return train_job(
+        as_job(job, settings or {}),
+        plan,
+        out=out,
+        resume=resume,
+        device=device,
+        prepare=lambda s: watch(s, quiet=quiet),
+    )
+
+
+def as_job(job: Job | Callable[..., Job] | str | Path, settings: Mapping[str, Any]) -> Job:
+    """A job in any of its forms."""
+    if isinstance(job, str | Path):
+        return load_job(job, settings)
+    if isinstance(job, Job):
+        return job
+    made = job(**settings)
+    if not isinstance(made, Job):
+        raise JobError(f"the job function returned {type(made).__name__}; allowed: af.Job")
+    return made
+
+
+def launch(
+    function: Callable[..., Any],
+    *args: Any,
+    workers: int,
+    plan: PlanLike | None = None,
+    threads: int | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Run `function(*args, **kwargs)` in fresh local worker processes; what rank 0 returned.
+
+    Sessions inside take their plan from here (`data(workers)` unless given). Works from notebooks
+    and scripts alike: nothing of the caller's `__main__` is run again.
+
+    Raises:
+        UserError, WorkerFailed, Interrupted: as `launch_local` says.
+    """
+    from allfuse.launcher.local import launch_local
+
+    chosen = as_plan(plan) if plan is not None else as_plan(f"data({workers})")
+    check_workers(chosen, workers)
+    call = functools.partial(function, *args, **kwargs)
+    return launch_local(call, workers, plan=str(chosen), threads=threads)

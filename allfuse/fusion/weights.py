@@ -1,0 +1,61 @@
+"""Fusion of weights: every H steps, between sites that step on their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from allfuse.base.tensors import split_buckets
+from allfuse.base.torch_private import foreach_copy
+from allfuse.fusion.base import Fusion
+from allfuse.fusion.gradients import BUCKET_BYTES
+from allfuse.link import Link
+
+
+class WeightFusion:
+    """Replaces tensors by their fused value over the peers of a `site` axis.
+
+    Phases of one round, for B bytes of tensors on n peers:
+      1. copy into flat buckets, prepared by the rule with this peer's weight;
+      2. sum over the topology, all buckets under way at once: 2 (n-1)/n B bytes sent for each peer;
+      3. the rule finishes with the sum of weights; copy back.
+
+    Tensors that are not floating point (counters of batches) stay local.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], fusion: Fusion, link: Link) -> None:
+        self.tensors = [tensor for tensor in tensors if tensor.is_floating_point()]
+        self.fusion, self.link = fusion, link
+        self.groups: list[list[Tensor]] = []
+        kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for tensor in self.tensors:
+            kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+        for group in kinds.values():
+            sizes = [tensor.nbytes for tensor in group]
+            for positions in split_buckets(sizes, BUCKET_BYTES, BUCKET_BYTES):
+                self.groups.append([group[position] for position in positions])
+
+    @property
+    def payload_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @torch.no_grad()
+    def fuse(self, weight: float, total_weight: float) -> None:
+        """One round, in place. `weight` is this peer's share of `total_weight`."""
+        if self.link.size == 1:
+            return
+        rule = self.fusion.sum_rule
+        under_way = []
+        for number, group in enumerate(self.groups):
+            flat = torch.cat([tensor.reshape(-1) for tensor in group])
+            rule.prepare(flat, weight)
+            operation = f"fuse weights, bucket {number}"
+            under_way.append((group, flat, self.fusion.start_sum(flat, self.link, operation)))
+        for group, flat, work in under_way:
+            work.wait()
+            rule.finish(flat, total_weight)
+            pieces = flat.split([tensor.numel() for tensor in group])
+            views = [piece.view_as(tensor) for piece, tensor in zip(pieces, group, strict=True)]
+            foreach_copy(group, views)

@@ -1,0 +1,308 @@
+"""What is trained: a model, data, a loss and an optimizer, as a plain function in a user's file."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from allfuse.base.errors import JobError, nearest
+
+Loss = Callable[[Any, Any], Any]
+MetricFunction = Callable[[Any, Any], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    """When training ends: at the first of those that are given.
+
+    steps: optimizer steps. epochs: passes over the data. target: the monitored value reached.
+    patience: evaluations in a row without a better monitored value. seconds: of training.
+    """
+
+    steps: int | None = None
+    epochs: int | None = None
+    target: float | None = None
+    patience: int | None = None
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "epochs", "patience", "seconds"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise JobError(f"Stop({name}={value}): received {value}; allowed: more than 0")
+        if all(getattr(self, name) is None for name in self.__dataclass_fields__):
+            raise JobError("Stop(): no rule was given; allowed: steps, epochs, target, patience, seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A figure that is not a mean over samples, such as an F1 score.
+
+    `update(outputs, batch)` returns a tensor whose sum over all batches holds all that `result`
+    needs; `result(total)` makes the figure of it.
+
+    >>> def counts(outputs, batch):
+    ...     guess, truth = outputs > 0, batch[1] > 0
+    ...     return torch.stack([(guess & truth).sum(), guess.sum(), truth.sum()])
+    >>> f1 = Metric(update=counts, result=lambda t: float(2 * t[0] / (t[1] + t[2])))
+    """
+
+    update: MetricFunction
+    result: Callable[[Tensor], float]
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A function to call at an event, on every rank. Made by `af.on`."""
+
+    event: str
+    function: Callable[..., None]
+
+
+def on(event: str, function: Callable[..., None]) -> Hook:
+    """A hook for `Job(hooks=[...])`: `function(session, event)` is called on every rank.
+
+    Events: "start", "step", "round", "evaluated", "saved", "end" (see docs/writing-a-job.md).
+    A hook may use collectives, change learning rates, or call `session.stop(reason)`.
+    """
+    return Hook(event, function)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is trained. The four fields without a default are all that a job must say.
+
+    Attributes:
+        model: a function that builds the module, or a module.
+        train: samples: a map-style dataset, tensors or arrays in a tuple or dict, a DataLoader, or
+            an iterable dataset.
+        loss: `loss(outputs, batch)` -> the mean over the samples, or (sum, count) where the count
+            is what the mean is over (tokens, pixels).
+        optimizer: `optimizer(parameters)` -> a torch optimizer.
+        forward: `forward(model, batch)` -> outputs; by default the first item of a tuple or list is
+            the input, the keys of a dict that the model's forward names are keyword arguments.
+        scheduler: `scheduler(optimizer)` -> a learning-rate scheduler, stepped as
+            `scheduler_every` says ("step", "epoch" or "evaluation", with the monitored value).
+        validation, test: samples like `train`; never shuffled.
+        metrics: name -> `f(outputs, batch)` returning a mean over samples, one value for each
+            sample, (sum, count), or a `Metric`.
+        monitor: the metric that decides which checkpoint is best and when to stop; "-" in front
+            means that lower is better. By default the first metric, else "-loss".
+        batch_size: samples of one optimizer step, over all workers. Plans do not change it.
+        evaluate_every, save_every: steps, or "epoch", or None.
+        clip: largest global norm of the gradient, or None.
+        accumulate: parts into which each worker cuts its share, to save memory.
+        precision: "fp32", or autocast to "bf16" or "fp16".
+        compile: whether to run the model through torch.compile.
+        batch_statistics: BatchNorm over the "global" batch, or over each worker's "local" share.
+        loaders: processes that read samples ahead, for each worker.
+        collate: samples -> batch, for map-style datasets.
+        inputs: column names of the model's input, in order, for prediction from tables.
+        classes: names of the output classes, for prediction.
+        hooks: made by `af.on`.
+    """
+
+    model: Callable[[], nn.Module] | nn.Module
+    train: Any
+    loss: Loss
+    optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer]
+    forward: Callable[[nn.Module, Any], Any] | None = None
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None = None
+    scheduler_every: str = "step"
+    validation: Any = None
+    test: Any = None
+    metrics: Mapping[str, MetricFunction | Metric] = field(default_factory=dict)
+    monitor: str | None = None
+    batch_size: int = 32
+    stop: Stop = field(default_factory=lambda: Stop(epochs=1))
+    evaluate_every: int | str | None = "epoch"
+    save_every: int | str | None = "epoch"
+    clip: float | None = None
+    accumulate: int = 1
+    precision: str = "fp32"
+    compile: bool = False
+    batch_statistics: str = "global"
+    loaders: int = 0
+    collate: Callable[[list[Any]], Any] | None = None
+    seed: int = 0
+    inputs: Sequence[str] | None = None
+    classes: Sequence[str] | None = None
+    hooks: Sequence[Hook] = ()
+
+    def __post_init__(self) -> None:
+        self._check_whole("batch_size", "accumulate")
+        allowed = {
+            "precision": ("fp32", "bf16", "fp16"),
+            "batch_statistics": ("global", "local"),
+            "scheduler_every": ("step", "epoch", "evaluation"),
+        }
+        for name, values in allowed.items():
+            received = getattr(self, name)
+            if received not in values:
+                raise JobError(f"Job({name}=...): received {received!r}; allowed: {', '.join(values)}")
+        for name in ("evaluate_every", "save_every"):
+            value = getattr(self, name)
+            good = value in (None, "epoch") or (isinstance(value, int) and value > 0)
+            if not good:
+                raise JobError(
+                    f"Job({name}=...): received {value!r}; allowed: a number of steps, 'epoch', None"
+                )
+        if self.monitor is not None and self.monitor_name not in (*self.metrics, "loss"):
+            raise JobError(
+                f"Job(monitor={self.monitor!r}): there is no such metric"
+                f"{nearest(self.monitor_name, self.metrics)}; "
+                f"allowed: loss, {', '.join(self.metrics)} with or without '-' in front"
+            )
+
+    def _check_whole(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise JobError(f"Job({name}=...): received {value!r}; allowed: a whole number from 1")
+
+    @property
+    def monitor_text(self) -> str:
+        """The monitored metric, with "-" in front when lower is better."""
+        return self.monitor or next(iter(self.metrics), "-loss")
+
+    @property
+    def monitor_name(self) -> str:
+        return self.monitor_text.removeprefix("-")
+
+    def score(self, figures: Mapping[str, float]) -> float:
+        """The monitored value of an evaluation, signed so that higher is better."""
+        value = figures[self.monitor_name]
+        return -value if self.monitor_text.startswith("-") else value
+
+
+def default_forward(model: nn.Module, batch: Any) -> Any:
+    """The first item of a tuple or list; of a dict, the keys that the model's forward names."""
+    if isinstance(batch, list | tuple):
+        return model(batch[0])
+    if isinstance(batch, Mapping):
+        names = inspect.signature(model.forward).parameters
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in names.values()):
+            return model(**batch)
+        return model(**{key: value for key, value in batch.items() if key in names})
+    return model(batch)
+
+
+def load_job(path: str | Path, settings: Mapping[str, Any], original: str | None = None) -> Job:
+    """The job that the function `job` of a file returns.
+
+    Args:
+        path: a Python file with a function `job`.
+        settings: arguments for it, as text or values; text is read as the type of the default.
+        original: where the file was copied from, so that its neighbours can still be imported.
+
+    Raises:
+        JobError: no such file, no `job` in it, it raises (with its traceback), unknown settings.
+    """
+    function = load_job_function(path, original)
+    arguments = resolve(function, settings, str(path))
+    try:
+        made = function(**arguments)
+    except JobError:
+        raise
+    except Exception:
+        raise JobError(f"{path}: job() raised an error\n{_trace_from(path)}") from None
+    if not isinstance(made, Job):
+        raise JobError(f"{path}: job() returned {type(made).__name__}; allowed: af.Job")
+    return made
+
+
+def load_job_function(path: str | Path, original: str | None = None) -> Callable[..., Job]:
+    """The function `job` of a Python file, which is run once for each process."""
+    file = Path(path)
+    if not file.is_file():
+        raise JobError(f"{path}: there is no such file; allowed: a Python file with a function job()")
+    for folder in (Path(original).parent if original else None, file.resolve().parent):
+        if folder is not None and folder.is_dir() and str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
+    spec = importlib.util.spec_from_file_location(f"allfuse_job_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise JobError(f"{path}: is not a Python file; allowed: a file that ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # so that loader processes and pickles find its classes
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit):
+        raise JobError(f"{path}: importing it raised an error\n{_trace_from(path)}") from None
+    function = getattr(module, "job", None)
+    if not callable(function):
+        raise JobError(
+            f"{path}: there is no function job() in it; "
+            "next: write def job(lr=1e-3) -> af.Job (see docs/writing-a-job.md)"
+        )
+    return function  # type: ignore[no-any-return]
+
+
+def _trace_from(path: str | Path) -> str:
+    """The running exception's traceback, from the user's file on."""
+    lines = traceback.format_exc().splitlines()
+    own = [number for number, line in enumerate(lines) if str(Path(path).name) in line]
+    return "\n".join(lines[own[0] :] if own else lines)
+
+
+def resolve(
+    function: Callable[..., Any], settings: Mapping[str, Any], where: str
+) -> dict[str, Any]:
+    """All arguments of a job function: its defaults, replaced by the settings.
+
+    >>> resolve(lambda lr=1e-3, deep=False: None, {"lr": "3e-3", "deep": "true"}, "job.py")
+    {'lr': 0.003, 'deep': True}
+    """
+    parameters = inspect.signature(function).parameters
+    for name in settings:
+        if name not in parameters:
+            allowed = ", ".join(parameters) or "none: job() takes no arguments"
+            raise JobError(
+                f"--set {name}: {where} has no such argument{nearest(name, parameters)}; allowed: {allowed}"
+            )
+    values: dict[str, Any] = {}
+    for name, parameter in parameters.items():
+        if name in settings:
+            values[name] = _read(name, settings[name], parameter.default)
+        elif parameter.default is inspect.Parameter.empty:
+            raise JobError(f"{where}: job() needs its argument {name}; next: add --set {name}=...")
+        else:
+            values[name] = parameter.default
+    return values
+
+
+def _read(name: str, value: Any, default: Any) -> Any:
+    """Text as the type of the default; values of other types as they are."""
+    if not isinstance(value, str) or isinstance(default, str):
+        return value
+    try:
+        if isinstance(default, bool):
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[
+                value.lower()
+            ]
+        if isinstance(default, int):
+            return int(value)
+        if isinstance(default, float):
+            return float(value)
+    except (ValueError, KeyError):
+        kind = type(default).__name__
+        raise JobError(f"--set {name}={value}: allowed: a value of type {kind}") from None
+    return _plain(value)
+
+
+def _plain(text: str) -> Any:
+    """A literal where the text is one, else the text."""
+    import ast
+
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

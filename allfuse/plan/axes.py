@@ -1,0 +1,247 @@
+"""The axes of a plan. An axis says how many, what they share, and what is fused between them.
+
+A keyword is accepted as soon as its behaviour exists: adding one is one field here, or one entry
+in the table that its values come from.
+"""
+
+# an Option is a descriptor, made once for its field, not a default shared by accident
+# ruff: noqa: RUF009
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from allfuse.base.choice import Choice
+from allfuse.base.errors import PlanError
+from allfuse.codec import CODECS, Codec, Identity
+from allfuse.plan.option import Option
+from allfuse.plan.parse import clip
+from allfuse.rule import RULES, Mean, Rule
+from allfuse.sync import SYNCS, Bsp, Sync
+from allfuse.sync.outer import OUTERS, Average, Outer
+from allfuse.topology import TOPOLOGIES, Topology
+
+Promise = Literal["exact", "replayed", "statistical"]
+
+MAX_SIZE = 1_000_000
+
+
+@dataclass(frozen=True)
+class Axis(Choice, ABC):
+    """One factor of a plan: `n` ranks, or groups of ranks, in a row.
+
+    Class variables say what kind of axis it is:
+        replicates: each of the n is a whole copy of the model (else the n hold one copy together);
+        divides_batch: each of the n gets a share of each batch (else each gets all of it);
+        place: axes stand in this order, outermost lowest; those of one place in any order;
+        executable: this version can train under it.
+    """
+
+    n: int
+
+    replicates: ClassVar[bool] = False
+    divides_batch: ClassVar[bool] = False
+    place: ClassVar[int] = 3
+    executable: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        size: object = self.n
+        if type(size) is int and 1 <= size <= MAX_SIZE:
+            return
+        raise PlanError(
+            f"{self.name}({clip(repr(size), 40)})",
+            f"n must be a whole number from 1 to {MAX_SIZE:,}",
+            f"{self.name}({_nearest_size(size)})",
+        )
+
+    @property
+    def promise(self) -> Promise:
+        """What this axis alone promises of the numbers that come out."""
+        return "exact"
+
+    @abstractmethod
+    def explain(self) -> str:
+        """One sentence on what is shared and what is fused, when and how, without its full stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data(Axis):
+    """Replicas that share each batch; their gradients are fused every step.
+
+    >>> str(Data(4, codec="identity"))
+    'data(4)'
+    """
+
+    name: ClassVar[str] = "data"
+    replicates: ClassVar[bool] = True
+    divides_batch: ClassVar[bool] = True
+    place: ClassVar[int] = 2
+    executable: ClassVar[bool] = True
+
+    topology: Option[Topology | None] = Option(TOPOLOGIES, None)
+    sync: Option[Sync] = Option(SYNCS, Bsp())
+    codec: Option[Codec] = Option(CODECS, Identity())
+    rule: Option[Rule] = Option(RULES, Mean())
+
+    @property
+    def promise(self) -> Promise:
+        exact = (
+            (self.topology is None or self.topology.exact)
+            and self.sync.bound == 0
+            and self.codec.lossless
+            and isinstance(self.rule, Mean)
+        )
+        return "exact" if exact else "replayed"
+
+    def explain(self) -> str:
+        if self.n == 1:
+            return "one replica takes each batch; there are no other gradients to fuse"
+        return (
+            f"{self.n} replicas share each batch; every step their gradients are "
+            f"{_explain_fusion(self)}. Each counts as much as the samples (or tokens) behind it"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site(Axis):
+    """Replicas that share the data and step on their own; their weights are fused now and then.
+
+    `every` is the number of steps from one fusion to the next, or "end" for one at the end.
+
+    >>> str(Site(4, every=50))
+    'site(4, every=50)'
+    """
+
+    name: ClassVar[str] = "site"
+    replicates: ClassVar[bool] = True
+    divides_batch: ClassVar[bool] = True
+    place: ClassVar[int] = 1
+    executable: ClassVar[bool] = True
+
+    every: int | Literal["end"] = 1
+    outer: Option[Outer] = Option(OUTERS, Average())
+    topology: Option[Topology | None] = Option(TOPOLOGIES, None)
+    sync: Option[Sync] = Option(SYNCS, Bsp())
+    codec: Option[Codec] = Option(CODECS, Identity())
+    rule: Option[Rule] = Option(RULES, Mean())
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        every: object = self.every
+        if every == "end" or (type(every) is int and every >= 1):
+            return
+        raise PlanError(
+            f"{self.name}({self.n}, every={clip(repr(every), 40)})",
+            "every must be a whole number of steps from 1, or the word end",
+            f"{self.name}({self.n}, every=1)",
+        )
+
+    @property
+    def promise(self) -> Promise:
+        return "replayed"
+
+    def explain(self) -> str:
+        when = {1: "after every step", "end": "once, at the end,"}
+        if self.n == 1:
+            return "one site takes each batch; there are no other weights to fuse"
+        text = (
+            f"{self.n} sites share each batch and step on their own, each with its own optimizer "
+            f"state; {when.get(self.every, f'after every {self.every} steps')} their weights are "
+            f"{_explain_fusion(self)}"
+        )
+        if not isinstance(self.outer, Average):
+            text += f", and the outer optimizer {self.outer} steps from there"
+        return text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member(Axis):
+    """Models that each see all the data; their predictions are fused when predicting."""
+
+    name: ClassVar[str] = "member"
+    replicates: ClassVar[bool] = True
+    place: ClassVar[int] = 0
+
+    def explain(self) -> str:
+        return (
+            f"{_count(self.n, 'model')} of the same kind, each trained on all the data by workers "
+            "of its own; nothing is fused while training, their predictions are when predicting"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensor(Axis):
+    """One model cut inside its layers."""
+
+    name: ClassVar[str] = "tensor"
+
+    def explain(self) -> str:
+        return f"one model is cut inside its layers into {_count(self.n, 'slice')}, one per rank"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipe(Axis):
+    """One model cut between its layers."""
+
+    name: ClassVar[str] = "pipe"
+
+    def explain(self) -> str:
+        return (
+            f"one model is cut between its layers into {_count(self.n, 'stage')}, one per rank; "
+            "microbatches flow through them"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard(Axis):
+    """One model whose state is cut evenly."""
+
+    name: ClassVar[str] = "shard"
+
+    def explain(self) -> str:
+        return (
+            "the parameters, gradients and optimizer state of one model are cut evenly into "
+            f"{_count(self.n, 'shard')}, one per rank"
+        )
+
+
+AXES: dict[str, type[Axis]] = {
+    "data": Data,
+    "site": Site,
+    "member": Member,
+    "tensor": Tensor,
+    "pipe": Pipe,
+    "shard": Shard,
+}
+
+
+def _explain_fusion(axis: Data | Site) -> str:
+    """How an axis fuses, from what its choices declare: "averaged, over native"."""
+    parts = ["averaged" if isinstance(axis.rule, Mean) else f"fused by {axis.rule}"]
+    if axis.sync.bound is None:
+        parts.append("each as it is ready")
+    elif axis.sync.bound > 0:
+        parts.append(f"at most {_count(axis.sync.bound, 'step')} apart")
+    if axis.topology is None:
+        parts.append("over a topology that is picked when training starts")
+    else:
+        parts.append(f"over {axis.topology}")
+    if not isinstance(axis.codec, Identity):
+        loss = "without loss" if axis.codec.lossless else "with loss"
+        parts.append(f"encoded by {axis.codec} ({loss})")
+    return ", ".join(parts)
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _nearest_size(size: object) -> int:
+    if not isinstance(size, int | float | str):
+        return 1
+    try:
+        return min(max(int(size), 1), MAX_SIZE)
+    except (ValueError, OverflowError):
+        return 1

@@ -1,0 +1,86 @@
+"""A plan in plain words."""
+
+from __future__ import annotations
+
+from allfuse.base.errors import PlanError
+from allfuse.plan.plan import Plan
+
+PROMISES = {
+    "exact": (
+        "the numbers equal those of one process, to rounding. `allfuse verify` trains on the same "
+        "batches in one process and compares loss, gradient norm and every weight, step by step"
+    ),
+    "replayed": (
+        "the numbers equal those of the same plan executed serially in one process, the recorded "
+        "order of events included. `allfuse verify` executes that and compares loss, gradient norm "
+        "and every weight, step by step"
+    ),
+    "statistical": (
+        "the loss at equal samples lies within a stated distance of plain training. "
+        "`allfuse verify` trains both over several seeds and compares the losses with their spread"
+    ),
+}
+
+
+def describe(plan: Plan) -> list[str]:
+    """What a plan would do and promise, one sentence or two to a line.
+
+    >>> for line in describe(Plan.parse("member(2) * data(1)")): print(line[:60])
+    member(2) * data(1): 2 workers, ranks 0 to 1.
+    member(2): 2 models of the same kind, each trained on all th
+    data(1): one replica takes each batch; there are no other gr
+    Batches: each batch is worked on whole; every member sees al
+    Promise: exact; the numbers equal those of one process, to r
+    Not yet: this version cannot run member yet; the nearest pla
+    """
+    lines = [f"{plan}: {_ranks(plan)}."]
+    lines += [f"{axis}: {axis.explain()}." for axis in plan.axes]
+    lines.append(f"Batches: {_batches(plan)}.")
+    lines.append(f"Promise: {plan.promise}; {PROMISES[plan.promise]}.")
+    try:
+        plan.validate_executable()
+    except PlanError as error:
+        lines.append(f"Not yet: {error.why}; the nearest plan that it can is {error.nearest}.")
+    return lines
+
+
+def layout(plan: Plan, most: int = 16) -> list[str]:
+    """Which rank has which coordinates: a head line and a line for each of the first ranks.
+
+    >>> print("\\n".join(layout(Plan.parse("site(2) * data(2)"))))
+    rank  site  data
+       0     0     0
+       1     0     1
+       2     1     0
+       3     1     1
+    """
+    names = ["rank", *(axis.name for axis in plan.axes)]
+    widths = [max(len(name), len(str(min(plan.workers, most)))) for name in names]
+    rows: list[list[object]] = [list(names)]
+    rows += [[rank, *plan.coordinates(rank).values()] for rank in range(min(plan.workers, most))]
+    lines = [
+        "  ".join(f"{value!s:>{width}}" for value, width in zip(row, widths, strict=True))
+        for row in rows
+    ]
+    if plan.workers > most:
+        lines.append(f"and {plan.workers - most:,} more ranks, the last axis fastest")
+    return lines
+
+
+def _ranks(plan: Plan) -> str:
+    if plan.workers == 1:
+        return "1 worker, rank 0"
+    return f"{plan.workers:,} workers, ranks 0 to {plan.workers - 1}"
+
+
+def _batches(plan: Plan) -> str:
+    """How a batch is divided, and by whom a share of it is worked on."""
+    parts = ["each batch is worked on whole"]
+    if plan.replicas > 1:
+        parts = [f"each batch is cut into {plan.replicas:,} even shares, one for each replica"]
+    if plan.axis("member") is not None:
+        parts.append("every member sees all batches")
+    ranks = len(plan.replica(0))
+    if ranks > 1:
+        parts.append(f"the {ranks} ranks that hold one model together work on the same samples")
+    return "; ".join(parts)

@@ -1,0 +1,1 @@
+"""L4: the session and the loop over it."""

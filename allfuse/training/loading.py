@@ -1,0 +1,90 @@
+"""A rank's loader for any kind of data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from allfuse.base.errors import DataError, UserError
+from allfuse.split.data import BatchPlan, IterableLoader, Loader, Source, Stream, plan_batches
+
+if TYPE_CHECKING:
+    from allfuse.training.place import Place
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """How samples are put into batches. None takes what a DataLoader says of itself."""
+
+    batch_size: int | None = None
+    seed: int = 0
+    shuffle: bool | None = None
+    drop_last: bool | None = None
+    loaders: int | None = None
+
+
+def make_loader(source: Source | Stream, order: Order, place: Place) -> Loader | IterableLoader:
+    """This rank's loader.
+
+    Raises:
+        UserError: more replicas than samples in a batch.
+        DataError: no batch size, or what the data itself decides was given.
+    """
+    pin = place.device.type == "cuda"
+    if isinstance(source, Stream):
+        size = order.batch_size or source.settings.batch_size
+        if size is None:
+            raise DataError("batch_size is missing; give the samples of a step, all workers together")
+        refuse_small(size, place)
+        return IterableLoader(
+            source,
+            size,
+            parts=place.parts,
+            index=place.index,
+            agree=lambda rows: agree_on_rows(rows, place),
+            seed=order.seed,
+            drop_last=bool(order.drop_last),
+            pin_memory=pin,
+        )
+    plan = plan_batches(
+        source,
+        batch_size=order.batch_size,
+        seed=order.seed,
+        shuffle=order.shuffle,
+        drop_last=order.drop_last,
+    )
+    if isinstance(plan, BatchPlan):
+        refuse_small(plan.batch_size, place)
+    return Loader(
+        source,
+        plan,
+        parts=place.parts,
+        index=place.index,
+        processes=source.settings.processes if order.loaders is None else order.loaders,
+        pin_memory=pin,
+    )
+
+
+def batch_size_of(loader: Loader | IterableLoader) -> int | None:
+    """Samples of one step, or None where a sampler of the user's own decides."""
+    if isinstance(loader, IterableLoader):
+        return loader.batch_size
+    return loader.plan.batch_size if isinstance(loader.plan, BatchPlan) else None
+
+
+def refuse_small(batch_size: int, place: Place) -> None:
+    if batch_size < place.parts:
+        raise UserError(
+            f"batch_size={batch_size}: plan {place.plan} has {place.parts} replicas that share each "
+            f"batch; allowed: a batch_size of at least {place.parts}, or fewer workers"
+        )
+
+
+def agree_on_rows(rows: int, place: Place) -> tuple[int, ...]:
+    """How many samples each replica has for the next step of a stream of unknown length."""
+    slots: Any = torch.zeros(place.parts, dtype=torch.int64, device=place.device)
+    slots[place.index] = rows
+    place.replicas.all_reduce(slots, "agree on samples").wait()
+    return tuple(int(value) for value in slots)

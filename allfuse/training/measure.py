@@ -1,0 +1,113 @@
+"""Figures over a whole data set: every sample once, whatever the number of workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from allfuse.base.errors import JobError
+from allfuse.base.tensors import map_nest
+from allfuse.job import Metric, MetricFunction
+
+if TYPE_CHECKING:
+    from allfuse.link import Link
+    from allfuse.split.data import Loader
+
+
+def sum_and_count(value: Any, rows: int, name: str) -> tuple[Tensor, float]:
+    """What a loss or metric returned, as a sum and what the mean is over.
+
+    Allowed: a 0-d tensor or number (mean over the rows), a tensor of one value for each row, or
+    (sum, count).
+    """
+    if isinstance(value, tuple) and len(value) == 2:
+        total, count = value
+        return torch.as_tensor(total), float(count)
+    tensor = torch.as_tensor(value)
+    if tensor.dim() == 0:
+        return tensor * rows, float(rows)
+    if tensor.shape[0] == rows and tensor.numel() == rows:
+        return tensor.sum(), float(rows)
+    raise JobError(
+        f"{name} returned a tensor of shape {tuple(tensor.shape)} for {rows} samples; allowed: a mean "
+        f"(0-d), one value for each sample ({rows},), or (sum, count)"
+    )
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on a device, without waiting for copies from pinned memory."""
+    if device.type == "cpu":
+        return batch
+    return map_nest(
+        lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf, batch
+    )
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module,
+    loader: Loader,
+    metrics: Mapping[str, MetricFunction | Metric],
+    *,
+    forward: Callable[[nn.Module, Any], Any],
+    link: Link,
+    device: torch.device,
+    autocast: Callable[[], Any],
+) -> tuple[dict[str, float], int]:
+    """The figures, equal on all ranks, and the number of samples they are over.
+
+    Each rank measures its share of every batch; sums and counts are added in float64 in one
+    transfer at the end. A rank without samples runs the stand-in of the loader and adds zeros.
+    """
+    was_training = model.training
+    model.eval()
+    sums: dict[str, Tensor] = {}
+    samples = 0
+    try:
+        for portion in loader.epoch(0):
+            batch = to_device(portion.batch, device)
+            with autocast():
+                outputs = forward(model, batch)
+            samples += sum(portion.shares)
+            for name, metric in metrics.items():
+                part = _measured(name, metric, outputs, batch, max(portion.rows, 1))
+                part = part.to(device=device, dtype=torch.float64)
+                if portion.rows == 0:
+                    part = torch.zeros_like(part)
+                sums[name] = sums[name] + part if name in sums else part
+    finally:
+        model.train(was_training)
+    if sums:
+        flat = torch.cat([value.reshape(-1) for value in sums.values()])
+        link.all_reduce(flat, "add up metrics").wait()
+        pieces = flat.split([value.numel() for value in sums.values()])
+        sums = {
+            name: piece.view_as(value)
+            for (name, value), piece in zip(sums.items(), pieces, strict=True)
+        }
+    return {name: _figure(metrics[name], total) for name, total in sums.items()}, samples
+
+
+def _measured(
+    name: str, metric: MetricFunction | Metric, outputs: Any, batch: Any, rows: int
+) -> Tensor:
+    if isinstance(metric, Metric):
+        return torch.as_tensor(metric.update(outputs, batch)).detach()
+    total, count = sum_and_count(metric(outputs, batch), rows, f"metric {name}")
+    return torch.stack([total.detach().double().cpu(), torch.tensor(count, dtype=torch.float64)])
+
+
+def _figure(metric: MetricFunction | Metric, total: Tensor) -> float:
+    if isinstance(metric, Metric):
+        return float(metric.result(total.cpu()))
+    return float(total[0] / total[1])
+
+
+def accuracy(outputs: Any, batch: Any) -> Tensor:
+    """One value for each sample: 1 where the largest output is the class in `batch[1]`."""
+    target = batch["labels"] if isinstance(batch, Mapping) else batch[1]
+    logits = outputs.logits if hasattr(outputs, "logits") else outputs
+    return (logits.argmax(dim=-1) == target).float()

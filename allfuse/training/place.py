@@ -1,0 +1,138 @@
+"""Where a rank stands: its world, its plan, its links on each axis and its device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from allfuse.base.errors import PlanError, UserError
+from allfuse.fusion import Fusion, choose
+from allfuse.launcher import World, current_world
+from allfuse.plan import Plan, as_plan, check_workers
+
+if TYPE_CHECKING:
+    from allfuse.link import Link
+
+
+def find_world(plan_text: str | None) -> tuple[World, bool]:
+    """The world that a launcher made, torchrun's, or a world of one; and whether it is new here."""
+    world = current_world()
+    if world is not None:
+        return world, False
+    from allfuse.launcher.torchrun import join_torchrun, started_by_torchrun
+
+    if started_by_torchrun():
+        return join_torchrun(plan_text), True
+    from allfuse.launcher.alone import AloneWorld
+
+    return AloneWorld(), True
+
+
+def choose_device(name: str | None, world: World) -> torch.device:
+    """CUDA ranks take the GPU of their local rank, others the CPU; `name` overrides."""
+    if name is None:
+        usable = torch.cuda.is_available() and torch.cuda.device_count() >= world.local_size
+        name = "cuda" if usable else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: there is no such device; allowed: cpu, cuda") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {name}: torch sees no GPU here; allowed: cpu")
+        if device.index is None:
+            if torch.cuda.device_count() < world.local_size:
+                raise UserError(
+                    f"--device cuda: this host has {torch.cuda.device_count()} GPUs for "
+                    f"{world.local_size} workers; next: fewer workers, or --device cpu"
+                )
+            device = torch.device("cuda", world.local_rank)
+        torch.cuda.set_device(device)
+    elif device.type != "cpu":
+        raise UserError(f"--device {name}: received {device.type}; allowed: cpu, cuda")
+    return device
+
+
+class Place:
+    """One rank's place in a plan.
+
+    Attributes:
+        data, site: links to the peers on those axes (a lone link where the plan has no such axis).
+        replicas: a link to the same coordinates of all replicas that divide the batch.
+        index, parts: which of the replicas that divide the batch this rank belongs to.
+    """
+
+    def __init__(self, plan: Plan | str | None, device: str | None) -> None:
+        asked = None if plan is None else as_plan(plan)
+        self.world, self._owns_world = find_world(None if asked is None else str(asked))
+        try:
+            self._take_place(asked, device)
+        except BaseException:
+            self.close()
+            raise
+
+    def _take_place(self, asked: Plan | None, device: str | None) -> None:
+        world = self.world
+        told = None if world.plan is None else as_plan(world.plan)
+        if asked is not None and told is not None and asked != told:
+            raise PlanError(
+                f"session(plan={str(asked)!r})", f"the launcher was given {told}", "one of the two"
+            )
+        self.plan = asked or told or as_plan(f"data({world.size})")
+        self.plan.validate_executable()
+        check_workers(self.plan, world.size)
+        self.device = choose_device(device, world)
+        self.rank, self.coordinates = world.rank, self.plan.coordinates(world.rank)
+        self.index, self.parts = self.plan.replica_index(world.rank), self.plan.replicas
+        self.data_fusion, self.chosen = self._fusion("data")
+        self.site_fusion, site_chosen = self._fusion("site")
+        self.choices = {
+            f"topology of {name}": why
+            for name, why in (("data", self.chosen), ("site", site_chosen))
+            if why is not None and self.plan.axis(name) is not None
+        }
+        self.data = self._link("data", "data")
+        self.site = self._link("site", "site")
+        both = self.data.size > 1 and self.site.size > 1
+        only = self.data if self.data.size > 1 else self.site
+        self.replicas = self._link_of_replicas() if both else only
+        if world.has_process_groups and world.size > 1:
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            world.form_replica(self.plan.replica(self.rank), backend)
+
+    def _fusion(self, name: str) -> tuple[Fusion, str | None]:
+        axis = self.plan.axis(name)
+        if axis is None:
+            return Fusion(), None
+        return choose(axis.rule, axis.topology, axis.sync, axis.codec)
+
+    def _link_of_replicas(self) -> Link:
+        """To all ranks that differ from this one on the axes that divide the batch."""
+        undivided = {axis.name for axis in self.plan.axes if not axis.divides_batch}
+
+        def key(rank: int) -> list[int]:
+            return [c for name, c in self.plan.coordinates(rank).items() if name in undivided]
+
+        members = [rank for rank in range(self.plan.workers) if key(rank) == key(self.rank)]
+        return self.world.link("replicas", tuple(members), self.device)
+
+    def _link(self, axis: str, name: str) -> Link:
+        return self.world.link(name, self.plan.peers(self.rank, axis), self.device)
+
+    def statistics_link(self) -> Link:
+        """A link of its own for batch statistics: their transfers come in between those of
+        gradients, in an order that may differ from rank to rank."""
+        return self._link("data", "statistics")
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        return self.data, self.site, self.replicas
+
+    def close(self) -> None:
+        for name in ("data", "site", "replicas"):
+            link = getattr(self, name, None)
+            if link is not None:
+                link.close()
+        if self._owns_world:
+            self.world.close()

@@ -1,0 +1,61 @@
+"""How ranks come to equal weights and repeatable randomness."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from allfuse.base.errors import JobError
+from allfuse.split.data.keys import mix
+
+if TYPE_CHECKING:
+    from allfuse.link import Link
+
+_building = threading.Lock()  # torch's generators belong to the process; ranks may be threads
+
+
+def seed_generators(*key: int) -> None:
+    """Seed torch, NumPy and Python alike from a key. Costs about 20 µs."""
+    seed = mix(*key)
+    torch.manual_seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    random.seed(seed)
+
+
+def build_model(build: Callable[[], nn.Module] | nn.Module, seed: int) -> nn.Module:
+    """A module from a function, with the numbers that a plain seed gives; a module as it is."""
+    if isinstance(build, nn.Module):
+        return build
+    if not callable(build):
+        raise JobError(
+            f"the model is a {type(build).__name__}; allowed: a torch module, or a function that "
+            "builds one"
+        )
+    with _building:
+        torch.manual_seed(seed)
+        made = build()
+    if not isinstance(made, nn.Module):
+        raise JobError(f"the model function returned {type(made).__name__}; allowed: a torch module")
+    return made
+
+
+@torch.no_grad()
+def spread(tensors: Iterable[Tensor], link: Link) -> None:
+    """Give every peer the tensors of the link's first rank, in place, one transfer a type."""
+    if link.size == 1:
+        return
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for (dtype, _), group in kinds.items():
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in group])
+        as_bytes = flat.view(torch.uint8) if dtype == torch.bool else flat
+        link.broadcast(as_bytes, "spread the first weights").wait()
+        for tensor, piece in zip(group, flat.split([t.numel() for t in group]), strict=True):
+            tensor.detach().copy_(piece.view_as(tensor))
