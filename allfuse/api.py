@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from allfuse.base.errors import JobError
+from allfuse.base.errors import JobError, UserError
 from allfuse.job import Job, load_job
 from allfuse.launcher import current_world
 from allfuse.launcher.torchrun import started_by_torchrun
@@ -47,20 +50,38 @@ def session(
         resume=resume,
         settings=Settings(**settings),
     )
-    watch(made, quiet=quiet)
+    watch(made, Watching(quiet=quiet))
     return made
 
 
-def watch(session: Session, *, quiet: bool = False, tensorboard: bool = False) -> None:
-    """Subscribe the usual sinks of rank 0: the console and events.jsonl in the run folder."""
+@dataclass(frozen=True, kw_only=True)
+class Watching:
+    """How a session is watched: the console, TensorBoard files, a profiler trace of some steps."""
+
+    quiet: bool = False
+    to_stderr: bool = False
+    tensorboard: bool = False
+    profile: str | None = None
+
+
+def watch(session: Session, watching: Watching) -> None:
+    """Subscribe the sinks of rank 0: console, events.jsonl and what else was asked for."""
+    if watching.profile is not None:
+        _profile(session, watching.profile)
     if not session.is_main:
         return
-    if not quiet:
+
+    def warn(text: str) -> None:
+        session.bus.emit("warning", text=text)
+
+    if not watching.quiet:
         from allfuse.observe import Console
 
-        console = Console()
+        console = Console(sys.stderr if watching.to_stderr else sys.stdout)
         session.bus.subscribe(console)
         session.at_close(console.close)
+    if watching.tensorboard:
+        _require("tensorboard", "report")
 
     def open_files(event: Event) -> None:
         if event.data["out"] is None:
@@ -68,16 +89,45 @@ def watch(session: Session, *, quiet: bool = False, tensorboard: bool = False) -
         from allfuse.observe import JsonLines, TensorBoard
 
         folder = Path(event.data["out"])
-        lines = JsonLines(folder / "events.jsonl", append=True)
+        lines = JsonLines(folder / "events.jsonl", append=True, warn=warn)
         lines(event)
         session.bus.subscribe(lines)
         session.at_close(lines.close)
-        if tensorboard:
-            board = TensorBoard(folder / "tensorboard")
+        if watching.tensorboard:
+            board = TensorBoard(folder / "tensorboard", warn=warn)
+            board(event)
             session.bus.subscribe(board)
             session.at_close(board.close)
 
     session.bus.subscribe(open_files, ["start"])
+
+
+def _profile(session: Session, steps: str) -> None:
+    """A torch profiler trace of chosen steps, on every rank, in the run folder."""
+    from allfuse.observe import Profile
+
+    profile = Profile(steps, session.keeper.path or Path("."), rank=session.rank)
+
+    def written(path: Path | None) -> None:
+        if path is not None:
+            session.bus.emit("note", text=f"wrote {path}")
+
+    session.on("start", lambda s, event: profile.before_step(s.steps + 1))
+
+    def after(s: Session, event: Event) -> None:
+        written(profile.after_step(s.steps))
+        profile.before_step(s.steps + 1)
+
+    session.on("step", after)
+    session.at_close(lambda: written(profile.close()))
+
+
+def _require(package: str, extra: str) -> None:
+    """Refuse early what a missing package would make fail later."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"{package} is not installed; next: pip install {package}, or allfuse[{extra}]"
+        )
 
 
 def train(
@@ -100,7 +150,14 @@ def train(
     """
     chosen = as_plan(plan) if plan is not None else None
     work = functools.partial(
-        _train_here, job, chosen, out=out, resume=resume, device=device, quiet=quiet, settings=settings
+        _train_here,
+        job,
+        chosen,
+        out=out,
+        resume=resume,
+        device=device,
+        quiet=quiet,
+        settings=settings,
     )
     if current_world() is not None or started_by_torchrun():
         return work()
@@ -128,7 +185,7 @@ def _train_here(
         out=out,
         resume=resume,
         device=device,
-        prepare=lambda s: watch(s, quiet=quiet),
+        prepare=lambda s: watch(s, Watching(quiet=quiet)),
     )
 
 

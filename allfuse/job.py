@@ -40,7 +40,9 @@ class Stop:
             if value is not None and value <= 0:
                 raise JobError(f"Stop({name}={value}): received {value}; allowed: more than 0")
         if all(getattr(self, name) is None for name in self.__dataclass_fields__):
-            raise JobError("Stop(): no rule was given; allowed: steps, epochs, target, patience, seconds")
+            raise JobError(
+                "Stop(): no rule was given; allowed: steps, epochs, target, patience, seconds"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,13 +150,15 @@ class Job:
         for name, values in allowed.items():
             received = getattr(self, name)
             if received not in values:
-                raise JobError(f"Job({name}=...): received {received!r}; allowed: {', '.join(values)}")
+                raise JobError(
+                    f"Job({name}=...): received {received!r}; allowed: {', '.join(values)}"
+                )
         for name in ("evaluate_every", "save_every"):
             value = getattr(self, name)
             good = value in (None, "epoch") or (isinstance(value, int) and value > 0)
             if not good:
                 raise JobError(
-                    f"Job({name}=...): received {value!r}; allowed: a number of steps, 'epoch', None"
+                    f"Job({name}=...): received {value!r}; allowed: steps, 'epoch' or None"
                 )
         if self.monitor is not None and self.monitor_name not in (*self.metrics, "loss"):
             raise JobError(
@@ -167,7 +171,9 @@ class Job:
         for name in names:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise JobError(f"Job({name}=...): received {value!r}; allowed: a whole number from 1")
+                raise JobError(
+                    f"Job({name}=...): received {value!r}; allowed: a whole number from 1"
+                )
 
     @property
     def monitor_text(self) -> str:
@@ -208,7 +214,15 @@ def load_job(path: str | Path, settings: Mapping[str, Any], original: str | None
         JobError: no such file, no `job` in it, it raises (with its traceback), unknown settings.
     """
     function = load_job_function(path, original)
-    arguments = resolve(function, settings, str(path))
+    return make_job(function, resolve(function, settings, str(path)), str(path))
+
+
+def make_job(function: Callable[..., Job], arguments: Mapping[str, Any], path: str) -> Job:
+    """The job that the function of a file makes of these arguments.
+
+    Raises:
+        JobError: it raises (with its traceback), or returns something else.
+    """
     try:
         made = function(**arguments)
     except JobError:
@@ -224,7 +238,9 @@ def load_job_function(path: str | Path, original: str | None = None) -> Callable
     """The function `job` of a Python file, which is run once for each process."""
     file = Path(path)
     if not file.is_file():
-        raise JobError(f"{path}: there is no such file; allowed: a Python file with a function job()")
+        raise JobError(
+            f"{path}: there is no such file; allowed: a Python file with a function job()"
+        )
     for folder in (Path(original).parent if original else None, file.resolve().parent):
         if folder is not None and folder.is_dir() and str(folder) not in sys.path:
             sys.path.insert(0, str(folder))
@@ -266,7 +282,8 @@ def resolve(
         if name not in parameters:
             allowed = ", ".join(parameters) or "none: job() takes no arguments"
             raise JobError(
-                f"--set {name}: {where} has no such argument{nearest(name, parameters)}; allowed: {allowed}"
+                f"--set {name}: {where} has no such argument{nearest(name, parameters)}; "
+                f"allowed: {allowed}"
             )
     values: dict[str, Any] = {}
     for name, parameter in parameters.items():

@@ -89,9 +89,20 @@ def test_a_saved_state_and_note_come_back(tmp_path: Path) -> None:
     assert json.loads((outcome.path / "manifest.json").read_text())["score"] == 0.5
 
 
-def test_what_changes_after_settle_is_saved_as_it_was(tmp_path: Path) -> None:
+GPU = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    ],
+)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_what_changes_after_settle_is_saved_as_it_was(tmp_path: Path, device: str) -> None:
     checkpoints = Checkpoints(tmp_path)
-    weight, turned = torch.zeros(300_000), torch.zeros(300, 200).t()
+    weight = torch.zeros(300_000, device=device)
+    turned = torch.zeros(300, 200, device=device).t()
     for step in range(1, 6):
         checkpoints.start(step, {"weight": weight, "turned": turned, "step": step})
         checkpoints.settle()

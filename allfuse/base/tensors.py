@@ -84,7 +84,7 @@ def split_buckets(sizes: Sequence[int], bucket_bytes: int, first_bytes: int) -> 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def digest(nest: Any) -> str:

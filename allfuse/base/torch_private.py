@@ -13,6 +13,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store, TCPStore
+
+__all__ = [
+    "PrefixStore",
+    "Store",
+    "TCPStore",
+    "clone_store",
+    "foreach_copy",
+    "foreach_multiply",
+    "gloo_group",
+    "nccl_group",
+]
+
+
+def clone_store(store: Any) -> Store:
+    """A connection of its own to the same store, so that one thread's wait holds up no other."""
+    copy: Store = store.clone()
+    return copy
 
 
 def foreach_copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
@@ -21,25 +39,25 @@ def foreach_copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 
 def gloo_group(
-    store: dist.Store, rank: int, size: int, timeout_s: float, loopback: bool
+    store: Store, rank: int, size: int, timeout_s: float, loopback: bool
 ) -> dist.ProcessGroup:
     """A gloo group that stands beside the default one. `loopback` keeps it on this host."""
-    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options: Any = vars(ProcessGroupGloo)["_Options"]()
     if loopback:
-        device = dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")  # type: ignore[attr-defined]
+        options._devices = [ProcessGroupGloo.create_device(hostname="127.0.0.1")]
     else:
-        device = dist.ProcessGroupGloo.create_default_device()  # type: ignore[attr-defined]
-    options._devices = [device]
+        options._devices = [ProcessGroupGloo.create_default_device()]
     options._timeout = timedelta(seconds=timeout_s)
-    group: Any = dist.ProcessGroupGloo(store, rank, size, options)  # type: ignore[attr-defined]
+    group: Any = ProcessGroupGloo(store, rank, size, options)
     return group  # type: ignore[no-any-return]
 
 
-def nccl_group(store: dist.Store, rank: int, size: int, timeout_s: float) -> dist.ProcessGroup:
+def nccl_group(store: Store, rank: int, size: int, timeout_s: float) -> dist.ProcessGroup:
     """An NCCL group that stands beside the default one, on the current CUDA device."""
-    options = dist.ProcessGroupNCCL.Options()  # type: ignore[attr-defined]
+    nccl: Any = vars(dist)["ProcessGroupNCCL"]  # only in builds with CUDA
+    options = nccl.Options()
     options._timeout = timedelta(seconds=timeout_s)
-    group: Any = dist.ProcessGroupNCCL(store, rank, size, options)  # type: ignore[attr-defined]
+    group: Any = nccl(store, rank, size, options)
     return group  # type: ignore[no-any-return]
 
 

@@ -52,9 +52,7 @@ class Normalize(torch.autograd.Function):
         return normalized.to(x.dtype), mean, variance, total
 
     @staticmethod
-    def backward(
-        ctx: Any, dy: Tensor, *unused: Tensor
-    ) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, dy: Tensor, *unused: Tensor) -> tuple[Tensor | None, None, None, None]:
         normalized, scale, total = ctx.saved_tensors
         wide = dy.to(normalized.dtype)
         sums = torch.stack([wide.sum(dim=(0, 2)), (wide * normalized).sum(dim=(0, 2))])
@@ -81,13 +79,21 @@ class GlobalBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
         if not self.training and self.track_running_stats:
-            return F.batch_norm(
-                input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+            frozen: Tensor = F.batch_norm(
+                input,
+                self.running_mean,
+                self.running_var,
+                self.weight,
+                self.bias,
+                False,
+                0.0,
+                self.eps,
             )
+            return frozen
         rows = input.reshape(input.shape[0], input.shape[1], -1)
-        normalized, mean, variance, total = Normalize.apply(
-            rows, self.link, self.weight_of_rows, self.eps
-        )
+        made: tuple[Tensor, Tensor, Tensor, Tensor]
+        made = Normalize.apply(rows, self.link, self.weight_of_rows, self.eps)  # type: ignore[no-untyped-call]
+        normalized, mean, variance, total = made
         if self.training and self.track_running_stats:
             self._remember(mean, variance, total)
         normalized = normalized.reshape(input.shape)

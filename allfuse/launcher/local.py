@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,9 +42,10 @@ class Child:
 class Zygote:
     """The launcher's end of a zygote process; starts it, and ends it with its children."""
 
-    def __init__(self) -> None:
+    def __init__(self, preload: Sequence[str] = ()) -> None:
         self.control, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "allfuse.launcher.zygote", str(theirs.fileno())]
+        module = "allfuse.launcher.zygote"
+        command = [sys.executable, "-m", module, str(theirs.fileno()), *preload]
         self.process = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=_with_path()
         )
@@ -79,14 +80,17 @@ _zygote: Zygote | None = None
 _zygote_lock = threading.Lock()
 
 
-def warm_up() -> Zygote:
-    """Start the zygote if it does not run yet. It then loads torch while the caller does else."""
+def warm_up(preload: Sequence[str] = ()) -> Zygote:
+    """Start the zygote if it does not run yet. It then loads torch while the caller does else.
+
+    `preload` names further modules to load once for all workers.
+    """
     global _zygote
     with _zygote_lock:
         if _zygote is None or _zygote.process.poll() is not None:
             if _zygote is None:
                 atexit.register(_end_zygote)
-            _zygote = Zygote()
+            _zygote = Zygote(preload)
         return _zygote
 
 
@@ -140,9 +144,9 @@ def launch_local(
             "allowed: functions whose captured values can be pickled; next: create locks, files "
             "and generators inside the function"
         ) from None
-    import torch.distributed as dist
+    from allfuse.base.torch_private import PrefixStore, TCPStore
 
-    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
     run = uuid.uuid4().hex
     children = []
     for index in range(workers):
@@ -152,21 +156,22 @@ def launch_local(
             "port": store.port,
             "run": run,
             "plan": plan,
-            "threads": threads or max(1, _cores() // workers),
+            "threads": threads or max(1, count_cores() // workers),
             "timeout_s": timeout_s,
             "folder": os.getcwd(),
             "environment": dict(os.environ),
             "path": sys.path,
+            "command": sys.argv,
         }
         children.append(Child(index, zygote.fork(request)))
     for child in children:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             send_message(child.channel, function)
-    watch = Watch(zygote, children, dist.PrefixStore(run, store))
+    watch = Watch(zygote, children, PrefixStore(run, store))
     return watch.until_all_ended()
 
 
-def _cores() -> int:
+def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

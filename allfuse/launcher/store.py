@@ -8,8 +8,8 @@ from allfuse.launcher.base import World
 
 if TYPE_CHECKING:
     import torch
-    import torch.distributed as dist
 
+    from allfuse.base.torch_private import Store
     from allfuse.link.base import Link
 
 
@@ -17,7 +17,7 @@ class StoreWorld(World):
     """Ranks as processes. `loopback` keeps their traffic on this host."""
 
     def __init__(
-        self, store: dist.Store, rank: int, size: int, *, loopback: bool, timeout_s: float = 300.0
+        self, store: Store, rank: int, size: int, *, loopback: bool, timeout_s: float = 300.0
     ) -> None:
         from allfuse.link.group import Lookout, StoreBoard
 

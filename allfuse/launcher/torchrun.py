@@ -31,11 +31,11 @@ def environment_number(name: str, default: int) -> int:
 
 def join_torchrun(plan: str | None, timeout_s: float = 300.0) -> StoreWorld:
     """The world of a process that torchrun started. Meets its peers at torchrun's own store."""
-    import torch.distributed as dist
+    from allfuse.base.torch_private import PrefixStore, TCPStore
 
     size, rank = environment_number("WORLD_SIZE", 1), environment_number("RANK", 0)
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(
+    store = TCPStore(
         os.environ["MASTER_ADDR"],
         environment_number("MASTER_PORT", 29500),
         None,
@@ -47,7 +47,7 @@ def join_torchrun(plan: str | None, timeout_s: float = 300.0) -> StoreWorld:
     run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     local_size = environment_number("LOCAL_WORLD_SIZE", size)
     world = StoreWorld(
-        dist.PrefixStore(f"allfuse/{run}/{attempt}", store),
+        PrefixStore(f"allfuse/{run}/{attempt}", store),
         rank,
         size,
         loopback=local_size == size,
@@ -65,4 +65,3 @@ def join_torchrun(plan: str | None, timeout_s: float = 300.0) -> StoreWorld:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_to_stop)
     return world
-

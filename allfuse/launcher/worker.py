@@ -22,7 +22,7 @@ from allfuse.launcher.store import StoreWorld
 
 
 def send_message(channel: socket.socket, message: Any) -> None:
-    """One pickled message with its length in front. Between a launcher and its own children only."""
+    """One pickled message, its length in front. Between a launcher and its own children only."""
     body = cloudpickle.dumps(message)
     channel.sendall(struct.pack("<Q", len(body)) + body)
 
@@ -66,19 +66,25 @@ def work(channel: socket.socket, request: dict[str, Any]) -> None:
 
 def _work(channel: socket.socket, request: dict[str, Any]) -> int:
     import torch
-    import torch.distributed as dist
+
+    from allfuse.base.torch_private import PrefixStore, TCPStore
 
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    sys.path[:] = request["path"]
+    sys.path[:], sys.argv[:] = request["path"], request["command"]
     rank, size = request["index"], request["workers"]
     torch.set_num_threads(request["threads"])
-    store = dist.TCPStore("127.0.0.1", request["port"], None, False, timedelta(seconds=300))
-    store = dist.PrefixStore(request["run"], store)
-    world = StoreWorld(store, rank, size, loopback=True, timeout_s=request["timeout_s"])
+    store = TCPStore("127.0.0.1", request["port"], None, False, timedelta(seconds=300))
+    world = StoreWorld(
+        PrefixStore(request["run"], store),
+        rank,
+        size,
+        loopback=True,
+        timeout_s=request["timeout_s"],
+    )
     world.kind, world.plan = "local", request["plan"]
     world.local_rank, world.local_size = rank, size
     function = receive_message(channel)

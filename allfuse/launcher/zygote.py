@@ -1,4 +1,4 @@
-"""A process that has torch loaded and forks workers on request: `python -m allfuse.launcher.zygote`.
+"""A process that has torch loaded and forks workers: `python -m allfuse.launcher.zygote`.
 
 Why not multiprocessing's forkserver: it leaves a folder in /tmp when its owner is killed, and its
 children run the caller's `__main__` again. This one owns nothing but one inherited socket; when the
@@ -34,9 +34,10 @@ def serve(control: socket.socket) -> tuple[socket.socket, dict[str, Any]] | None
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the launcher's to handle
     children: dict[int, int] = {}
+    watched: list[Any] = [control, wake_read]
     try:
         while True:
-            readable, _, _ = select.select([control, wake_read], [], [])
+            readable, _, _ = select.select(watched, [], [])
             if wake_read in readable:
                 os.read(wake_read, 512)
                 _tell_exits(control, children)
@@ -87,7 +88,7 @@ def _die_with(parent: int) -> None:
 
 def main() -> None:
     control = socket.socket(fileno=int(sys.argv[1]))
-    for name in PRELOAD:
+    for name in (*PRELOAD, *sys.argv[2:]):
         __import__(name)
     found = serve(control)
     if found is not None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from allfuse.base import torch_private
 from allfuse.base.errors import PeerLost
+from allfuse.base.torch_private import PrefixStore, Store
 from allfuse.link.base import Link, Work
 
 SLICE_S = 1.0  # how long one uninterrupted wait lasts before the lookout is asked
@@ -26,7 +27,7 @@ POLL_S = 0.2
 class StoreBoard:
     """A torch store as a board. One client connection, shared by threads under a lock."""
 
-    def __init__(self, store: dist.Store) -> None:
+    def __init__(self, store: Store) -> None:
         self.store = store
         self._lock = threading.Lock()
 
@@ -47,7 +48,8 @@ class StoreBoard:
         return value
 
     def _get(self, key: str) -> bytes:
-        return self.store.get(key).decode().encode("latin-1")
+        value: bytes = self.store.get(key)
+        return value.decode().encode("latin-1")
 
 
 class Lookout:
@@ -175,7 +177,7 @@ class GroupLink(Link):
         self.rank = members.index(lookout.rank)
         self.device, self.lookout = device, lookout
         prefix = f"link/{name}/{'-'.join(map(str, members))}"
-        store = dist.PrefixStore(prefix, board.store.clone())
+        store = PrefixStore(prefix, torch_private.clone_store(board.store))
         begin = time.monotonic()
         try:
             if device.type == "cuda":
@@ -234,14 +236,14 @@ class GroupLink(Link):
             del self.group
 
 
-def form_replica_group(board: StoreBoard, replica: tuple[int, ...], rank: int, backend: str) -> None:
+def form_replica_group(
+    board: StoreBoard, replica: tuple[int, ...], rank: int, backend: str
+) -> None:
     """Make the default process group, which spans one replica. A no-op where one exists already."""
     if dist.is_initialized():
         return
-    store = dist.PrefixStore(f"replica/{replica[0]}", board.store.clone())
-    dist.init_process_group(
-        backend, store=store, rank=replica.index(rank), world_size=len(replica)
-    )
+    store = PrefixStore(f"replica/{replica[0]}", torch_private.clone_store(board.store))
+    dist.init_process_group(backend, store=store, rank=replica.index(rank), world_size=len(replica))
 
 
 def leave_replica_group() -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Killed(BaseException):
-    """Ends the thread of a rank as kill -9 ends a process. Not an `Exception`: nobody handles it."""
+    """Ends a rank's thread as kill -9 ends a process. No `Exception`, so that nobody handles it."""
 
 
 @dataclass
@@ -103,7 +103,11 @@ class ThreadWork(Work):
     """Waits for a condition that the hub's other threads make true."""
 
     def __init__(
-        self, link: ThreadLink, operation: str, ready: Callable[[], bool], wanted: Callable[[], set[int]]
+        self,
+        link: ThreadLink,
+        operation: str,
+        ready: Callable[[], bool],
+        wanted: Callable[[], set[int]],
     ) -> None:
         self.link, self.operation, self.ready, self.wanted = link, operation, ready, wanted
 
@@ -174,7 +178,9 @@ class ThreadLink(Link):
 
         return ThreadWork(self, operation, lambda: meeting.done, wanted)
 
-    def _check_agreed(self, meeting: Meeting, tensor: Tensor, operation: str, root: int | None) -> None:
+    def _check_agreed(
+        self, meeting: Meeting, tensor: Tensor, operation: str, root: int | None
+    ) -> None:
         first = next(iter(meeting.tensors.values()), tensor)
         same = first.shape == tensor.shape and first.dtype == tensor.dtype
         if meeting.operation == operation and meeting.root == root and same:

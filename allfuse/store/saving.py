@@ -205,8 +205,9 @@ class Saving:
         manifest = Manifest(**{**vars(self.manifest), "files": files})
         path = shelf.commit(self.folder, partial, manifest)
         size = sum(record.bytes for record in files.values())
-        self.agreement.tell("outcome", {"path": path.name, "bytes": size})
-        shelf.drop_surplus(self.folder, self.manifest.step, self.keep)
+        with suppress(Exception):  # it counts from here on, whatever becomes of the board and disk
+            self.agreement.tell("outcome", {"path": path.name, "bytes": size})
+            shelf.drop_surplus(self.folder, self.manifest.step, self.keep)
         return path, size
 
     def _clean_up(self, error: Exception) -> str:
@@ -228,9 +229,9 @@ class Saving:
                 return told
         if isinstance(error, OSError):
             return explain(error, self.folder)
-        return (
-            str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
-        )
+        if isinstance(error, CheckpointError):
+            return str(error)
+        return f"{type(error).__name__}: {error}"
 
     def _deadline(self) -> float:
         return time.monotonic() + self.timeout_s

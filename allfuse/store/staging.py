@@ -5,14 +5,17 @@ Fresh memory costs a page fault for every 4 kB that is written to it, several ti
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from allfuse.store.tensorfile import ALIKE
+
+Array = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
 ALIGNMENT = 64
-_ALIKE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Staging:
@@ -44,7 +47,7 @@ class Staging:
         self._early = early  # held until `finish`, while CUDA may still read them
         self._staged = self._now.place(early)
         self._copied = {}
-        _copy(early, self._staged)
+        self._now.copy(early)
         devices = dict.fromkeys(tensor.device for tensor in tensors.values() if tensor.is_cuda)
         self._ready = {d: torch.cuda.current_stream(d).record_event() for d in devices}
 
@@ -53,12 +56,12 @@ class Staging:
         staged = self._later.place(self._live)
         on_host = {n: t for n, t in self._live.items() if not t.is_cuda}
         for device, ready in self._ready.items():
-            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            stream = torch.cuda.Stream(device)
             stream.wait_event(ready)
             with torch.cuda.stream(stream):
-                _copy({n: t for n, t in self._live.items() if t.device == device}, staged)
+                self._later.copy({n: t for n, t in self._live.items() if t.device == device})
                 self._copied[device] = stream.record_event()
-        _copy(on_host, staged)
+        self._later.copy(on_host)
         self._staged |= staged
 
     def hold(self) -> None:
@@ -75,43 +78,54 @@ class Staging:
 
 
 class _Arena:
-    """One block of host memory, pinned when tensors come from CUDA, that only ever grows."""
+    """One block of host memory, pinned when tensors come from CUDA, that only ever grows.
+
+    The views into it are kept for the next set of tensors of the same types and shapes.
+    """
 
     def __init__(self) -> None:
         self._block = torch.empty(0, dtype=torch.uint8)
+        self._layout: list[tuple[str, torch.dtype, torch.Size]] = []
+        self._placed: dict[str, Tensor] = {}
+        self._arrays: dict[str, Array] = {}
 
     def place(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A contiguous tensor for each of the given ones, of its type and shape."""
-        starts, end = {}, 0
-        for name, tensor in tensors.items():
-            starts[name] = end
-            end += -(-tensor.numel() * tensor.dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        layout = [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
         pin = any(tensor.is_cuda for tensor in tensors.values())
-        if self._block.numel() < end or (pin and not self._block.is_pinned()):
+        if layout != self._layout or (pin and not self._block.is_pinned()):
+            self._lay_out(layout, pin)
+        return dict(self._placed)
+
+    def copy(self, sources: Mapping[str, Tensor]) -> None:
+        """Copy to the places of the same names.
+
+        On the host NumPy copies: it takes one core and lets go of the interpreter lock; a tensor's
+        own copy_ would start a second set of threads beside those that train.
+        """
+        for name, source in sources.items():
+            if source.device.type == "cpu" and source.dtype.itemsize in ALIKE:
+                np.copyto(self._arrays[name], _as_numpy(source))
+            else:
+                self._placed[name].copy_(source, non_blocking=source.is_cuda)
+
+    def _lay_out(self, layout: list[tuple[str, torch.dtype, torch.Size]], pin: bool) -> None:
+        sizes = [shape.numel() * dtype.itemsize for _, dtype, shape in layout]
+        starts = [0, *itertools.accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)]
+        self._placed, self._arrays, self._layout = {}, {}, []
+        if self._block.numel() < starts[-1] or (pin and not self._block.is_pinned()):
             self._block = torch.empty(0, dtype=torch.uint8)  # free the old one first
-            self._block = torch.empty(end, dtype=torch.uint8, pin_memory=pin)
-        placed = {}
-        for name, tensor in tensors.items():
-            stop = starts[name] + tensor.numel() * tensor.dtype.itemsize
-            flat = self._block[starts[name] : stop].view(tensor.dtype)
-            placed[name] = flat.view(tensor.shape)
-        return placed
+            self._block = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=pin)
+        for (name, dtype, shape), start, size in zip(layout, starts, sizes, strict=False):
+            place = self._block[start : start + size].view(dtype).view(shape)
+            self._placed[name] = place
+            if dtype.itemsize in ALIKE:
+                self._arrays[name] = _as_numpy(place)
+        self._layout = layout
 
 
-def _copy(sources: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
-    """Copy by name. On the host NumPy copies: it takes one core, and lets training have the lock;
-    a tensor's own copy_ would start a second set of threads beside those that train."""
-    for name, source in sources.items():
-        target = targets[name]
-        if source.device.type == "cpu" and source.dtype.itemsize in _ALIKE:
-            np.copyto(_as_numpy(target), _as_numpy(source))
-        else:
-            target.copy_(source, non_blocking=source.is_cuda)
-
-
-def _as_numpy(tensor: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
-    array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]
-    array = tensor.view(_ALIKE[tensor.dtype.itemsize]).numpy()
+def _as_numpy(tensor: Tensor) -> Array:
+    array: Array = tensor.view(ALIKE[tensor.dtype.itemsize]).numpy()
     return array
 
 

@@ -49,6 +49,9 @@ NAMES: dict[torch.dtype, str] = {
 }
 """The types that a file can hold, under their names in its header."""
 
+ALIKE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""A type of the same size that NumPy has too, by bytes, to move values as they are."""
+
 CHUNK_BYTES = 4 << 20
 DAMAGED = "use an earlier checkpoint, or copy the file again from where it is whole"
 

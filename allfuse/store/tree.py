@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from allfuse.base.errors import CheckpointError
-from allfuse.store.tensorfile import NAMES
+from allfuse.store.tensorfile import ALIKE, NAMES
 
 MAPPINGS: dict[type, str] = {dict: "dict", OrderedDict: "OrderedDict", Counter: "Counter"}
 DEEPEST = 100
 _BACK = {tag: kind for kind, tag in MAPPINGS.items()}
-_ALIKE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _KINDS = "biufcSUMm"  # of NumPy: booleans, numbers, texts and times, but no objects
 _NUMBERS = {"bool", *(f"{u}int{n}" for u in ("", "u") for n in (8, 16, 32, 64))} | {
     f"float{n}" for n in (16, 32, 64)
@@ -108,18 +107,19 @@ def _pack_key(key: Any, path: tuple[str, ...]) -> Any:
 
 
 def _pack_tensor(value: Tensor, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
+    dtype = value.dtype
     if value.layout != torch.strided or value.is_quantized or value.is_nested or value.is_meta:
-        raise _refusal(path, f"a {value.layout} tensor of {value.dtype} on {value.device}")
-    tensor = value.detach().resolve_conj().resolve_neg()
+        raise _refusal(path, f"a {value.layout} tensor of {dtype} on {value.device}")
     name = _name(path, tensors)
-    tensors[name] = tensor
-    if tensor.is_complex():
-        tensors[name] = torch.view_as_real(tensor)
-    elif tensor.dtype not in NAMES:
-        tensors[name] = tensor.view(_ALIKE[tensor.dtype.itemsize])
-    else:
+    tensor = value.detach()
+    if dtype in NAMES and not dtype.is_complex:
+        tensors[name] = tensor.resolve_neg() if tensor.is_neg() else tensor
         return {"tensor": name}
-    return {"viewed": [name, str(tensor.dtype).removeprefix("torch.")]}
+    if dtype.is_complex:
+        tensors[name] = torch.view_as_real(tensor.resolve_conj().resolve_neg())
+    else:
+        tensors[name] = tensor.view(ALIKE[dtype.itemsize])
+    return {"viewed": [name, str(dtype).removeprefix("torch.")]}
 
 
 def _pack_array(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
@@ -148,6 +148,8 @@ def _refusal(path: tuple[str, ...], what: str) -> CheckpointError:
 
 def _word(key: Any) -> str:
     """A key as part of a name. "/" parts names, so one inside a key is written "~1"."""
+    if type(key) is str and key.isidentifier():
+        return key
     text = str(key).encode(errors="backslashreplace").decode()
     return text.replace("~", "~0").replace("/", "~1")
 

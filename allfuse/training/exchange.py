@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from allfuse.link import Link, Work
 
 
-
 @dataclass(frozen=True)
 class Figures:
     """What all ranks said, one entry for each.

@@ -59,7 +59,8 @@ class Keeper:
         self.checkpoints: Checkpoints | None = None
         self.score: float | None = None
         self.job_file: Path | None = None
-        self.extra: dict[str, Any] = {}
+        self.facts: dict[str, Any] = {}
+        self.fingerprints: dict[str, str] = {}
         self._last_saved: int | None = None
         self._asked: set[int] = set()
         self._refuse_early()
@@ -92,16 +93,19 @@ class Keeper:
         return written[min(site, len(written) - 1)]
 
     def begin(self, facts: Mapping[str, Any], fingerprints: Mapping[str, str]) -> None:
-        """Create the run folder, or open it and refuse another job, data or batch."""
+        """Create the run folder, or open it and refuse another job, data or batch.
+
+        What whoever made the session knows (`facts`, `fingerprints`, `job_file`) is recorded too.
+        """
         if self.path is None:
             return
+        facts, fingerprints = {**facts, **self.facts}, {**fingerprints, **self.fingerprints}
         record = {
             "plan": str(self.place.plan),
             "command": shlex.join(sys.argv),
             "versions": versions(),
             "fingerprints": dict(fingerprints),
             **facts,
-            **self.extra,
         }
         if self.resume:
             folder = RunFolder.open(self.path, lock=self.place.rank == 0)
@@ -135,8 +139,8 @@ class Keeper:
         step = int(found)
         return None if step < 0 else step
 
-    def read(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """This rank's state and the note of a checkpoint.
+    def read(self, step: int) -> dict[str, Any]:
+        """This rank's state of a checkpoint.
 
         Under the plan that wrote it each site gets its own; under another one every rank gets the
         mean of the sites, weighted by what they learned from since their last round.
@@ -144,15 +148,20 @@ class Keeper:
         assert self.checkpoints is not None
         written = self.checkpoints.writers(step)
         if len(written) == len(self.writers):
-            return self.checkpoints.read(step, rank=self.my_writer(written))
-        states = [self.checkpoints.read(step, rank=writer) for writer in written]
-        weights = [state["rounds"]["samples"] or 1.0 for state, _ in states]
-        merged = mean_of_states([state for state, _ in states], weights)
+            state: dict[str, Any] = self.checkpoints.read(step, rank=self.my_writer(written))[0]
+            return state
+        states = [self.checkpoints.read(step, rank=writer)[0] for writer in written]
+        weights = [state["rounds"]["samples"] or 1.0 for state in states]
+        merged: dict[str, Any] = mean_of_states(states, weights)
         merged["rounds"] = {"samples": 0.0, "steps_since": 0}
-        return merged, states[0][1]
+        return merged
 
     def save(
-        self, step: int, state: Callable[[], dict[str, Any]], sooner: list[Tensor], note: dict[str, Any]
+        self,
+        step: int,
+        state: Callable[[], dict[str, Any]],
+        sooner: list[Tensor],
+        note: dict[str, Any],
     ) -> None:
         """Begin to save in the background. Once for each step; a no-op without a run folder."""
         if self.checkpoints is None or step in self._asked:
@@ -187,7 +196,11 @@ class Keeper:
         if self.folder is None or self.place.rank != 0:
             return
         for name, module in models.items():
-            path = self.folder.model_path if len(models) == 1 else self.folder.path / f"{name}.safetensors"
+            path = (
+                self.folder.model_path
+                if len(models) == 1
+                else self.folder.path / f"{name}.safetensors"
+            )
             try:
                 write_model(path, module.state_dict())
             except CheckpointError as error:
@@ -218,22 +231,28 @@ def _refuse_other(
     record = folder.record
     was, now = record.get("fingerprints", {}), fingerprints
     pairs = [(f"fingerprint of the {k}", was.get(k), now[k]) for k in now if k in was]
-    pairs += [(k, record.get(k), facts[k]) for k in ("batch_size", "seed") if k in record]
+    pairs += [
+        (k, record.get(k), facts[k])
+        for k in ("batch_size", "seed", "arguments")
+        if k in record and k in facts
+    ]
     for what, before, after in pairs:
         if before != after:
             raise RunError(
-                f"resume {folder.path}: the {what} was {before} and is {after} now; allowed: the same "
-                "job, data, batch size and seed; next: a new --out for a new run"
+                f"resume {folder.path}: the {what} was {before} and is {after} now; "
+                "allowed: the same job, data, batch size and seed; next: a new --out for a new run"
             )
 
 
 def mean_of_states(states: list[Any], weights: list[float]) -> Any:
-    """The weighted mean of nested states: floating tensors are averaged, all else is the first's."""
+    """The weighted mean of nested states: floating tensors averaged, all else the first's."""
     first = states[0]
     if isinstance(first, dict):
         return {key: mean_of_states([state[key] for state in states], weights) for key in first}
     if isinstance(first, list | tuple):
-        return type(first)(mean_of_states(list(items), weights) for items in zip(*states, strict=True))
+        return type(first)(
+            mean_of_states(list(items), weights) for items in zip(*states, strict=True)
+        )
     if isinstance(first, Tensor) and first.is_floating_point():
         total = torch.zeros_like(first, dtype=torch.promote_types(first.dtype, torch.float32))
         for state, weight in zip(states, weights, strict=True):

@@ -103,7 +103,7 @@ class Learner:
         return norm
 
     def step(self) -> None:
-        """One optimizer step, left out by the scaler where fp16 overflowed; clears the gradients."""
+        """One optimizer step, left out where fp16 overflowed; clears the gradients."""
         if self.precision.scaler is not None:
             self.precision.scaler.step(self.optimizer)
             self.precision.scaler.update()

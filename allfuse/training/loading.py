@@ -36,7 +36,9 @@ def make_loader(source: Source | Stream, order: Order, place: Place) -> Loader |
     if isinstance(source, Stream):
         size = order.batch_size or source.settings.batch_size
         if size is None:
-            raise DataError("batch_size is missing; give the samples of a step, all workers together")
+            raise DataError(
+                "batch_size is missing; give the samples of a step, all workers together"
+            )
         refuse_small(size, place)
         return IterableLoader(
             source,
@@ -45,7 +47,9 @@ def make_loader(source: Source | Stream, order: Order, place: Place) -> Loader |
             index=place.index,
             agree=lambda rows: agree_on_rows(rows, place),
             seed=order.seed,
-            drop_last=bool(order.drop_last),
+            drop_last=bool(
+                source.settings.drop_last if order.drop_last is None else order.drop_last
+            ),
             pin_memory=pin,
         )
     plan = plan_batches(
@@ -67,6 +71,19 @@ def make_loader(source: Source | Stream, order: Order, place: Place) -> Loader |
     )
 
 
+def order_of_all(source: Source | Stream, batch_size: int | None, place: Place) -> Order:
+    """Every sample once, in order, for measuring. A sampler of the data's own still decides."""
+    settings = source.settings
+    if settings.batch_sampler is not None:
+        return Order()
+    size = batch_size or settings.batch_size or 64 * place.parts
+    return Order(
+        batch_size=max(size, place.parts),
+        shuffle=None if settings.sampler is not None or isinstance(source, Stream) else False,
+        drop_last=False,
+    )
+
+
 def batch_size_of(loader: Loader | IterableLoader) -> int | None:
     """Samples of one step, or None where a sampler of the user's own decides."""
     if isinstance(loader, IterableLoader):
@@ -77,8 +94,8 @@ def batch_size_of(loader: Loader | IterableLoader) -> int | None:
 def refuse_small(batch_size: int, place: Place) -> None:
     if batch_size < place.parts:
         raise UserError(
-            f"batch_size={batch_size}: plan {place.plan} has {place.parts} replicas that share each "
-            f"batch; allowed: a batch_size of at least {place.parts}, or fewer workers"
+            f"batch_size={batch_size}: plan {place.plan} has {place.parts} replicas that share "
+            f"each batch; allowed: a batch_size of at least {place.parts}, or fewer workers"
         )
 
 

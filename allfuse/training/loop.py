@@ -20,9 +20,9 @@ from allfuse.training.stopping import Stopping
 class Result:
     """What a run came to.
 
-    loss: of the last step. metrics: of the last validation. test: of the test data, measured once at
-    the end. reason: why it stopped. weights: the model's state dict on the CPU, names of the plain
-    model. out: the run folder.
+    loss: of the last step. metrics: of the last validation. test: of the test data, measured once
+    at the end. reason: why it stopped. weights: the model's state dict on the CPU, names of the
+    plain model. out: the run folder.
     """
 
     steps: int

@@ -14,7 +14,7 @@ from allfuse.job import Metric, MetricFunction
 
 if TYPE_CHECKING:
     from allfuse.link import Link
-    from allfuse.split.data import Loader
+    from allfuse.split.data import IterableLoader, Loader
 
 
 def sum_and_count(value: Any, rows: int, name: str) -> tuple[Tensor, float]:
@@ -32,8 +32,8 @@ def sum_and_count(value: Any, rows: int, name: str) -> tuple[Tensor, float]:
     if tensor.shape[0] == rows and tensor.numel() == rows:
         return tensor.sum(), float(rows)
     raise JobError(
-        f"{name} returned a tensor of shape {tuple(tensor.shape)} for {rows} samples; allowed: a mean "
-        f"(0-d), one value for each sample ({rows},), or (sum, count)"
+        f"{name} returned a tensor of shape {tuple(tensor.shape)} for {rows} samples; allowed: "
+        f"a mean (0-d), one value for each sample ({rows},), or (sum, count)"
     )
 
 
@@ -49,7 +49,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
 @torch.no_grad()
 def measure(
     model: nn.Module,
-    loader: Loader,
+    loader: Loader | IterableLoader,
     metrics: Mapping[str, MetricFunction | Metric],
     *,
     forward: Callable[[nn.Module, Any], Any],
@@ -110,4 +110,5 @@ def accuracy(outputs: Any, batch: Any) -> Tensor:
     """One value for each sample: 1 where the largest output is the class in `batch[1]`."""
     target = batch["labels"] if isinstance(batch, Mapping) else batch[1]
     logits = outputs.logits if hasattr(outputs, "logits") else outputs
-    return (logits.argmax(dim=-1) == target).float()
+    right: Tensor = logits.argmax(dim=-1) == target
+    return right.float()

@@ -9,7 +9,7 @@ import torch
 from allfuse.base.errors import PlanError, UserError
 from allfuse.fusion import Fusion, choose
 from allfuse.launcher import World, current_world
-from allfuse.plan import Plan, as_plan, check_workers
+from allfuse.plan import Data, Plan, Site, as_plan, check_workers
 
 if TYPE_CHECKING:
     from allfuse.link import Link
@@ -41,7 +41,7 @@ def choose_device(name: str | None, world: World) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(f"--device {name}: torch sees no GPU here; allowed: cpu")
-        if device.index is None:
+        if ":" not in name:
             if torch.cuda.device_count() < world.local_size:
                 raise UserError(
                     f"--device cuda: this host has {torch.cuda.device_count()} GPUs for "
@@ -103,7 +103,7 @@ class Place:
 
     def _fusion(self, name: str) -> tuple[Fusion, str | None]:
         axis = self.plan.axis(name)
-        if axis is None:
+        if not isinstance(axis, Data | Site):
             return Fusion(), None
         return choose(axis.rule, axis.topology, axis.sync, axis.codec)
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from allfuse.base.torch_private import foreach_copy
 from allfuse.fusion.weights import WeightFusion
+from allfuse.plan import Site
 
 if TYPE_CHECKING:
     from allfuse.base.events import Bus
@@ -27,7 +28,7 @@ class Rounds:
     def __init__(self, place: Place, bus: Bus) -> None:
         self.place, self.bus = place, bus
         axis = place.plan.axis("site")
-        self.every = None if axis is None or place.site.size == 1 else axis.every
+        self.every = axis.every if isinstance(axis, Site) and place.site.size > 1 else None
         self.samples = 0.0
         self.steps_since = 0
         self._fusion: WeightFusion | None = None

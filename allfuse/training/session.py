@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from allfuse.base.errors import AllfuseError, Interrupted, NonFiniteLoss, UserError
+from allfuse.base.errors import Interrupted, NonFiniteLoss, UserError
 from allfuse.base.events import Bus
 from allfuse.base.tensors import count_rows, cut_rows, share
 from allfuse.fusion.statistics import GlobalBatchNorm, globalize_batch_norm
@@ -24,12 +23,14 @@ from allfuse.split.data import Portion, Source, Stream, as_source
 from allfuse.split.whole import Whole
 from allfuse.training.keeper import Cursor, Keeper
 from allfuse.training.learner import Learner, Precision
-from allfuse.training.loading import Order, batch_size_of, make_loader
+from allfuse.training.loading import Order, batch_size_of, make_loader, order_of_all
 from allfuse.training.measure import measure, sum_and_count, to_device
 from allfuse.training.place import Place
 from allfuse.training.rounds import Rounds
 from allfuse.training.start import build_model, seed_generators, spread
-from allfuse.training.stepper import Step, Stepper
+from allfuse.training.state import capture, model_fingerprint, restore
+from allfuse.training.stepper import Stepper
+from allfuse.training.telling import Teller
 
 WISH_STOP, WISH_INTERRUPT = 1, 2
 
@@ -92,13 +93,12 @@ class Session:
         self.parts: dict[str, Any] = {}
         self.choices: dict[str, str] = dict(self.place.choices)
         self._norms: list[GlobalBatchNorm] = []
-        self._cursor = Cursor()
+        self.cursor = Cursor()
         self._last: Portion | None = None
         self._wish: tuple[int, str] = (0, "")
         self._heard = 0
         self._stop: str | None = None
-        self._began: float | None = None
-        self._samples = self._sent_before = 0
+        self.teller = Teller(self)
         self._closers: list[Callable[[], None]] = []
 
     # What a script asks about.
@@ -123,7 +123,7 @@ class Session:
     @property
     def steps(self) -> int:
         """Optimizer steps done, those before a resume included."""
-        return self._cursor.steps
+        return self.cursor.steps
 
     @property
     def stop_reason(self) -> str | None:
@@ -166,7 +166,9 @@ class Session:
 
     # What a script hands over.
 
-    def model(self, build: Callable[[], nn.Module] | nn.Module, name: str | None = None) -> nn.Module:
+    def model(
+        self, build: Callable[[], nn.Module] | nn.Module, name: str | None = None
+    ) -> nn.Module:
         """The model, on this rank's device, with the same weights on every rank.
 
         A function is called under the session's seed. With several workers BatchNorm uses the
@@ -196,8 +198,8 @@ class Session:
         strange = [tuple(p.shape) for p in parameters if id(p) not in known]
         if strange:
             raise UserError(
-                f"the optimizer holds {len(strange)} parameters that no s.model(...) knows (the first "
-                f"of shape {strange[0]}); next: give it the parameters of what s.model returned"
+                f"the optimizer holds {len(strange)} parameters that no s.model(...) knows (the "
+                f"first of shape {strange[0]}); next: give it parameters of what s.model returned"
             )
         trained = [p for p in parameters if p.requires_grad]
         learner = Learner(
@@ -221,7 +223,7 @@ class Session:
         return scheduler
 
     def remember(self, name: str, part: Any) -> Any:
-        """Save and restore `part` with the checkpoints: anything with state_dict/load_state_dict."""
+        """Save and restore `part`, which has state_dict and load_state_dict, with checkpoints."""
         self.parts[name] = part
         return part
 
@@ -257,7 +259,7 @@ class Session:
         loader = make_loader(source, order, self.place)
         try:
             self._begin(source, loader, epochs, steps)
-            while self._stop is None and (epochs is None or self._cursor.epoch < epochs):
+            while self._stop is None and (epochs is None or self.cursor.epoch < epochs):
                 yield from self._epoch(loader, steps)
             self._finish_training(epochs)
         finally:
@@ -267,7 +269,7 @@ class Session:
         if steps is not None and self.steps >= steps:
             self.end(f"{steps} steps are done")
             return
-        for portion in loader.epoch(self._cursor.epoch, self._cursor.step_in_epoch):
+        for portion in loader.epoch(self.cursor.epoch, self.cursor.step_in_epoch):
             self._open_step(portion)
             if self.stepper.reference(portion):  # a site may have no sample of a small last batch
                 yield to_device(portion.batch, self.device)
@@ -331,7 +333,7 @@ class Session:
         if count is None:
             if not last or (step is not None and step.losses):
                 raise UserError(
-                    "backward(last=False) needs count=, the number of things the loss is a mean over"
+                    "backward(last=False) needs count=, the number of things in the loss's mean"
                 )
             portion = None if step is None else step.portion
             count = 1.0 if portion is None else float(max(portion.rows, 1))
@@ -351,8 +353,8 @@ class Session:
             if learner.optimizer is optimizer:
                 return learner
         raise UserError(
-            f"the session has {len(self.learners)} optimizers and none of them was named; next: make "
-            "it known with s.optimizer(...), and pass optimizer= when there are several"
+            f"the session has {len(self.learners)} optimizers and none of them was named; next: "
+            "make it known with s.optimizer(...), and pass optimizer= when there are several"
         )
 
     def _only_model(self) -> nn.Module:
@@ -365,8 +367,8 @@ class Session:
     def _not_finite(self, what: str, value: float, rank: int) -> NonFiniteLoss:
         return NonFiniteLoss(
             f"{what} is {value} on rank {rank} at step {self.steps}; the weights were not changed; "
-            f"{self.keeper.how_to_go_on()}; next: a smaller learning rate, clip=1.0, or look at the "
-            "samples of this step"
+            f"{self.keeper.how_to_go_on()}; next: a smaller learning rate, clip=1.0, or look "
+            "at the samples of this step"
         )
 
     # Steps.
@@ -387,7 +389,7 @@ class Session:
         if step is None:
             return
         portion = self._last = step.portion
-        self._cursor = self._cursor.after(portion)
+        self.cursor = self.cursor.after(portion)
         self._tell_step_number()
         self.rounds.samples += self.stepper.reference(portion)
         self.rounds.steps_since += 1
@@ -400,7 +402,7 @@ class Session:
         if self.rounds.due(self.steps):
             self.keeper.settle()
             self.rounds.fuse(self.models.values())
-        self._emit_step(step)
+        self.teller.step(step)
         self.keeper.tell_outcomes()
         self._maybe_stop(ends_epoch)
 
@@ -417,29 +419,6 @@ class Session:
         if heard:
             self.end(self._wish[1] or "another worker asked to stop")
 
-    def _emit_step(self, step: Step) -> None:
-        seconds = time.perf_counter() - step.begin
-        portion, figures = step.portion, step.figures
-        shares = [] if portion is None else list(portion.shares)
-        self._samples += sum(shares)
-        sent = sum(link.sent_bytes for link in self.place.links)
-        fused, self._sent_before = sent - self._sent_before, sent
-        if not self.bus.wants("step"):
-            return
-        busy = [] if figures is None else figures.busy_s
-        self.bus.emit(
-            "step",
-            epoch=self._cursor.epoch_of_last,
-            loss=math.nan if figures is None else figures.loss,
-            grad_norm=step.norm,
-            lr=self.learners[0].learning_rate if self.learners else math.nan,
-            samples=sum(shares),
-            seconds=seconds,
-            shares=shares,
-            busy=[min(1.0, value / max(seconds, 1e-9)) for value in busy],
-            fused_bytes=fused,
-        )
-
     def _tell_step_number(self) -> None:
         self.bus.step = self.place.world.step = self.steps
         for link in self.place.links:
@@ -447,58 +426,31 @@ class Session:
 
     # Begin, measure, save, end.
 
-    def _begin(self, source: Source | Stream, loader: Any, epochs: int | None, steps: int | None) -> None:
-        if self._began is not None:
+    def _begin(
+        self, source: Source | Stream, loader: Any, epochs: int | None, steps: int | None
+    ) -> None:
+        """Once, before the first step: the run folder, the state to go on from, the first event."""
+        if self.teller.began is not None:
             return
-        self._began = time.monotonic()
-        shapes = [
-            f"{name}.{key}{tuple(value.shape)}"
-            for name, module in self.models.items()
-            for key, value in module.state_dict().items()
-            if isinstance(value, Tensor)
-        ]
-        model_print = hashlib.sha256("\n".join(shapes).encode()).hexdigest()[:16]
+        size, per_epoch = batch_size_of(loader), loader.steps_per_epoch
         facts = {
-            "batch_size": batch_size_of(loader),
+            "batch_size": size,
             "seed": self.settings.seed,
             "choices": self.choices,
             "device": str(self.device),
             "threads": torch.get_num_threads(),
         }
-        self.keeper.begin(facts, {"data": source.fingerprint(), "model": model_print})
+        fingerprints = {"data": source.fingerprint(), "model": model_fingerprint(self.models)}
+        self.keeper.begin(facts, fingerprints)
         found = self.keeper.newest()
         if found is not None:
-            state, note = self.keeper.read(found)
-            self._restore(state, note)
+            restore(self, self.keeper.read(found))
         self._tell_step_number()
-        per_epoch = loader.steps_per_epoch
-        planned = None if epochs is None or per_epoch is None else epochs * per_epoch
-        limits = [value for value in (steps, planned) if value is not None]
-        self.bus.emit(
-            "start",
-            plan=str(self.plan),
-            promise=self.plan.promise,
-            workers=self.plan.workers,
-            device=str(self.device),
-            link=self._link_name(),
-            threads=torch.get_num_threads(),
-            samples=getattr(source, "size", None),
-            batch_size=batch_size_of(loader),
-            steps_per_epoch=per_epoch,
-            total_steps=min(limits, default=None),
-            parameters=sum(p.numel() for m in self.models.values() for p in m.parameters()),
-            resumed_step=self.steps,
-            out=None if self.keeper.path is None else str(self.keeper.path),
-            choices=self.choices,
-            data=source.promise,
-        )
-
-    def _link_name(self) -> str:
-        if self.plan.workers == 1:
-            return "none"
-        if not self.place.world.has_process_groups:
-            return "thread"
-        return "nccl" if self.device.type == "cuda" else "gloo"
+        self.teller.start(source, size, per_epoch, epochs, steps)
+        if self.keeper.resume and found is None:
+            self.bus.emit(
+                "note", text="there is no checkpoint yet: training starts at the beginning"
+            )
 
     def evaluate(
         self,
@@ -519,11 +471,7 @@ class Session:
         self.close_step()
         begin = time.perf_counter()
         source = as_source(data, collate=collate)
-        if batch_size is None and source.settings.batch_size is None:
-            batch_size = 64 * self.place.parts
-        own_order = isinstance(source, Stream) or source.settings.sampler or source.settings.batch_sampler
-        shuffle = None if own_order else False
-        loader = make_loader(source, Order(batch_size=batch_size, shuffle=shuffle), self.place)
+        loader = make_loader(source, order_of_all(source, batch_size, self.place), self.place)
         self.keeper.settle()
         with self.rounds.fused_for_a_moment(self.models.values()):
             figures, samples = measure(
@@ -558,38 +506,9 @@ class Session:
         self.close_step()
         buffers = [b for module in self.models.values() for b in module.buffers()]
         note = {"steps": self.steps, "plan": str(self.plan)}
-        self.keeper.save(self.steps, self._state, buffers, note)
+        self.keeper.save(self.steps, lambda: capture(self), buffers, note)
         if block:
             self.keeper.wait()
-
-    def _state(self) -> dict[str, Any]:
-        """All that training needs to go on. Randomness is keyed by the step and needs no state."""
-        scaler = self.precision.scaler
-        cursor = self._cursor
-        return {
-            "models": {name: module.state_dict() for name, module in self.models.items()},
-            "optimizers": [learner.optimizer.state_dict() for learner in self.learners],
-            "schedulers": [scheduler.state_dict() for scheduler, _ in self.schedulers],
-            "scaler": None if scaler is None else scaler.state_dict(),
-            "cursor": [cursor.steps, cursor.epoch, cursor.step_in_epoch, cursor.epoch_of_last],
-            "rounds": {"samples": self.rounds.samples, "steps_since": self.rounds.steps_since},
-            "parts": {name: part.state_dict() for name, part in self.parts.items()},
-        }
-
-    def _restore(self, state: dict[str, Any], note: dict[str, Any]) -> None:
-        for name, module in self.models.items():
-            module.load_state_dict(state["models"][name])
-        for learner, held in zip(self.learners, state["optimizers"], strict=True):
-            learner.optimizer.load_state_dict(held)
-        for (scheduler, _), held in zip(self.schedulers, state["schedulers"], strict=True):
-            scheduler.load_state_dict(held)
-        if self.precision.scaler is not None and state["scaler"] is not None:
-            self.precision.scaler.load_state_dict(state["scaler"])
-        self._cursor = Cursor(*state["cursor"])
-        self.rounds.samples = state["rounds"]["samples"]
-        self.rounds.steps_since = state["rounds"]["steps_since"]
-        for name, part in self.parts.items():
-            part.load_state_dict(state["parts"][name])
 
     def _finish_training(self, epochs: int | None) -> None:
         """The last round, so that all sites end equal."""
@@ -611,34 +530,14 @@ class Session:
         try:
             if error is None:
                 self.close_step()
-                if self._began is not None:
+                if self.teller.began is not None:
                     with self.rounds.fused_for_a_moment(self.models.values()):
                         self.keeper.export(self.models)
                     self.save()
                     self.keeper.wait()
-            self._emit_end(error)
+            self.teller.end(error)
         finally:
             self.keeper.close(abandon=error is not None)
             self.place.close()
             for closer in self._closers:
                 closer()
-
-    def _emit_end(self, error: BaseException | None) -> None:
-        if self._began is None:
-            return
-        seconds = time.monotonic() - self._began
-        expected = isinstance(error, AllfuseError)
-        reason = self._stop or "the script ended"
-        if error is not None:
-            reason = str(error) if expected else f"{type(error).__name__}: {error}"
-        self.bus.emit(
-            "end",
-            reason=reason,
-            steps=self.steps,
-            seconds=seconds,
-            samples=self._samples,
-            samples_per_s=self._samples / max(seconds, 1e-9),
-            fused_bytes=self._sent_before,
-        )
-
-

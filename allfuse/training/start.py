@@ -41,7 +41,9 @@ def build_model(build: Callable[[], nn.Module] | nn.Module, seed: int) -> nn.Mod
         torch.manual_seed(seed)
         made = build()
     if not isinstance(made, nn.Module):
-        raise JobError(f"the model function returned {type(made).__name__}; allowed: a torch module")
+        raise JobError(
+            f"the model function returned {type(made).__name__}; allowed: a torch module"
+        )
     return made
 
 

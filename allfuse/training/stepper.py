@@ -37,8 +37,8 @@ class Stepper:
 
     Each rank differentiates (sum of its losses) / reference, where the reference is the number of
     samples of the whole batch, known beforehand. If the losses are means over something else
-    (tokens), the fused gradients are corrected by reference / (true total count), which the exchange
-    has told by then; for means over samples that factor is exactly 1 and nothing is done.
+    (tokens), the fused gradients are corrected by reference / (true total count), which the
+    exchange has told by then; for means over samples that factor is exactly 1 and nothing is done.
     """
 
     def __init__(self, place: Place, clip: float | None) -> None:

@@ -1,4 +1,4 @@
-"""When training ends, by what is measured and by the clock. Steps and epochs are counted in loops."""
+"""When training ends, by what is measured and by the clock. Loops count steps and epochs."""
 
 from __future__ import annotations
 

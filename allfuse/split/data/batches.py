@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -102,6 +103,9 @@ class SamplerPlan:
     Args:
         batch_sampler: an iterable of lists of indices.
         seed: of the run.
+
+    >>> [batch.tolist() for batch in SamplerPlan([[2, 0], [1]], seed=0).batches(epoch=0)]
+    [[2, 0], [1]]
     """
 
     def __init__(self, batch_sampler: Iterable[list[int]], seed: int) -> None:
@@ -118,10 +122,8 @@ class SamplerPlan:
         key = mix(self.seed, epoch)
         for sampler in (getattr(self._sampler, "sampler", None), self._sampler):
             _set_epoch(sampler, epoch, key)
-        stream = KeyedStream(self._sampler, key)
-        stream.skip(first_step)
-        while taken := stream.take(_SAMPLER_AHEAD):
-            yield from map(_as_indices, taken)
+        stream = KeyedStream(self._sampler, key, _SAMPLER_AHEAD)
+        yield from map(_as_indices, islice(stream, first_step, None))
 
 
 def _set_epoch(sampler: Any, epoch: int, key: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from allfuse.base.errors import DataError
-from allfuse.base.tensors import leaves, map_nest
+from allfuse.base.tensors import map_nest
 from allfuse.split.data.base import Settings, Source, walk
 from allfuse.split.data.permutation import Indices
 
@@ -50,7 +50,6 @@ class ColumnSource(Source):
         self.rows = rows
         self.size = next(iter(lengths.values())) if rows is None else len(rows)
         self.settings = settings or Settings()
-        self._device = next(leaves(self.columns)).device
         if self.size == 0:
             raise DataError("the data set is empty: got 0 samples; give at least one")
 
@@ -94,6 +93,6 @@ def _as_tensor(leaf: Any) -> Tensor:
             return torch.from_numpy(leaf)
         except (TypeError, ValueError) as error:
             raise DataError(
-                f"an array of type {leaf.dtype} cannot become a tensor: {error}; convert it to "
-                "numbers first"
+                f"an array of type {leaf.dtype} cannot become a tensor; give numbers in this "
+                "machine's own byte order, for example by .astype(np.float32)"
             ) from error

@@ -70,8 +70,9 @@ class IterableLoader:
         Raises:
             DataError: the stream gives no samples, or none to this replica.
         """
-        stream = self.source.read(epoch, self._seed, self.parts, self.index)
-        stream.skip(first_step * self._window)
+        stream = self.source.read(epoch, self._seed, self.parts, self.index, self._window)
+        for _ in range(first_step):
+            stream.take()
         own, shares = self._next(stream)
         if not any(shares) and first_step == 0:
             raise DataError(
@@ -110,7 +111,7 @@ class IterableLoader:
 
     def _next(self, stream: KeyedStream[Any]) -> tuple[list[Any], tuple[int, ...]]:
         """This replica's samples of the next step, and the rows of all; zeros at the end."""
-        read = stream.take(self._window)
+        read = stream.take()
         self._seen = read[-1:] or self._seen
         own = read[self.index :: self.parts] if self._whole else read
         shares = self._agree(len(own))

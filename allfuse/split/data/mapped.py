@@ -21,8 +21,9 @@ class MapSource(Source):
     that draws is keyed by (seed, epoch, first index): the same in any process, but what it draws
     depends on how the batch is cut.
 
-    Cost beside reading and collating: COST_PLAIN for each batch of a dataset that draws nothing,
-    COST_DRAWS for each batch and COST_SAMPLE for each sample of one that does.
+    Cost beside reading and collating: 35 us for each batch of a dataset that draws nothing, 20 us
+    for each batch and 12 us for each sample of one that does (which is found out as it is read; the
+    batch where it is found out is read twice). A collate of the user's adds 25 us for each batch.
 
     Args:
         dataset: the samples.

@@ -22,6 +22,9 @@ class Stream:
         data: gives its samples anew each time it is iterated. A generator gives one epoch only.
         collate: makes a batch of a list of samples; None does what a DataLoader does.
         settings: what a DataLoader around the data said.
+
+    >>> Stream(range(5)).read(epoch=0, seed=0, parts=1, index=0, block=3).take()
+    [0, 1, 2]
     """
 
     size: None = None
@@ -53,13 +56,13 @@ class Stream:
         """The type of the data, for its samples may be read only once."""
         return f"stream of {type(self.data).__module__}.{type(self.data).__qualname__}"
 
-    def read(self, epoch: int, seed: int, parts: int, index: int) -> KeyedStream[Any]:
-        """The samples that replica `index` reads: its shard, or all of them."""
+    def read(self, epoch: int, seed: int, parts: int, index: int, block: int) -> KeyedStream[Any]:
+        """The samples that replica `index` reads, in blocks: of its shard, or of all."""
         cut = self.shards_itself and parts > 1
         data = self.data.shard(parts, index) if cut else self.data
         if hasattr(data, "set_epoch"):
             data.set_epoch(epoch)
-        return KeyedStream(data, mix(seed, epoch))
+        return KeyedStream(data, mix(seed, epoch), block)
 
     def collate(self, samples: list[Any], key: int) -> Any:
         """The batch of these samples; what the user's collate draws depends on the key alone."""

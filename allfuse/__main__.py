@@ -1,0 +1,5 @@
+"""`python -m allfuse` is `allfuse`."""
+
+from allfuse.cli import main
+
+main()

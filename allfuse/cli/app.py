@@ -1,0 +1,53 @@
+"""The program: its verbs, and how errors end it."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from allfuse.base.errors import AllfuseError, WorkerFailed
+from allfuse.cli import evaluate, plan, predict, run, train, verify
+from allfuse.cli.options import print_json
+
+app = typer.Typer(
+    name="allfuse",
+    help="Train one PyTorch model on all the machines you have, fuse what they learn, and predict "
+    "with the result.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+app.command("train", no_args_is_help=True)(train.train)
+app.command(
+    "run",
+    no_args_is_help=True,
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)(run.run)
+app.command("verify", no_args_is_help=True)(verify.verify)
+app.command("evaluate", no_args_is_help=True)(evaluate.evaluate)
+app.command("predict", no_args_is_help=True)(predict.predict)
+app.command("plan", no_args_is_help=True)(plan.plan)
+
+
+def main() -> None:
+    """Run a command. Errors end it with one clear message and their exit code."""
+    try:
+        app(standalone_mode=True)
+    except AllfuseError as error:
+        if "--debug" in sys.argv:
+            raise
+        if isinstance(error, WorkerFailed) and error.trace:
+            print(error.trace.rstrip(), file=sys.stderr)
+        kind = "" if error.exit_code in (2, 130) else f"{type(error).__name__}: "
+        print(f"allfuse: {kind}{error}", file=sys.stderr)
+        if "--json" in sys.argv:
+            print_json({"ok": False, "error": str(error), "exit_code": error.exit_code})
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("allfuse: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)

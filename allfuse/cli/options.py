@@ -1,0 +1,147 @@
+"""Options that several verbs share, and how a verb's work reaches its workers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from allfuse.base.errors import UserError
+from allfuse.plan import Plan, as_plan, check_workers
+
+PlanOption = Annotated[
+    str | None,
+    typer.Option(
+        "--plan",
+        metavar="PLAN",
+        help='How the work is spread, such as "data(4)" or "site(2, every=50) * data(2)".',
+    ),
+]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option("--workers", "-w", metavar="N", help='Short for --plan "data(N)".'),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="cpu or cuda; by default a GPU for each worker, else cpu."),
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Threads of each worker; by default cores / workers."),
+]
+TimeoutOption = Annotated[
+    float,
+    typer.Option(metavar="SECONDS", help="How long a worker waits for another before it gives up."),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="An argument of the job; may be repeated."),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="End with one line of JSON; progress goes to stderr.")
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks of all errors.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+
+PRELOAD = ("allfuse.api", "allfuse.observe.console", "allfuse.observe.jsonl", "rich.live")
+
+
+def choose_plan(plan: str | None, workers: int | None, default: str | None = None) -> Plan:
+    """The plan that --plan or --workers says; of both only one may be given.
+
+    Under torchrun the plan must be for as many workers as torchrun started.
+    """
+    from allfuse.launcher.torchrun import environment_number, started_by_torchrun
+
+    if plan is not None and workers is not None:
+        raise UserError(
+            f"--plan {plan!r} and --workers {workers}: allowed: one of the two; "
+            f'--workers {workers} is short for --plan "data({workers})"'
+        )
+    joined = environment_number("WORLD_SIZE", 1) if started_by_torchrun() else None
+    text = plan or default or (f"data({joined})" if joined else "data(1)")
+    chosen = as_plan(f"data({workers})" if workers is not None else text)
+    chosen.validate_executable()
+    if joined is not None:
+        check_workers(chosen, joined)
+    return chosen
+
+
+def parse_settings(pairs: list[str] | None) -> dict[str, str]:
+    """The NAME=VALUE pairs of --set."""
+    settings = {}
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.strip():
+            raise UserError(f"--set {pair}: received no '='; allowed: --set NAME=VALUE")
+        settings[name.strip()] = value
+    return settings
+
+
+def run_under(
+    plan: Plan,
+    work: Callable[[], Any],
+    *,
+    threads: int | None = None,
+    timeout_s: float = 300.0,
+) -> Any:
+    """Do the work in every rank of a plan, and give what rank 0 returned.
+
+    Here, when torchrun started this process or the plan needs one worker; else in worker processes
+    of this machine. Under torchrun ranks other than 0 return what they got themselves.
+    """
+    if timeout_s <= 0:
+        raise UserError(f"--timeout {timeout_s}: allowed: more than 0 seconds")
+    if threads is not None and threads < 1:
+        raise UserError(f"--threads {threads}: allowed: 1 or more")
+    from allfuse.launcher.torchrun import join_torchrun, started_by_torchrun
+
+    if started_by_torchrun():
+        from allfuse.launcher import entered
+
+        world = join_torchrun(str(plan), timeout_s)
+        set_threads(threads, world.local_size)
+        with entered(world):
+            return work()
+    if plan.workers == 1:
+        set_threads(threads, 1)
+        return work()
+    from allfuse.launcher.local import launch_local, warm_up
+
+    warm_up(PRELOAD)
+    return launch_local(work, plan.workers, plan=str(plan), threads=threads, timeout_s=timeout_s)
+
+
+def set_threads(threads: int | None, local_workers: int) -> None:
+    """Threads of this process: those asked for, or its share of the cores."""
+    import torch
+
+    from allfuse.launcher.local import count_cores
+
+    torch.set_num_threads(threads or max(1, count_cores() // local_workers))
+
+
+def is_first() -> bool:
+    """Whether this process speaks for all: rank 0 under torchrun, or the launcher."""
+    from allfuse.launcher.torchrun import environment_number, started_by_torchrun
+
+    return not started_by_torchrun() or environment_number("RANK", 0) == 0
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One line of strict JSON on standard output: NaN and infinities are null."""
+
+    def plain(item: Any) -> Any:
+        if isinstance(item, float) and not math.isfinite(item):
+            return None
+        if isinstance(item, dict):
+            return {key: plain(each) for key, each in item.items()}
+        if isinstance(item, list | tuple):
+            return [plain(each) for each in item]
+        return item
+
+    if is_first():
+        print(json.dumps(plain(value), allow_nan=False), flush=True)

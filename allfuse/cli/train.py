@@ -1,0 +1,151 @@
+"""allfuse train: train a job under a plan."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from allfuse.base.errors import UserError
+from allfuse.cli.options import (
+    DebugOption,
+    DeviceOption,
+    JsonOption,
+    PlanOption,
+    QuietOption,
+    SetOption,
+    ThreadsOption,
+    TimeoutOption,
+    WorkersOption,
+    choose_plan,
+    parse_settings,
+    print_json,
+    run_under,
+)
+
+if TYPE_CHECKING:
+    from allfuse.training.loop import Result
+
+
+def train(
+    job: Annotated[Path, typer.Argument(help="A Python file with a function job().")],
+    plan: PlanOption = None,
+    workers: WorkersOption = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="The run folder to make.")
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Go on with this run from its last checkpoint."),
+    ] = None,
+    settings: SetOption = None,
+    steps: Annotated[int | None, typer.Option(help="Stop after this many steps in all.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Stop after this many epochs in all.")] = None,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+    timeout: TimeoutOption = 300.0,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write TensorBoard files into the run folder.")
+    ] = False,
+    profile: Annotated[
+        str | None,
+        typer.Option(metavar="FIRST:LAST", help="Write a torch profiler trace of these steps."),
+    ] = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Train a job on one worker or many, with the same numbers.
+
+    allfuse train examples/digits.py --workers 2 --out runs/digits --set lr=3e-3
+    """
+    if out is not None and resume is not None:
+        raise UserError(f"--out {out} and --resume {resume}: allowed: one of the two")
+    needs_folder = [
+        name for name, on in (("--tensorboard", tensorboard), ("--profile", profile)) if on
+    ]
+    if needs_folder and out is None and resume is None:
+        raise UserError(f"{needs_folder[0]} writes into the run folder; next: add --out FOLDER")
+    held: dict[str, Any] = {}
+    if resume is not None:
+        from allfuse.store.run import RunFolder
+
+        held = RunFolder.open(resume).record
+    chosen = choose_plan(plan, workers, default=held.get("plan"))
+    work = functools.partial(
+        train_file,
+        str(job),
+        parse_settings(settings),
+        out=None if out is None and resume is None else str(out or resume),
+        resume=resume is not None,
+        limits={"steps": steps, "epochs": epochs},
+        device=device,
+        tensorboard=tensorboard,
+        profile=profile,
+        quiet=quiet,
+        to_stderr=as_json,
+    )
+    result: Result = run_under(chosen, work, threads=threads, timeout_s=timeout)
+    if as_json:
+        print_json(
+            {
+                "ok": True,
+                "command": "train",
+                "plan": str(chosen),
+                "steps": result.steps,
+                "loss": result.loss,
+                "reason": result.reason,
+                "validation": result.metrics,
+                "test": result.test,
+                "out": result.out,
+            }
+        )
+
+
+def train_file(
+    job_file: str,
+    settings: dict[str, str],
+    *,
+    out: str | None,
+    resume: bool,
+    limits: dict[str, int | None],
+    device: str | None,
+    tensorboard: bool,
+    profile: str | None,
+    quiet: bool,
+    to_stderr: bool,
+) -> Result:
+    """What every rank does: load the job, watch the session, train."""
+    from dataclasses import replace
+
+    from allfuse.api import Watching, watch
+    from allfuse.job import Stop, load_job_function, make_job, resolve
+    from allfuse.store.run import RunFolder, source_fingerprint
+    from allfuse.training.loop import train_job
+    from allfuse.training.session import Session
+
+    function = load_job_function(job_file)
+    if resume and out is not None:
+        settings = {**RunFolder.open(out).record.get("arguments", {}), **settings}
+    arguments = resolve(function, settings, job_file)
+    job = make_job(function, arguments, job_file)
+    given = {name: value for name, value in limits.items() if value is not None}
+    if given:
+        rules = {name: getattr(job.stop, name) for name in Stop.__dataclass_fields__}
+        job = replace(job, stop=Stop(**{**rules, **given}))
+
+    def prepare(session: Session) -> None:
+        keeper = session.keeper
+        keeper.job_file = Path(job_file).resolve()
+        keeper.facts |= {"arguments": arguments, "job_file": str(keeper.job_file)}
+        keeper.fingerprints["job"] = source_fingerprint(keeper.job_file)
+        watching = Watching(
+            quiet=quiet, tensorboard=tensorboard, profile=profile, to_stderr=to_stderr
+        )
+        watch(session, watching)
+
+    result = train_job(job, None, out=out, resume=resume, device=device, prepare=prepare)
+    result.weights = {}  # they are in the run folder; nobody here asks for them
+    return result
