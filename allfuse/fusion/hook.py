@@ -14,7 +14,7 @@ from allfuse.fusion.base import choose
 from allfuse.plan import Data, as_plan
 from allfuse.plan.plan import PlanLike
 
-Hook = Callable[[object, dist.GradBucket], torch.futures.Future[Tensor]]
+Hook = Callable[[object, Any], torch.futures.Future[Tensor]]
 
 
 def comm_hook(plan: PlanLike, group: dist.ProcessGroup | None = None) -> Hook:
@@ -55,10 +55,15 @@ def comm_hook(plan: PlanLike, group: dist.ProcessGroup | None = None) -> Hook:
     fusion, _ = choose(axis.rule, axis.topology, axis.sync, axis.codec)
     rule = fusion.sum_rule
 
-    def fuse(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def fuse(state: object, bucket: Any) -> torch.futures.Future[Tensor]:
         flat = rule.prepare(bucket.buffer(), 1.0 / size)
         work: Any = dist.all_reduce(flat, group=group, async_op=True)
         future: torch.futures.Future[Any] = work.get_future()
         return future.then(lambda done: rule.finish(done.value()[0], 1.0))
 
+    # DistributedDataParallel compares the annotations themselves, not their text.
+    fuse.__annotations__ |= {
+        "bucket": vars(dist)["GradBucket"],
+        "return": torch.futures.Future[Tensor],
+    }
     return fuse
