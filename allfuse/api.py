@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from allfuse.base.errors import JobError, UserError
-from allfuse.job import Job, load_job
+from allfuse.base.errors import UserError
+from allfuse.job import Job, as_job
 from allfuse.launcher import current_world
 from allfuse.launcher.torchrun import started_by_torchrun
 from allfuse.plan import Plan, as_plan, check_workers
@@ -187,18 +187,6 @@ def _train_here(
         device=device,
         prepare=lambda s: watch(s, Watching(quiet=quiet)),
     )
-
-
-def as_job(job: Job | Callable[..., Job] | str | Path, settings: Mapping[str, Any]) -> Job:
-    """A job in any of its forms."""
-    if isinstance(job, str | Path):
-        return load_job(job, settings)
-    if isinstance(job, Job):
-        return job
-    made = job(**settings)
-    if not isinstance(made, Job):
-        raise JobError(f"the job function returned {type(made).__name__}; allowed: af.Job")
-    return made
 
 
 def launch(

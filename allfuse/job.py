@@ -234,6 +234,18 @@ def make_job(function: Callable[..., Job], arguments: Mapping[str, Any], path: s
     return made
 
 
+def as_job(job: Job | Callable[..., Job] | str | Path, settings: Mapping[str, Any]) -> Job:
+    """A job in any of its forms."""
+    if isinstance(job, str | Path):
+        return load_job(job, settings)
+    if isinstance(job, Job):
+        return job
+    made = job(**settings)
+    if not isinstance(made, Job):
+        raise JobError(f"the job function returned {type(made).__name__}; allowed: af.Job")
+    return made
+
+
 def load_job_function(path: str | Path, original: str | None = None) -> Callable[..., Job]:
     """The function `job` of a Python file, which is run once for each process."""
     file = Path(path)

@@ -1,0 +1,240 @@
+"""The command line: bad input ends with one clear message and exit code 2, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+JOB = """
+import torch
+import allfuse as af
+
+def job(lr=0.1, samples=64, batch_size=8, epochs=1):
+    x = torch.arange(samples * 3, dtype=torch.float32).reshape(samples, 3) / (samples * 3)
+    y = x.sum(1, keepdim=True)
+    return af.Job(
+        model=lambda: torch.nn.Linear(3, 1),
+        train=(x, y),
+        validation=(x, y),
+        test=(x[:10], y[:10]),
+        loss=lambda outputs, batch: torch.nn.functional.mse_loss(outputs, batch[1]),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=lr),
+        batch_size=batch_size,
+        stop=af.Stop(epochs=epochs),
+        inputs=["a", "b", "c"],
+    )
+"""
+
+
+def allfuse(
+    *arguments: object, cwd: Path, ok: bool | None = None
+) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [sys.executable, "-m", "allfuse", *map(str, arguments)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    if ok is not None:
+        assert (done.returncode == 0) is ok, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    path = tmp_path / "job.py"
+    path.write_text(JOB)
+    return path
+
+
+def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    """One message of a line or two on standard error, exit code 2, no traceback."""
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 3, done.stderr
+
+
+def test_help_explains_every_command() -> None:
+    for verb in ("train", "run", "verify", "evaluate", "predict", "plan"):
+        done = allfuse(verb, "--help", cwd=ROOT, ok=True)
+        assert "--json" in done.stdout
+        assert "allfuse " + verb in done.stdout
+
+
+def test_help_loads_no_torch() -> None:
+    code = "import sys; from allfuse.cli.app import app; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        ("data(0)", ("data(0)", "nearest")),
+        ("data(2", ("data(2",)),
+        ("ring(2)", ("ring", "data")),
+        ("data(2) * site(2)", ("site(2) * data(2)",)),
+        ("data(2, topology=rong)", ("rong", "native")),
+        ("tensor(2)", ("tensor", "data(2)")),
+        ("__import__('os')", ("__import__",)),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused_with_the_nearest(
+    plan: str, words: tuple[str, ...], tmp_path: Path, job: Path
+) -> None:
+    refused(allfuse("train", job, "--plan", plan, "--out", "out", cwd=tmp_path), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_plan_and_workers_exclude_each_other(tmp_path: Path, job: Path) -> None:
+    done = allfuse("train", job, "--plan", "data(2)", "--workers", 2, cwd=tmp_path)
+    refused(done, "one of the two")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, ("no such file",)),
+        ("x = 1\n", ("job()",)),
+        ("def job():\n    return 3\n", ("int", "af.Job")),
+        ("def job(lr=1.0):\n    return 3\n", ()),
+    ],
+)
+def test_a_file_that_is_no_job_is_refused(
+    text: str | None, words: tuple[str, ...], tmp_path: Path
+) -> None:
+    path = tmp_path / "bad.py"
+    if text is not None:
+        path.write_text(text)
+    refused(allfuse("train", path, "--out", "out", cwd=tmp_path), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_job_that_raises_on_import_shows_its_own_traceback(tmp_path: Path) -> None:
+    path = tmp_path / "bad.py"
+    path.write_text("import math\nvalue = math.sqrt(-1)\n")
+    done = allfuse("train", path, "--workers", 2, "--out", "out", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "line 2" in done.stderr
+    assert "ValueError" in done.stderr
+    assert done.stderr.count("math.sqrt(-1)") == 1
+    assert "launcher" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_setting_suggests_the_nearest(tmp_path: Path, job: Path) -> None:
+    done = allfuse("train", job, "--set", "epoch=3", "--workers", 2, cwd=tmp_path)
+    refused(done, "epoch", "epochs")
+    refused(allfuse("train", job, "--set", "lr", cwd=tmp_path), "NAME=VALUE")
+    refused(allfuse("train", job, "--set", "lr=fast", cwd=tmp_path), "lr=fast", "float")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (("--set", "samples=0"), ("empty",)),
+        (("--set", "batch_size=1", "--workers", "2"), ("batch_size=1", "2 replicas")),
+        (("--epochs", "0"), ("epochs",)),
+        (("--device", "tpu"), ("tpu",)),
+        (("--timeout", "0"), ("timeout",)),
+        (("--threads", "0", "--workers", "2"), ("threads",)),
+        (("--tensorboard",), ("--out",)),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(
+    settings: tuple[str, ...], words: tuple[str, ...], tmp_path: Path, job: Path
+) -> None:
+    refused(allfuse("train", job, *settings, cwd=tmp_path), *words)
+
+
+def test_train_evaluate_predict_and_resume(tmp_path: Path, job: Path) -> None:
+    done = allfuse("train", job, "--workers", 2, "--out", "out", "--json", cwd=tmp_path, ok=True)
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert last["ok"]
+    assert last["steps"] == 8
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["plan"] == "data(2)"
+    assert record["arguments"]["lr"] == 0.1
+    assert "train" in record["command"]
+
+    refused(allfuse("train", job, "--out", "out", cwd=tmp_path), "exists already", "--resume")
+    more = allfuse("train", job, "--resume", "out", "--epochs", 2, "--json", cwd=tmp_path, ok=True)
+    assert json.loads(more.stdout.splitlines()[-1])["steps"] == 16
+
+    one = allfuse("evaluate", "out", "--json", cwd=tmp_path, ok=True)
+    two = allfuse("evaluate", "out", "--workers", 2, "--json", cwd=tmp_path, ok=True)
+    figures = [json.loads(d.stdout.splitlines()[-1])["metrics"]["loss"] for d in (one, two)]
+    assert figures[0] == pytest.approx(figures[1], rel=1e-6)
+
+    rows = tmp_path / "rows.csv"
+    rows.write_text("a,b,c\n" + "".join(f"{i},{i + 1},{i + 2}\n" for i in range(20)))
+    options = ("--input", rows, "--output", "answers.csv")
+    allfuse("predict", "out", *options, "--workers", 2, cwd=tmp_path, ok=True)
+    assert len((tmp_path / "answers.csv").read_text().splitlines()) == 21
+
+    job.write_text(JOB.replace("lr=0.1", "lr=0.2"))
+    refused(allfuse("train", job, "--resume", "out", cwd=tmp_path), "fingerprint of the job")
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ("a,b\n1,2\n", ("c",)),
+        ("a,b,c,d\n1,2,3,4\n", ("d",)),
+        ("a,b,c\n1,2,3\n1,two,3\n", ("row 3", "two")),
+        ("a,b,c\n1,nan,3\n", ("row 2", "nan")),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused_by_row(
+    table: str, words: tuple[str, ...], tmp_path: Path, trained: Path
+) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text(table)
+    done = allfuse("predict", trained, "--input", rows, "--output", "answers.csv", cwd=tmp_path)
+    refused(done, *words)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.csv"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "job.py").write_text(JOB)
+    allfuse("train", folder / "job.py", "--out", "out", "--quiet", cwd=folder, ok=True)
+    return folder / "out"
+
+
+def test_run_gives_a_script_its_plan_and_its_arguments(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\nimport allfuse as af\n"
+        "with af.session(quiet=True) as s:\n"
+        "    s.print('plan', s.plan, 'rank', s.rank, sys.argv[1:], __name__)\n"
+    )
+    line = "plan data(2) rank 0 ['--epochs', '3'] __main__"
+    done = allfuse("run", script, "--plan", "data(2)", "--", "--epochs", 3, cwd=tmp_path, ok=True)
+    assert line in done.stdout
+    alone = subprocess.run(
+        [sys.executable, script, "--epochs", "3"], capture_output=True, text=True, check=True
+    )
+    assert line.replace("data(2)", "data(1)") in alone.stdout
+
+
+def test_plan_says_what_it_would_do_without_starting_anything(tmp_path: Path, job: Path) -> None:
+    done = allfuse("plan", job, "--plan", "data(2)", cwd=tmp_path, ok=True)
+    assert "exact" in done.stdout
+    assert "4 + 4 samples" in done.stdout
+    refused(allfuse("plan", job, "--plan", "data(9)", cwd=tmp_path), "batch_size=8")
+    done = allfuse("plan", "data(2) * tensor(2)", cwd=tmp_path)
+    refused(done, "tensor")
