@@ -20,17 +20,20 @@ from allfuse.observe.wording import (
 )
 
 LINE_S = 2.0  # between two lines that say how far it is
+SAVED_S = 10.0  # between two lines about checkpoints that went well; the summary names the last
 
 
 class Lines:
     """Writes plain lines to a stream, at most one about progress every `LINE_S` seconds.
 
-    The first step, the last one, evaluations and messages are always written.
+    The first step, the last one, evaluations and messages are always written; checkpoints that went
+    well at most every `SAVED_S`.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._next = 0.0
+        self._next_saved = 0.0
         self._pending = ""  # the kind of progress that came after the last line about it
 
     def show(self, event: Event, progress: Progress) -> None:
@@ -48,6 +51,10 @@ class Lines:
         elif name == "end":
             self.close(progress)
             self._write("", final_text(progress, charts=_takes_charts(self._stream)))
+        elif name == "saved":
+            if time.monotonic() >= self._next_saved:
+                self._write(message(event) or "")
+                self._next_saved = time.monotonic() + SAVED_S
         elif (text := message(event)) is not None:
             if name == "stop":
                 self.close(progress)
