@@ -74,7 +74,7 @@ class Profile:
         if self._profile is None:
             self._profile = _started()
         self._range = record_function(f"step {step}")
-        self._range.__enter__()  # type: ignore[no-untyped-call]
+        self._range.__enter__()
 
     def after_step(self, step: int) -> Path | None:
         """The trace's path when this step was the last of the range and it has been written."""
