@@ -17,7 +17,8 @@ from allfuse.launcher.torchrun import started_by_torchrun
 from allfuse.plan import Plan, as_plan, check_workers
 from allfuse.plan.plan import PlanLike
 from allfuse.training.loop import Result, train_job
-from allfuse.training.session import Session, Settings
+from allfuse.training.session import Session
+from allfuse.training.settings import Settings
 
 if TYPE_CHECKING:
     from allfuse.base.events import Event

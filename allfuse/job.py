@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import importlib.util
 import inspect
+import math
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +21,46 @@ from allfuse.base.errors import JobError, nearest
 
 Loss = Callable[[Any, Any], Any]
 MetricFunction = Callable[[Any, Any], Any]
+
+CHOICES = {
+    "precision": ("fp32", "bf16", "fp16"),
+    "batch_statistics": ("global", "local"),
+    "scheduler_every": ("step", "epoch", "evaluation"),
+}
+EVENTS = ("start", "step", "round", "evaluated", "saved", "not_saved", "note", "warning", "end")
+
+
+def check_whole(owner: str, name: str, value: object, least: int = 1) -> None:
+    """Refuse what is not a whole number from `least` on."""
+    if type(value) is not int or value < least:
+        raise JobError(
+            f"{owner}({name}=...): received {value!r}; allowed: a whole number from {least}"
+        )
+
+
+def check_number(owner: str, name: str, value: object, *, positive: bool) -> None:
+    """Refuse what is not a finite number, or not more than 0."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or (positive and value <= 0):  # type: ignore[operator]  # a number by then
+        allowed = "a number above 0" if positive else "a number"
+        raise JobError(f"{owner}({name}=...): received {value!r}; allowed: {allowed}")
+
+
+def check_training(owner: str, given: Any, *, whole: Iterable[str]) -> None:
+    """Check the fields that a job and a session have in common, and whole numbers from 1."""
+    for name, allowed in CHOICES.items():
+        received = getattr(given, name, allowed[0])
+        if received not in allowed:
+            raise JobError(
+                f"{owner}({name}=...): received {received!r}{nearest(str(received), allowed)}; "
+                f"allowed: {', '.join(allowed)}"
+            )
+    for name in whole:
+        check_whole(owner, name, getattr(given, name))
+    if type(given.seed) is not int:
+        raise JobError(f"{owner}(seed=...): received {given.seed!r}; allowed: a whole number")
+    if given.clip is not None:
+        check_number(owner, "clip", given.clip, positive=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +78,12 @@ class Stop:
     seconds: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "epochs", "patience", "seconds"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise JobError(f"Stop({name}={value}): received {value}; allowed: more than 0")
+        for name in ("steps", "epochs", "patience"):
+            if getattr(self, name) is not None:
+                check_whole("Stop", name, getattr(self, name))
+        for name in ("seconds", "target"):
+            if getattr(self, name) is not None:
+                check_number("Stop", name, getattr(self, name), positive=name == "seconds")
         if all(getattr(self, name) is None for name in self.__dataclass_fields__):
             raise JobError(
                 "Stop(): no rule was given; allowed: steps, epochs, target, patience, seconds"
@@ -73,9 +118,19 @@ class Hook:
 def on(event: str, function: Callable[..., None]) -> Hook:
     """A hook for `Job(hooks=[...])`: `function(session, event)` is called on every rank.
 
-    Events: "start", "step", "round", "evaluated", "saved", "end" (see docs/writing-a-job.md).
-    A hook may use collectives, change learning rates, or call `session.stop(reason)`.
+    Events: "start", "step", "round", "evaluated", "end" (see docs/writing-a-job.md). A hook may use
+    collectives, change learning rates, or call `session.stop(reason)`. "saved", "not_saved", "note"
+    and "warning" come on rank 0 only, some time after the fact: hooks for them must not wait for
+    other ranks.
+
+    Raises:
+        JobError: there is no such event.
     """
+    if event not in EVENTS:
+        raise JobError(
+            f"on({event!r}): there is no such event{nearest(event, EVENTS)}; "
+            f"allowed: {', '.join(EVENTS)}"
+        )
     return Hook(event, function)
 
 
@@ -141,22 +196,12 @@ class Job:
     hooks: Sequence[Hook] = ()
 
     def __post_init__(self) -> None:
-        self._check_whole("batch_size", "accumulate")
-        allowed = {
-            "precision": ("fp32", "bf16", "fp16"),
-            "batch_statistics": ("global", "local"),
-            "scheduler_every": ("step", "epoch", "evaluation"),
-        }
-        for name, values in allowed.items():
-            received = getattr(self, name)
-            if received not in values:
-                raise JobError(
-                    f"Job({name}=...): received {received!r}; allowed: {', '.join(values)}"
-                )
+        check_training("Job", self, whole=("batch_size", "accumulate"))
+        check_whole("Job", "loaders", self.loaders, least=0)
+        self._check_kinds()
         for name in ("evaluate_every", "save_every"):
             value = getattr(self, name)
-            good = value in (None, "epoch") or (isinstance(value, int) and value > 0)
-            if not good:
+            if value not in (None, "epoch") and (type(value) is not int or value < 1):
                 raise JobError(
                     f"Job({name}=...): received {value!r}; allowed: steps, 'epoch' or None"
                 )
@@ -164,16 +209,49 @@ class Job:
             raise JobError(
                 f"Job(monitor={self.monitor!r}): there is no such metric"
                 f"{nearest(self.monitor_name, self.metrics)}; "
-                f"allowed: loss, {', '.join(self.metrics)} with or without '-' in front"
+                f"allowed: {', '.join(('loss', *self.metrics))} with or without '-' in front"
             )
+        self._check_measured()
 
-    def _check_whole(self, *names: str) -> None:
-        for name in names:
+    def _check_kinds(self) -> None:
+        """Refuse what is of another kind than a field needs, before anything starts."""
+        needed = ("model", "loss", "optimizer")
+        optional = ("forward", "scheduler", "collate")
+        for name in (*needed, *(name for name in optional if getattr(self, name) is not None)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not callable(value):
                 raise JobError(
-                    f"Job({name}=...): received {value!r}; allowed: a whole number from 1"
+                    f"Job({name}=...): received {type(value).__name__}; allowed: a function "
+                    f"(see help(af.Job))"
                 )
+        if not isinstance(self.stop, Stop):
+            raise JobError(
+                f"Job(stop=...): received {self.stop!r}; allowed: af.Stop(epochs=3), for one"
+            )
+        if not isinstance(self.metrics, Mapping):
+            raise JobError(
+                f"Job(metrics=...): received {type(self.metrics).__name__}; allowed: a dict of "
+                "name -> function(outputs, batch)"
+            )
+        for hook in self.hooks:
+            if not isinstance(hook, Hook):
+                raise JobError(
+                    f"Job(hooks=...): received {type(hook).__name__}; allowed: what af.on(event, "
+                    "function) makes"
+                )
+
+    def _check_measured(self) -> None:
+        """Refuse rules that wait for evaluations which never come."""
+        waiting = [name for name in ("target", "patience") if getattr(self.stop, name) is not None]
+        rules = [f"stop=Stop({name}=...)" for name in waiting]
+        if self.scheduler is not None and self.scheduler_every == "evaluation":
+            rules.append("scheduler_every='evaluation'")
+        if rules and (self.validation is None or self.evaluate_every is None):
+            raise JobError(
+                f"Job({rules[0]}): it needs evaluations; received validation="
+                f"{'None' if self.validation is None else '...'}, evaluate_every="
+                f"{self.evaluate_every!r}; next: give validation data, and evaluate_every='epoch'"
+            )
 
     @property
     def monitor_text(self) -> str:
@@ -184,10 +262,14 @@ class Job:
     def monitor_name(self) -> str:
         return self.monitor_text.removeprefix("-")
 
+    @property
+    def lower_is_better(self) -> bool:
+        return self.monitor_text.startswith("-")
+
     def score(self, figures: Mapping[str, float]) -> float:
         """The monitored value of an evaluation, signed so that higher is better."""
         value = figures[self.monitor_name]
-        return -value if self.monitor_text.startswith("-") else value
+        return -value if self.lower_is_better else value
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:
@@ -195,11 +277,20 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, list | tuple):
         return model(batch[0])
     if isinstance(batch, Mapping):
-        names = inspect.signature(model.forward).parameters
-        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in names.values()):
+        names = _keywords(getattr(model.forward, "__func__", model.forward))
+        if names is None:
             return model(**batch)
         return model(**{key: value for key, value in batch.items() if key in names})
     return model(batch)
+
+
+@functools.lru_cache(maxsize=64)
+def _keywords(forward: Callable[..., Any]) -> frozenset[str] | None:
+    """The names of a function's arguments; None when it takes any."""
+    parameters = inspect.signature(forward).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return None
+    return frozenset(parameters)
 
 
 def load_job(path: str | Path, settings: Mapping[str, Any], original: str | None = None) -> Job:
@@ -289,9 +380,11 @@ def resolve(
     >>> resolve(lambda lr=1e-3, deep=False: None, {"lr": "3e-3", "deep": "true"}, "job.py")
     {'lr': 0.003, 'deep': True}
     """
-    parameters = inspect.signature(function).parameters
+    every = inspect.signature(function).parameters.values()
+    parameters = {p.name: p for p in every if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in every)
     for name in settings:
-        if name not in parameters:
+        if name not in parameters and not takes_any:
             allowed = ", ".join(parameters) or "none: job() takes no arguments"
             raise JobError(
                 f"--set {name}: {where} has no such argument{nearest(name, parameters)}; "
@@ -305,7 +398,7 @@ def resolve(
             raise JobError(f"{where}: job() needs its argument {name}; next: add --set {name}=...")
         else:
             values[name] = parameter.default
-    return values
+    return values | {n: _read(n, v, None) for n, v in settings.items() if n not in parameters}
 
 
 def _read(name: str, value: Any, default: Any) -> Any:
@@ -329,8 +422,6 @@ def _read(name: str, value: Any, default: Any) -> Any:
 
 def _plain(text: str) -> Any:
     """A literal where the text is one, else the text."""
-    import ast
-
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

@@ -14,8 +14,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -93,30 +93,70 @@ def ratios(above: Iterable[float], below: Iterable[float]) -> list[float]:
     return [a / b for a, b in zip(above, below, strict=True)]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Turns:
+    """What the turns of one contender took, one entry a round.
+
+    wall_s: seconds. cpu_s: processor seconds of all threads of this process, which say the same
+    on a machine that others use too.
+    """
+
+    wall_s: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
+
+    def each(self, steps: int) -> Turns:
+        """The same for one step of a turn."""
+        return Turns(
+            wall_s=[value / steps for value in self.wall_s],
+            cpu_s=[value / steps for value in self.cpu_s],
+        )
+
+
 def interleave(
     contenders: Mapping[str, Callable[[], None]],
     rounds: int,
     meet: Callable[[], Any] = lambda: None,
-) -> dict[str, list[float]]:
-    """Seconds that each contender takes in each round.
+) -> dict[str, Turns]:
+    """What each contender takes in each round.
 
     Every other round goes backwards, so that none gains by its place. `meet()` runs before each
     turn and is not timed: processes that are measured together wait there for each other.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    turns = {name: Turns() for name in contenders}
     for number in range(rounds):
-        names = list(contenders) if number % 2 == 0 else list(reversed(contenders))
+        names = list(contenders) if number % 2 == 0 else list(reversed(list(contenders)))
         for name in names:
             meet()
-            begin = time.perf_counter()
+            begin, begin_cpu = time.perf_counter(), time.process_time()
             contenders[name]()
-            seconds[name].append(time.perf_counter() - begin)
-    return seconds
+            turns[name].wall_s.append(time.perf_counter() - begin)
+            turns[name].cpu_s.append(time.process_time() - begin_cpu)
+    return turns
 
 
-def milliseconds(seconds: Sequence[float], steps: int = 1) -> str:
-    """The median time of a step, in words."""
-    return f"{statistics.median(seconds) / steps * 1e3:.2f} ms"
+def gather(parts: Iterable[Mapping[str, Turns]]) -> dict[str, Turns]:
+    """The turns of several runs, as if they were one."""
+    held: dict[str, Turns] = {}
+    for part in parts:
+        for name, turns in part.items():
+            held.setdefault(name, Turns())
+            held[name].wall_s.extend(turns.wall_s)
+            held[name].cpu_s.extend(turns.cpu_s)
+    return held
+
+
+def rounds_for(seconds: float, least: int = 2) -> Iterator[int]:
+    """Numbers of rounds until so many seconds are over; at least `least`."""
+    end = time.monotonic() + seconds
+    number = 0
+    while number < least or time.monotonic() < end:
+        yield number
+        number += 1
+
+
+def milliseconds(seconds: Sequence[float]) -> str:
+    """The median, in words."""
+    return f"{statistics.median(seconds) * 1e3:.2f} ms"
 
 
 @dataclass(frozen=True, kw_only=True)

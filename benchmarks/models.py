@@ -5,6 +5,7 @@ Shapes: B samples, T tokens, C channels, V entries of the vocabulary.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -32,9 +33,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C)
         parts = self.into(self.norm_attention(x)).chunk(3, dim=-1)
-        query, key, value = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts
-        )
+        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         seen = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.out(seen.transpose(1, 2).flatten(2))
         return x + self.back(F.gelu(self.hidden(self.norm_hidden(x))))
@@ -138,9 +137,7 @@ class Case:
 CASES = {
     case.name: case
     for case in (
-        Case(
-            name="mlp", model=small_mlp, data=lambda: vectors(512), optimizer=momentum, share=64
-        ),
+        Case(name="mlp", model=small_mlp, data=lambda: vectors(512), optimizer=momentum, share=64),
         Case(name="cnn", model=small_cnn, data=lambda: images(16), optimizer=momentum, share=8),
         Case(name="gpt", model=SmallGpt, data=texts, optimizer=adamw, share=4),
         Case(
@@ -155,6 +152,10 @@ def build(case: Case) -> nn.Module:
     """The model, with the same weights wherever it is built."""
     torch.manual_seed(0)
     return case.model()
+
+
+def count_parameters(case: Case) -> int:
+    return sum(parameter.numel() for parameter in build(case).parameters())
 
 
 class PlainLoop:
@@ -209,3 +210,14 @@ class SessionLoop:
 
     def close(self) -> None:
         self.batches.close()
+
+
+def steps_in(loop: PlainLoop, seconds: float) -> int:
+    """About how many steps a loop does in so many seconds."""
+    loop.run(3)
+    count = 0
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < min(seconds, 0.5):
+        loop.run(1)
+        count += 1
+    return max(2, round(count * seconds / (time.perf_counter() - begin)))

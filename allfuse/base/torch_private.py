@@ -24,6 +24,7 @@ __all__ = [
     "foreach_multiply",
     "gloo_group",
     "nccl_group",
+    "storage_users",
 ]
 
 
@@ -64,3 +65,9 @@ def nccl_group(store: Store, rank: int, size: int, timeout_s: float) -> dist.Pro
 def foreach_multiply(tensors: Sequence[Tensor], factor: float) -> None:
     """Multiply many tensors in place by a number, in one call."""
     torch._foreach_mul_(list(tensors), factor)
+
+
+def storage_users(tensor: Tensor) -> int:
+    """How many tensors share a tensor's memory, itself and this look at it included."""
+    count: int = vars(torch._C)["_storage_Use_Count"](tensor.untyped_storage()._cdata)
+    return count

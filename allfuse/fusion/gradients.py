@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from allfuse.base.errors import UserError
 from allfuse.base.tensors import split_buckets
-from allfuse.base.torch_private import foreach_copy
+from allfuse.base.torch_private import foreach_copy, storage_users
 from allfuse.fusion.base import Fusion
 from allfuse.link import Link, Work
 
@@ -19,7 +19,6 @@ BUCKET_BYTES = 25_000_000
 FIRST_BUCKET_BYTES = 1_000_000  # small, so that the first transfer starts early
 
 
-@dataclass
 class Bucket:
     """Gradients of some parameters end to end in one flat tensor, then one flag for each.
 
@@ -27,12 +26,90 @@ class Bucket:
     process would: a parameter that nobody used keeps `grad=None`, so its optimizer skips it.
     """
 
-    indices: list[int]
-    flat: Tensor
-    views: list[Tensor]
-    flags: Tensor
-    missing: int = 0
-    work: Work | None = None
+    def __init__(self, number: int, names: list[str], parameters: list[Parameter]) -> None:
+        self.names, self.parameters = names, parameters
+        self.operation = f"fuse gradients, bucket {number}"
+        self.missing = len(parameters)
+        self.work: Work | None = None
+        self._has_all = True
+        self._allocate()
+
+    def _allocate(self) -> None:
+        counts = [parameter.numel() for parameter in self.parameters]
+        first = self.parameters[0]
+        flat = torch.zeros(sum(counts) + len(counts), dtype=first.dtype, device=first.device)
+        *pieces, self.flags = flat.split([*counts, len(counts)])
+        self.flat = flat
+        self.views = [
+            piece.view_as(parameter)
+            for piece, parameter in zip(pieces, self.parameters, strict=True)
+        ]
+        self._holders, self._users = _count_holders(list(self.views)), storage_users(flat)
+
+    def _is_kept(self) -> bool:
+        """Whether a script still holds gradients that live here and would be written over."""
+        stale = [
+            view
+            for view, parameter in zip(self.views, self.parameters, strict=True)
+            if parameter.grad is not view
+        ]
+        return bool(stale) and (
+            _count_holders(stale) > self._holders or storage_users(self.flat) > self._users
+        )
+
+    def fill(self) -> None:
+        """Copy the gradients in, and say where there are some. Kept ones stay as they are."""
+        if self._is_kept():
+            self._allocate()
+        views, sources, empty = self._sort()
+        if views:
+            foreach_copy(views, sources)
+        self._has_all = not empty
+        if self._has_all:
+            self.flags.fill_(1)
+            return
+        for view in empty:
+            view.zero_()
+        has = [float(parameter.grad is not None) for parameter in self.parameters]
+        self.flags.copy_(torch.tensor(has))
+
+    def _sort(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Views to copy to, gradients to copy there, and views that have no gradient.
+
+        A gradient that is its view already (after zero_grad(set_to_none=False)) stays.
+        """
+        views: list[Tensor] = []
+        sources: list[Tensor] = []
+        empty: list[Tensor] = []
+        for view, parameter in zip(self.views, self.parameters, strict=True):
+            gradient = parameter.grad
+            if gradient is None:
+                empty.append(view)
+            elif gradient.layout != torch.strided:
+                name = self.names[self.parameters.index(parameter)]
+                raise UserError(
+                    f"the gradient of {name} is sparse; allowed: dense gradients; next: build the "
+                    "embedding with sparse=False"
+                )
+            elif gradient is not view:
+                views.append(view)
+                sources.append(gradient)
+        return views, sources, empty
+
+    def hand_out(self) -> None:
+        """Make each `grad` a view into the sums; None where no rank had one."""
+        used = None if self._has_all else self.flags.tolist()
+        for place, parameter in enumerate(self.parameters):
+            parameter.grad = self.views[place] if used is None or used[place] else None
+        self.reset()
+
+    def reset(self) -> None:
+        self.work, self.missing = None, len(self.parameters)
+
+
+def _count_holders(views: list[Tensor]) -> int:
+    """The most that one of them is referred to."""
+    return max(map(sys.getrefcount, views))
 
 
 class GradientFusion:
@@ -46,7 +123,8 @@ class GradientFusion:
          written once) and its sum is started, always in the order of the buckets. Overlaps with
          backward. 2 (n-1)/n B bytes sent for each peer with native.
       2. `finish()`: starts what is left (unused parameters count as zero), waits, and makes each
-         `grad` a view into the sums. Nothing is copied back.
+         `grad` a view into the sums. Nothing is copied back. A `grad` that a script keeps beyond
+         the step keeps its values: its bucket then moves to other memory.
 
     Parameters must be listed alike on every peer. Peers that use different parameters in a step
     neither hang nor differ: every bucket travels in every step.
@@ -82,18 +160,13 @@ class GradientFusion:
                     "next: store it as torch.view_as_real"
                 )
             kinds.setdefault((parameter.dtype, parameter.device), []).append(index)
-        for (dtype, device), indices in kinds.items():
+        for indices in kinds.values():
             sizes = [self.parameters[index].nbytes for index in indices]
             for positions in split_buckets(sizes, bucket_bytes, first_bucket_bytes):
                 members = [indices[position] for position in positions]
-                counts = [self.parameters[index].numel() for index in members]
-                flat = torch.zeros(sum(counts) + len(counts), dtype=dtype, device=device)
-                *pieces, flags = flat.split([*counts, len(counts)])
-                views = [
-                    piece.view_as(self.parameters[index])
-                    for piece, index in zip(pieces, members, strict=True)
-                ]
-                bucket = Bucket(members, flat, views, flags, missing=len(members))
+                names = [self.names[index] for index in members]
+                parameters = [self.parameters[index] for index in members]
+                bucket = Bucket(len(self.buckets), names, parameters)
                 self.buckets.append(bucket)
                 for index in members:
                     self._home[index] = bucket
@@ -113,56 +186,44 @@ class GradientFusion:
                 "or use torch.utils.checkpoint with use_reentrant=False"
             )
         self._is_final[index] = True
-        bucket = self._home[index]
-        bucket.missing -= 1
-        while self._started < len(self.buckets) and self.buckets[self._started].missing == 0:
-            self._start(self.buckets[self._started])
+        self._home[index].missing -= 1
+        while self._started < len(self.buckets) and not self.buckets[self._started].missing:
+            self._start()
 
-    def _start(self, bucket: Bucket) -> None:
-        targets: list[Tensor] = []
-        sources: list[Tensor] = []
-        for view, index in zip(bucket.views, bucket.indices, strict=True):
-            gradient = self.parameters[index].grad
-            if gradient is None:
-                view.zero_()
-                continue
-            if gradient.is_sparse:
-                raise UserError(
-                    f"the gradient of {self.names[index]} is sparse; allowed: dense gradients; "
-                    "next: build the embedding with sparse=False"
-                )
-            if gradient.data_ptr() != view.data_ptr():
-                targets.append(view)
-                sources.append(gradient)
-        if targets:
-            foreach_copy(targets, sources)
-        if bucket.missing == 0:
-            bucket.flags.fill_(1)
-        else:
-            has = [float(self.parameters[index].grad is not None) for index in bucket.indices]
-            bucket.flags.copy_(torch.tensor(has))
-        operation = f"fuse gradients, bucket {self._started}"
-        bucket.work = self.fusion.start_sum(bucket.flat, self.link, operation)
+    def _start(self, fill: bool = True) -> None:
+        """Send the next bucket on its way."""
+        bucket = self.buckets[self._started]
+        if fill:
+            bucket.fill()
+        bucket.work = self.fusion.start_sum(bucket.flat, self.link, bucket.operation)
         self._started += 1
 
     def finish(self) -> None:
         """Wait for all sums. After it each `grad` holds the sum over the peers."""
         while self._started < len(self.buckets):
-            self._start(self.buckets[self._started])
+            self._start()
         for bucket in self.buckets:
             assert bucket.work is not None
             bucket.work.wait()
-            used = None if bucket.missing == 0 else bucket.flags.tolist()
-            for place, index in enumerate(bucket.indices):
-                parameter = self.parameters[index]
-                parameter.grad = bucket.views[place] if used is None or used[place] else None
-                self._is_final[index] = False
-            bucket.work, bucket.missing = None, len(bucket.indices)
-        self._started = 0
+            bucket.hand_out()
+        self._rest()
 
     def forget(self) -> None:
-        """Drop a step that was begun and will not be finished."""
+        """Drop a step that was begun and will not be finished, and its gradients.
+
+        All peers do so together: what is under way cannot be called back, so the rest is sent
+        after it, and the next step of all begins with the same bucket.
+        """
+        while self._started < len(self.buckets):
+            self._start(fill=False)
         for bucket in self.buckets:
-            bucket.work, bucket.missing = None, len(bucket.indices)
-        self._is_final = [False] * len(self.parameters)
+            assert bucket.work is not None
+            bucket.work.wait()
+            bucket.reset()
+        self._rest()
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def _rest(self) -> None:
         self._started = 0
+        self._is_final = [False] * len(self.parameters)

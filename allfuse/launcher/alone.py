@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from allfuse.launcher.base import World
+from allfuse.launcher.signals import catch_signals
 
 if TYPE_CHECKING:
     import torch
@@ -34,22 +32,14 @@ class LocalBoard:
 
 
 class AloneWorld(World):
-    """One worker in this process. The first Ctrl-C asks to stop, the second one interrupts."""
+    """One worker in this process, which answers to Ctrl-C and SIGTERM while it is open."""
 
     kind = "alone"
 
     def __init__(self) -> None:
         super().__init__()
         self.board = LocalBoard()
-        self._previous: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._ask_to_stop)
-
-    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
-        if self.stop_requested.is_set():
-            raise KeyboardInterrupt
-        self.stop_requested.set()
+        self._give_back_signals = catch_signals(self)
 
     def link(self, name: str, members: tuple[int, ...], device: torch.device) -> Link:
         from allfuse.link.lone import LoneLink
@@ -59,7 +49,5 @@ class AloneWorld(World):
     def form_replica(self, replica: tuple[int, ...], backend: str) -> None:
         return  # a script that runs alone keeps its own default group, or none
 
-    def close(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
+    def close(self, error: BaseException | None = None) -> None:
+        self._give_back_signals()

@@ -27,6 +27,7 @@ class World(ABC):
             step at which all ranks do.
         step: where this rank is, told by the session, for reports of failures.
         has_process_groups: whether a default process group can be made (threads share one process).
+        spans_process: whether all threads of this process belong to this rank.
     """
 
     kind: str = "alone"
@@ -38,6 +39,7 @@ class World(ABC):
     step: int | None = None
     timeout_s: float = 300.0
     has_process_groups: bool = True
+    spans_process: bool = False
     board: Board
 
     def __init__(self) -> None:
@@ -51,25 +53,52 @@ class World(ABC):
     def form_replica(self, replica: tuple[int, ...], backend: str) -> None:
         """Make the default process group over the ranks of one replica."""
 
+    @property
+    def heeds_stop(self) -> bool:
+        """Whether a session trains, which looks at `stop_requested` after each step."""
+        return self.step is not None
+
+    def ask_to_stop(self) -> None:
+        """A person or a supervisor asks to stop. Training ends after its step.
+
+        Raises:
+            KeyboardInterrupt: nothing trains, or this is the second time.
+        """
+        if self.stop_requested.is_set() or not self.heeds_stop:
+            raise KeyboardInterrupt
+        self.stop_requested.set()
+
     @abstractmethod
-    def close(self) -> None:
-        """Give back what the world holds. Waits for nobody."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Give back what the world holds; `error` is what this rank ends with. Waits for nobody."""
 
 
 _current: contextvars.ContextVar[World | None] = contextvars.ContextVar("world", default=None)
+_of_process: list[World] = []  # threads that a worker starts belong to its world too
 
 
 def current_world() -> World | None:
     """The world that the launcher of this process (or thread) set, else None."""
-    return _current.get()
+    return _current.get() or next(reversed(_of_process), None)
 
 
 @contextlib.contextmanager
 def entered(world: World) -> Iterator[World]:
-    """Make this the current world of the running thread, and close it at the end."""
+    """Make this the current world of the running thread, and close it at the end.
+
+    A world that spans the process is also that of all other threads.
+    """
     token = _current.set(world)
+    if world.spans_process:
+        _of_process.append(world)
+    error: BaseException | None = None
     try:
         yield world
+    except BaseException as raised:
+        error = raised
+        raise
     finally:
         _current.reset(token)
-        world.close()
+        if world.spans_process:
+            _of_process.remove(world)
+        world.close(error)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
+from allfuse.base.errors import PeerLost
 from allfuse.launcher.base import World
+from allfuse.launcher.outcome import safe_text
 
 if TYPE_CHECKING:
     import torch
@@ -14,31 +17,50 @@ if TYPE_CHECKING:
 
 
 class StoreWorld(World):
-    """Ranks as processes. `loopback` keeps their traffic on this host."""
+    """Ranks as processes.
+
+    Args:
+        loopback: keep their traffic on this host.
+        host: the rank whose process holds the store, None when a process beside the ranks does.
+    """
+
+    spans_process = True
 
     def __init__(
-        self, store: Store, rank: int, size: int, *, loopback: bool, timeout_s: float = 300.0
+        self,
+        store: Store,
+        rank: int,
+        size: int,
+        *,
+        loopback: bool,
+        timeout_s: float = 300.0,
+        host: int | None = None,
     ) -> None:
-        from allfuse.link.group import Lookout, StoreBoard
+        from allfuse.link.group import StoreBoard
+        from allfuse.link.lookout import Lookout
 
         super().__init__()
         self.rank, self.size, self.timeout_s = rank, size, timeout_s
         self._loopback = loopback
         self.store_board = StoreBoard(store)
         self.board = self.store_board
-        self._lookout = Lookout(self.store_board, rank) if size > 1 else None
+        self._lookout = Lookout(self.store_board, rank, size, host)
+        self._closed = False
+        self._links: Counter[tuple[str, tuple[int, ...]]] = Counter()
+        self._leaves_group = False
 
     def link(self, name: str, members: tuple[int, ...], device: torch.device) -> Link:
-        if len(members) == 1 or self._lookout is None:
+        if len(members) == 1:
             from allfuse.link.lone import LoneLink
 
             return LoneLink(members[0])
         from allfuse.link.group import GroupLink
 
+        self._links[name, members] += 1  # a second session must not meet the first one's traces
         return GroupLink(
             self.store_board,
             self._lookout,
-            name,
+            f"{name}/{self._links[name, members]}",
             members,
             device=device,
             timeout_s=self.timeout_s,
@@ -48,18 +70,19 @@ class StoreWorld(World):
     def form_replica(self, replica: tuple[int, ...], backend: str) -> None:
         from allfuse.link.group import form_replica_group
 
-        form_replica_group(self.store_board, replica, self.rank, backend)
+        formed = form_replica_group(self.store_board, replica, self.rank, backend, self.timeout_s)
+        self._leaves_group |= formed
 
-    def tell_why_gone(self, reason: str) -> None:
-        """Leave word for peers that will wait for this rank in vain."""
-        try:
-            self.board.set(f"gone/{self.rank}", reason.encode("utf-8", "replace"))
-        except RuntimeError:
-            return  # the store is gone: there is nobody to tell
-
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
+        """Leave word for peers that will wait for this rank in vain, and give everything back."""
         from allfuse.link.group import leave_replica_group
 
-        if self._lookout is not None:
-            self._lookout.close()
-        leave_replica_group()
+        if self._closed:
+            return
+        self._closed = True
+        how = "had finished its work"
+        if error is not None:
+            how = f"ended with {type(error).__name__}: {safe_text(error)}"
+        self._lookout.close(how, lost_a_peer=isinstance(error, PeerLost))
+        if self._leaves_group and error is None:  # after an error that could wait for lost peers
+            leave_replica_group()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextvars
 import threading
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from allfuse.base.errors import PeerLost
 from allfuse.launcher.base import World, entered
+from allfuse.launcher.outcome import safe_text
 from allfuse.link.thread import Hub, Killed, Script, ThreadLink
 
 if TYPE_CHECKING:
@@ -28,19 +30,28 @@ class ThreadWorld(World):
         self.hub, self.rank, self.size, self.timeout_s = hub, rank, hub.size, timeout_s
         self.local_rank, self.local_size = rank, hub.size
         self.board = hub
+        self._links: Counter[tuple[str, tuple[int, ...]]] = Counter()
 
     def link(self, name: str, members: tuple[int, ...], device: torch.device) -> Link:
         if len(members) == 1:
             from allfuse.link.lone import LoneLink
 
             return LoneLink(members[0])
-        return ThreadLink(self.hub, name, members, self.rank, self.timeout_s)
+        self._links[name, members] += 1  # a second session must not meet the first one's traces
+        number = self._links[name, members]
+        return ThreadLink(self.hub, f"{name}/{number}", members, self.rank, self.timeout_s)
 
     def form_replica(self, replica: tuple[int, ...], backend: str) -> None:
         return
 
-    def close(self) -> None:
-        return
+    def close(self, error: BaseException | None = None) -> None:
+        """Tells the other ranks how this one ends."""
+        how = "had finished its work"
+        if isinstance(error, Killed):
+            how = "was killed by the script"
+        elif error is not None:
+            how = f"ended with {type(error).__name__}: {safe_text(error)}"
+        self.hub.leave(self.rank, how, lost_a_peer=isinstance(error, PeerLost))
 
 
 def launch_threads(
@@ -64,13 +75,8 @@ def launch_threads(
         try:
             with entered(world):
                 results[rank] = function()
-            hub.leave(rank, "has ended")
-        except Killed as error:
-            results[rank] = error
-            hub.leave(rank, "was killed by the script")
         except BaseException as error:  # the outcome of this rank, judged by the caller
             results[rank] = error
-            hub.leave(rank, f"ended with {type(error).__name__}: {error}")
 
     threads = [
         threading.Thread(target=contextvars.Context().run, args=(run, rank), name=f"rank-{rank}")

@@ -6,14 +6,26 @@ The only file that reads launcher facts from the environment.
 from __future__ import annotations
 
 import os
-import signal
+from collections.abc import Callable
 from datetime import timedelta
-from types import FrameType
 
 from allfuse.base.errors import UserError
+from allfuse.launcher.signals import catch_signals
 from allfuse.launcher.store import StoreWorld
 
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+_joined = 0  # worlds that this process joined: sessions that follow each other must not meet
+
+
+class JoinedWorld(StoreWorld):
+    """A world that answers to Ctrl-C and SIGTERM while it is open."""
+
+    give_back_signals: Callable[[], None]
+
+    def close(self, error: BaseException | None = None) -> None:
+        super().close(error)
+        self.give_back_signals()
 
 
 def started_by_torchrun() -> bool:
@@ -33,6 +45,8 @@ def join_torchrun(plan: str | None, timeout_s: float = 300.0) -> StoreWorld:
     """The world of a process that torchrun started. Meets its peers at torchrun's own store."""
     from allfuse.base.torch_private import PrefixStore, TCPStore
 
+    global _joined
+    _joined += 1
     size, rank = environment_number("WORLD_SIZE", 1), environment_number("RANK", 0)
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = TCPStore(
@@ -42,26 +56,21 @@ def join_torchrun(plan: str | None, timeout_s: float = 300.0) -> StoreWorld:
         rank == 0 and not hosted,
         timedelta(seconds=timeout_s),
         wait_for_workers=False,
+        multi_tenant=True,  # beside the store that the script's own init_process_group may make
     )
     attempt = environment_number("TORCHELASTIC_RESTART_COUNT", 0)
     run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     local_size = environment_number("LOCAL_WORLD_SIZE", size)
-    world = StoreWorld(
-        PrefixStore(f"allfuse/{run}/{attempt}", store),
+    world = JoinedWorld(
+        PrefixStore(f"allfuse/{run}/{attempt}/{_joined}", store),
         rank,
         size,
         loopback=local_size == size,
         timeout_s=timeout_s,
+        host=None if hosted else 0,
     )
     world.kind, world.plan = "torchrun", plan
     world.local_rank = environment_number("LOCAL_RANK", rank)
     world.local_size = local_size
-
-    def ask_to_stop(number: int, frame: FrameType | None) -> None:
-        if world.stop_requested.is_set():
-            raise SystemExit(128 + number)
-        world.stop_requested.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask_to_stop)
+    world.give_back_signals = catch_signals(world)
     return world

@@ -3,126 +3,163 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import faulthandler
+import importlib
 import os
 import pickle
 import signal
 import socket
-import struct
 import sys
 import threading
-import traceback
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import cloudpickle
 
-from allfuse.base.errors import AllfuseError, PeerLost
+from allfuse.base.errors import UserError
 from allfuse.launcher.base import entered
+from allfuse.launcher.channel import receive_frame, send_frame
+from allfuse.launcher.outcome import Failure, describe_failure
+from allfuse.launcher.signals import catch_signals
 from allfuse.launcher.store import StoreWorld
 
-
-def send_message(channel: socket.socket, message: Any) -> None:
-    """One pickled message, its length in front. Between a launcher and its own children only."""
-    body = cloudpickle.dumps(message)
-    channel.sendall(struct.pack("<Q", len(body)) + body)
+STOP = b"stop"  # the only thing that a launcher says after it has sent the function
+DONE, FAILED = b"d", b"f"  # how a worker's one report begins
 
 
-def receive_message(channel: socket.socket) -> Any:
-    """The next message, or None when the other end has closed."""
-    header = _receive_exactly(channel, 8)
-    if header is None:
-        return None
-    body = _receive_exactly(channel, struct.unpack("<Q", header)[0])
-    return None if body is None else pickle.loads(body)  # noqa: S301  our own child or parent
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a worker takes over from its launcher, and where it meets the other ranks."""
+
+    rank: int
+    size: int
+    run: str
+    port: int
+    plan: str | None
+    threads: int
+    timeout_s: float
+    folder: str
+    environment: dict[str, str]
+    path: list[str]
+    command: list[str]
 
 
-def _receive_exactly(channel: socket.socket, count: int) -> bytes | None:
-    parts = bytearray()
-    while len(parts) < count:
-        try:
-            piece = channel.recv(min(count - len(parts), 1 << 20))
-        except ConnectionResetError:
-            return None
-        if not piece:
-            return None
-        parts += piece
-    return bytes(parts)
-
-
-def work(channel: socket.socket, request: dict[str, Any]) -> None:
+def work(channel: socket.socket) -> None:
     """Runs in a fresh fork. Never returns."""
     code = 1
     try:
-        code = _work(channel, request)
+        code = _run_and_report(channel)
+        threading._shutdown()  # type: ignore[attr-defined]  # others may finish, as in any program
         atexit._run_exitfuncs()
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
     finally:
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
-            except (OSError, ValueError):
+            except (OSError, ValueError, AttributeError):
                 continue
         os._exit(code)
 
 
-def _work(channel: socket.socket, request: dict[str, Any]) -> int:
+def _run_and_report(channel: socket.socket) -> int:
+    """The exit code. One report is sent, however the function ended."""
+    body, function = receive_frame(channel), receive_frame(channel)
+    if body is None or function is None:
+        return 1  # the launcher has died
+    request: Request = pickle.loads(body)  # noqa: S301  our own launcher
+    world: StoreWorld | None = None
+    try:
+        _take_over(request)
+        world = _enter_world(request)
+        _obey(channel, world)
+        with entered(world):
+            result = pickle.loads(function)()  # noqa: S301  our own launcher
+        report, code = DONE + _pack_result(result, request.rank), 0
+    except BaseException as error:
+        _ignore_stops()
+        failure = describe_failure(error, None if world is None else world.step)
+        report, code = _report(failure)
+    _ignore_stops()
+    with contextlib.suppress(OSError):  # the launcher has died: nobody is left to hear
+        send_frame(channel, report)
+    return code
+
+
+def _report(failure: Failure) -> tuple[bytes, int]:
+    if failure.exit_code == 0:  # sys.exit() is an end without a result
+        return DONE + pickle.dumps(None), 0
+    return FAILED + pickle.dumps(failure), failure.exit_code
+
+
+def _take_over(request: Request) -> None:
+    """Become like the launcher: its folder, environment, paths, and lines as they are printed."""
+    import numpy as np
     import torch
 
+    os.chdir(request.folder)
+    os.environ.clear()
+    os.environ.update(request.environment)
+    sys.path[:], sys.argv[:] = request.path, request.command
+    importlib.invalidate_caches()  # files may be newer than the zygote
+    faulthandler.enable()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(line_buffering=True)
+    np.random.seed()  # or all workers of one zygote would draw alike
+    torch.set_num_threads(request.threads)
+
+
+def _enter_world(request: Request) -> StoreWorld:
     from allfuse.base.torch_private import PrefixStore, TCPStore
 
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.chdir(request["folder"])
-    os.environ.clear()
-    os.environ.update(request["environment"])
-    sys.path[:], sys.argv[:] = request["path"], request["command"]
-    rank, size = request["index"], request["workers"]
-    torch.set_num_threads(request["threads"])
-    store = TCPStore("127.0.0.1", request["port"], None, False, timedelta(seconds=300))
+    store = TCPStore("127.0.0.1", request.port, None, False, timedelta(seconds=300))
     world = StoreWorld(
-        PrefixStore(request["run"], store),
-        rank,
-        size,
+        PrefixStore(request.run, store),
+        request.rank,
+        request.size,
         loopback=True,
-        timeout_s=request["timeout_s"],
+        timeout_s=request.timeout_s,
     )
-    world.kind, world.plan = "local", request["plan"]
-    world.local_rank, world.local_size = rank, size
-    function = receive_message(channel)
-    listener = threading.Thread(target=_listen, args=(channel, world), daemon=True)
-    listener.start()
-    with entered(world):
-        try:
-            result = function()
-        except BaseException as error:
-            world.tell_why_gone(f"ended with {type(error).__name__}: {error}")
-            send_message(channel, ("failed", describe_failure(error, world.step)))
-            return int(getattr(error, "exit_code", 1))
-        send_message(channel, ("done", cloudpickle.dumps(result if rank == 0 else None)))
-        world.tell_why_gone("had finished its work")
-        return 0
+    world.kind, world.plan = "local", request.plan
+    world.local_rank, world.local_size = request.rank, request.size
+    return world
 
 
-def _listen(channel: socket.socket, world: StoreWorld) -> None:
-    """Obeys the launcher: a message asks to stop, a closed channel means that it died."""
-    while receive_message(channel) is not None:
-        world.stop_requested.set()
-    os._exit(1)
+def _pack_result(result: Any, rank: int) -> bytes:
+    if rank != 0:
+        return pickle.dumps(None)
+    try:
+        return bytes(cloudpickle.dumps(result))
+    except Exception as error:
+        raise UserError(
+            f"the function returned a {type(result).__name__} on rank 0 that cannot be sent back: "
+            f"{type(error).__name__}: {error}; allowed: values that can be pickled; next: return "
+            "plain values or tensors"
+        ) from error
 
 
-def describe_failure(error: BaseException, step: int | None) -> dict[str, Any]:
-    """A failure as plain values: exceptions of users need not be picklable."""
-    expected = isinstance(error, AllfuseError)
-    if isinstance(error, SystemExit):  # a script that calls sys.exit
-        text, code = f"the script called exit({error.code})", error.code
-        exit_code = code if isinstance(code, int) else 1
-    else:
-        text, exit_code = str(error), int(getattr(error, "exit_code", 1))
-    return {
-        "type": type(error).__name__,
-        "text": text,
-        "trace": "".join(traceback.format_exception(error)),
-        "expected": expected,
-        "peer_lost": isinstance(error, PeerLost),
-        "exit_code": exit_code,
-        "step": step,
-    }
+def _obey(channel: socket.socket, world: StoreWorld) -> None:
+    """Stop when the launcher or a signal asks for it; end at once when the launcher has died."""
+
+    catch_signals(world)
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def listen() -> None:
+        while receive_frame(channel) is not None:
+            if world.heeds_stop:
+                world.ask_to_stop()
+            else:  # interrupts what the main thread waits for, too
+                signal.pthread_kill(main, signal.SIGINT)
+        os._exit(1)
+
+    threading.Thread(target=listen, name="allfuse-listener", daemon=True).start()
+
+
+def _ignore_stops() -> None:
+    """Nothing is left to stop, and the report must be sent whole."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,15 +1,18 @@
-"""A process that has torch loaded and forks workers: `python -m allfuse.launcher.zygote`.
+"""A process that has torch loaded and forks workers.
 
 Why not multiprocessing's forkserver: it leaves a folder in /tmp when its owner is killed, and its
 children run the caller's `__main__` again. This one owns nothing but one inherited socket; when the
-launcher's end closes, for whatever reason, it kills its children and ends.
+launcher's end closes, for whatever reason, it kills its workers with all that they started, and
+ends.
 
-Requests are JSON lines with the worker's own socket attached as a file descriptor; answers are JSON
-lines {"forked": index, "pid": pid} and {"exited": index, "status": status}.
+An order is one byte. FORK carries three file descriptors: the worker's own socket, which brings it
+everything else, and what it writes its output to. Answers are JSON lines, in the order of the forks
+{"forked": pid}, and {"exited": pid, "status": status}.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -17,65 +20,121 @@ import select
 import signal
 import socket
 import sys
+import warnings
 from typing import Any
 
+FORK, KILL = b"f", b"k"
 PR_SET_PDEATHSIG = 1
-PRELOAD = ("torch", "numpy", "safetensors.torch")
+PRELOAD = ("torch", "numpy", "safetensors.torch", "allfuse.launcher.worker", "allfuse.link.group")
 
 
-def serve(control: socket.socket) -> tuple[socket.socket, dict[str, Any]] | None:
-    """Fork on request until the launcher's end closes.
+class Nursery:
+    """The zygote's own side: takes orders, and looks after the workers that it forked."""
 
-    Returns in each forked worker, with its socket and its request; returns None in the zygote.
-    """
-    wake_read, wake_write = os.pipe()
-    os.set_blocking(wake_write, False)
-    signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-    signal.signal(signal.SIGCHLD, lambda number, frame: None)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the launcher's to handle
-    children: dict[int, int] = {}
-    watched: list[Any] = [control, wake_read]
-    try:
+    def __init__(self, control: socket.socket) -> None:
+        self.control = control
+        self.workers: set[int] = set()
+        self._wake, self._waker = os.pipe()
+        os.set_blocking(self._waker, False)
+        signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        # What a terminal or a supervisor sends to the whole group is for the launcher to handle.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+
+    def serve(self) -> socket.socket | None:
+        """Obey until the launcher's end closes.
+
+        Returns in each forked worker, with its socket; returns None in the zygote itself.
+        """
+        watched: list[Any] = [self.control, self._wake]
         while True:
             readable, _, _ = select.select(watched, [], [])
-            if wake_read in readable:
-                os.read(wake_read, 512)
-                _tell_exits(control, children)
-            if control not in readable:
+            if self._wake in readable:
+                os.read(self._wake, 512)
+                self._tell_exits()
+            if self.control not in readable:
                 continue
-            message, handles, _, _ = socket.recv_fds(control, 1 << 20, 1)
-            if not message:
+            order, handles, _, _ = socket.recv_fds(self.control, 1, 3)
+            if order == FORK:
+                channel = self._fork(handles)
+                if channel is not None:
+                    return channel
+            elif order == KILL:
+                self._kill()
+            else:
                 return None
-            request = json.loads(message)
-            zygote = os.getpid()
+
+    def _fork(self, handles: list[int]) -> socket.socket | None:
+        zygote = os.getpid()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of idle threads that NumPy's BLAS keeps
             pid = os.fork()
-            if pid == 0:
-                signal.set_wakeup_fd(-1)
-                os.close(wake_read)
-                os.close(wake_write)
-                control.close()
-                children.clear()
-                _die_with(zygote)
-                return socket.socket(fileno=handles[0]), request
-            os.close(handles[0])
-            children[pid] = request["index"]
-            control.sendall(json.dumps({"forked": request["index"], "pid": pid}).encode() + b"\n")
-    except (BrokenPipeError, ConnectionResetError):
-        return None
-    finally:
-        for pid in children:
-            os.kill(pid, signal.SIGKILL)
-
-
-def _tell_exits(control: socket.socket, children: dict[int, int]) -> None:
-    while children:
-        pid, status = os.waitpid(-1, os.WNOHANG)
         if pid == 0:
-            return
-        index = children.pop(pid, None)
-        if index is not None:
-            answer = {"exited": index, "status": os.waitstatus_to_exitcode(status)}
-            control.sendall(json.dumps(answer).encode() + b"\n")
+            self._become_worker(zygote)
+            channel, out, err = handles
+            os.dup2(out, 1)
+            os.dup2(err, 2)
+            os.close(out)
+            os.close(err)
+            os.set_inheritable(channel, False)
+            return socket.socket(fileno=channel)
+        for handle in handles:
+            os.close(handle)
+        _lead_group(pid)
+        self.workers.add(pid)
+        self._answer({"forked": pid})
+        return None
+
+    def _become_worker(self, zygote: int) -> None:
+        _lead_group(0)
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.close(self._wake)
+        os.close(self._waker)
+        self.control.close()
+        self.workers.clear()
+        _die_with(zygote)
+
+    def _answer(self, answer: dict[str, int]) -> None:
+        self.control.sendall(json.dumps(answer).encode() + b"\n")
+
+    def _tell_exits(self) -> None:
+        while self.workers:
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if ended is None:
+                return
+            pid = ended.si_pid
+            _kill_group(pid)  # what the worker started and left; its id is not free before waitpid
+            _, status = os.waitpid(pid, 0)
+            self.workers.discard(pid)
+            self._answer({"exited": pid, "status": os.waitstatus_to_exitcode(status)})
+
+    def _kill(self) -> None:
+        for pid in self.workers:
+            _kill_group(pid)
+
+    def end(self) -> None:
+        """Kill the workers with all that they started, and wait until they are gone."""
+        self._kill()
+        for pid in self.workers:
+            os.waitpid(pid, 0)
+
+
+def _lead_group(pid: int) -> None:
+    """Put a worker at the head of a process group, to be killed with all that it starts.
+
+    Both sides do it, so that it is done whoever comes first.
+    """
+    with contextlib.suppress(OSError):
+        os.setpgid(pid, pid)
+
+
+def _kill_group(pid: int) -> None:
+    with contextlib.suppress(OSError):
+        os.killpg(pid, signal.SIGKILL)
 
 
 def _die_with(parent: int) -> None:
@@ -86,16 +145,18 @@ def _die_with(parent: int) -> None:
             os._exit(1)
 
 
-def main() -> None:
-    control = socket.socket(fileno=int(sys.argv[1]))
-    for name in (*PRELOAD, *sys.argv[2:]):
+def main(control: int, preload: list[str]) -> None:
+    """Run as the zygote; `control` is the file descriptor of its end of the socket pair."""
+    nursery = Nursery(socket.socket(fileno=control))
+    for name in (*PRELOAD, *preload):
         __import__(name)
-    found = serve(control)
-    if found is not None:
-        from allfuse.launcher.worker import work
+    try:
+        channel = nursery.serve()
+    except (BrokenPipeError, ConnectionResetError):
+        channel = None
+    if channel is None:
+        nursery.end()
+        return
+    from allfuse.launcher.worker import work
 
-        work(*found)
-
-
-if __name__ == "__main__":
-    main()
+    work(channel)

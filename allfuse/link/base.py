@@ -35,7 +35,8 @@ class Link(ABC):
 
     `rank` and `size` count the peers of this link; `members` names them by their rank in the whole
     plan, as errors do. Every operation has the deadline `timeout_s` and raises `PeerLost` when a
-    peer is gone or silent. All peers call collectives in the same order.
+    peer is gone or silent. All peers call collectives in the same order. Tensors are contiguous;
+    sums take floating point, int64, int32, int8 and uint8, other transfers any type.
     """
 
     rank: int
@@ -47,6 +48,10 @@ class Link(ABC):
     @property
     def size(self) -> int:
         return len(self.members)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Link:
+        """Itself: a copied model talks over the same link."""
+        return self
 
     @abstractmethod
     def all_reduce(self, tensor: Tensor, operation: str) -> Work:

@@ -1,11 +1,11 @@
-"""A torch.distributed process group as a link (gloo on CPU, NCCL on CUDA), and its lookout."""
+"""A torch.distributed process group as a link (gloo on CPU, NCCL on CUDA)."""
 
 from __future__ import annotations
 
-import json
-import os
+import ctypes
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -18,10 +18,11 @@ from allfuse.base import torch_private
 from allfuse.base.errors import PeerLost
 from allfuse.base.torch_private import PrefixStore, Store
 from allfuse.link.base import Link, Work
+from allfuse.link.check import as_bytes, check_contiguous, check_summable
+from allfuse.link.lookout import Lookout, first_line
 
 SLICE_S = 1.0  # how long one uninterrupted wait lasts before the lookout is asked
-GRACE_S = 2.0  # how long a roll call waits for answers
-POLL_S = 0.2
+POLL_S = 0.01
 
 
 class StoreBoard:
@@ -44,7 +45,7 @@ class StoreBoard:
         while (value := self.get(key)) is None:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"nothing was written under {key!r} within {timeout_s} s")
-            time.sleep(POLL_S / 20)  # polls: a blocking wait would hold the connection
+            time.sleep(POLL_S)  # polls: a blocking wait would hold the connection
         return value
 
     def _get(self, key: str) -> bytes:
@@ -52,87 +53,24 @@ class StoreBoard:
         return value.decode().encode("latin-1")
 
 
-class Lookout:
-    """Knows which ranks are lost.
+class GroupWork(Work):
+    """A transfer of a process group under way.
 
-    Whoever sees a transfer fail raises the alarm on the board. A thread of every rank looks there
-    and answers with what its rank is doing. Ranks that give no answer within `GRACE_S`, that the
-    launcher saw die (`lost/<rank>`), or that said why they ended (`gone/<rank>`) are lost; if all
-    answer, the ones that are not waiting in the same operation are to blame.
+    Collectives are waited for in slices, so that an alarm is heard. A point-to-point transfer
+    (`whole`) is waited for in one piece: when gloo's wait for one times out it breaks the pair.
     """
 
-    def __init__(self, board: StoreBoard, rank: int) -> None:
-        self.board, self.rank = board, rank
-        self.alarmed = threading.Event()
-        self.doing: dict[str, Any] = {}
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="allfuse-lookout", daemon=True)
-        self._thread.start()
-
-    def _look(self) -> None:
-        try:
-            while not self._closed.wait(POLL_S):
-                if self.board.get("alarm") is not None:
-                    self.board.set(f"here/{self.rank}", json.dumps(self.doing).encode())
-                    self.alarmed.set()
-                    return
-        except RuntimeError:  # the store is gone, and so is the run
-            self.alarmed.set()
-
-    def close(self) -> None:
-        self._closed.set()
-        self._thread.join(timeout=2.0)
-
-    def who_is_lost(self, members: tuple[int, ...], operation: str) -> tuple[int | None, str]:
-        """Raise the alarm, hold the roll call; the lost member and why, (None, why) if unknown."""
-        others = [member for member in members if member != self.rank]
-        try:
-            self.board.set("alarm", str(self.rank).encode())
-            deadline = time.monotonic() + GRACE_S
-            while True:
-                answers = {member: self._answer(member) for member in others}
-                settled = all(answer is not None for answer in answers.values())
-                if settled or time.monotonic() > deadline:
-                    break
-                time.sleep(POLL_S / 4)
-        except RuntimeError as error:
-            return None, f"the board is gone too ({_first_line(error)})"
-        for member, answer in answers.items():
-            if answer is not None and answer[0] in ("lost", "gone"):
-                return member, answer[1]
-        for member, answer in answers.items():
-            if answer is None:
-                return member, "gave no answer to the roll call"
-        for member, answer in answers.items():
-            doing = json.loads(answer[1]) if answer else {}
-            if doing.get("operation") != operation:
-                what = doing.get("operation", "its own work")
-                return member, f"is alive but did not come; it is in {what}"
-        return None, "all peers are alive and wait; is the network between them cut?"
-
-    def _answer(self, member: int) -> tuple[str, str] | None:
-        for kind in ("lost", "gone", "here"):
-            if (value := self.board.get(f"{kind}/{member}")) is not None:
-                return kind, value.decode()
-        return None
-
-
-class GroupWork(Work):
-    """A collective of a process group under way, waited for in slices until its deadline."""
-
-    def __init__(self, link: GroupLink, work: Any, operation: str) -> None:
-        self.link, self.work, self.operation = link, work, operation
-        self.started = time.monotonic()
+    def __init__(self, link: GroupLink, work: Any, operation: str, whole: bool = False) -> None:
+        self.link, self.work, self.operation, self.whole = link, work, operation, whole
 
     def wait(self) -> None:
-        link = self.link
+        link, begin = self.link, time.monotonic()
         doing = link.lookout.doing
         doing.update(operation=self.operation, step=link.step)
-        begin = time.monotonic()
         while True:
             try:
                 self._wait_slice()
-                doing.pop("operation", None)
+                doing["operation"] = None
                 return
             except RuntimeError as error:
                 waited = time.monotonic() - begin
@@ -142,8 +80,9 @@ class GroupWork(Work):
                 raise link.lost(self.operation, waited, error) from None
 
     def _wait_slice(self) -> None:
+        seconds = self.link.timeout_s if self.whole else min(SLICE_S, self.link.timeout_s)
         if self.link.device.type != "cuda":
-            self.work.wait(timedelta(seconds=SLICE_S))
+            self.work.wait(timedelta(seconds=seconds))
             return
         # NCCL's wait only queues; a peer's death shows as work that never completes.
         deadline = time.monotonic() + SLICE_S
@@ -157,6 +96,8 @@ class GroupWork(Work):
 class GroupLink(Link):
     """A stand-alone process group beside the default one, so that one replica's loss breaks no
     other group.
+
+    `name` must be new on the board: two links of one name would meet each other's traces.
 
     Raises:
         PeerLost: from waits, and from the construction when a member does not come.
@@ -176,9 +117,11 @@ class GroupLink(Link):
         self.name, self.members, self.timeout_s = name, members, timeout_s
         self.rank = members.index(lookout.rank)
         self.device, self.lookout = device, lookout
+        self._under_way: deque[Any] = deque()
         prefix = f"link/{name}/{'-'.join(map(str, members))}"
         store = PrefixStore(prefix, torch_private.clone_store(board.store))
-        begin = time.monotonic()
+        operation, begin = f"form link {name}", time.monotonic()
+        lookout.doing.update(operation=operation, step=None)
         try:
             if device.type == "cuda":
                 self.group = torch_private.nccl_group(store, self.rank, self.size, timeout_s)
@@ -187,73 +130,91 @@ class GroupLink(Link):
                     store, self.rank, self.size, timeout_s, loopback
                 )
         except RuntimeError as error:
-            raise self.lost(f"form link {name}", time.monotonic() - begin, error) from None
+            raise self.lost(operation, time.monotonic() - begin, error) from None
+        lookout.doing["operation"] = None
 
     def lost(self, operation: str, seconds: float, error: Exception) -> PeerLost:
         """The error to raise after a transfer failed: who is lost, found out by a roll call."""
-        peer, why = self.lookout.who_is_lost(self.members, operation)
-        reason = f"{why} ({_first_line(error)})" if peer is None else why
+        peer, why = self.lookout.who_is_lost(self.members, operation, self.step)
+        reason = f"{why} ({first_line(error)})" if peer is None else why
         me = self.members[self.rank]
         return PeerLost(
             reason, rank=me, peer=peer, operation=operation, step=self.step, seconds=seconds
         )
 
-    def _start(self, operation: str, begin: Callable[[], Any]) -> Work:
+    def _start(self, operation: str, begin: Callable[[], Any], whole: bool = False) -> Work:
+        while self._under_way and self._under_way[0].is_completed():
+            self._under_way.popleft()
         try:
-            return GroupWork(self, begin(), operation)
+            work = begin()
         except RuntimeError as error:
             raise self.lost(operation, 0.0, error) from None
+        self._under_way.append(work)
+        return GroupWork(self, work, operation, whole)
 
     def all_reduce(self, tensor: Tensor, operation: str) -> Work:
+        check_summable(tensor, operation)
         self.sent_bytes += 2 * (self.size - 1) * tensor.nbytes // self.size
         return self._start(operation, lambda: self.group.allreduce([tensor]))
 
     def broadcast(self, tensor: Tensor, operation: str, root: int = 0) -> Work:
+        check_contiguous(tensor, operation)
         if self.rank == root:
             self.sent_bytes += tensor.nbytes
         options = dist.BroadcastOptions()
         options.rootRank = root
-        return self._start(operation, lambda: self.group.broadcast([tensor], options))
+        return self._start(operation, lambda: self.group.broadcast([as_bytes(tensor)], options))
 
     def send(self, tensor: Tensor, peer: int, operation: str) -> Work:
+        check_contiguous(tensor, operation)
         self.sent_bytes += tensor.nbytes
-        return self._start(operation, lambda: self.group.send([tensor], peer, 0))
+        return self._start(
+            operation, lambda: self.group.send([as_bytes(tensor)], peer, 0), whole=True
+        )
 
     def receive(self, tensor: Tensor, peer: int, operation: str) -> Work:
-        return self._start(operation, lambda: self.group.recv([tensor], peer, 0))
+        check_contiguous(tensor, operation)
+        return self._start(
+            operation, lambda: self.group.recv([as_bytes(tensor)], peer, 0), whole=True
+        )
 
     def alive(self) -> tuple[int, ...]:
         board = self.lookout.board
         return tuple(
             rank
             for rank, member in enumerate(self.members)
-            if board.get(f"lost/{member}") is None and board.get(f"gone/{member}") is None
+            if all(board.get(f"{kind}/{member}") is None for kind in ("lost", "gone", "left"))
         )
 
     def close(self) -> None:
         """Drops the group without the usual farewell, which would wait for peers."""
-        if hasattr(self, "group"):
-            del self.group
+        group = self.__dict__.pop("group", None)
+        if group is not None and not all(work.is_completed() for work in self._under_way):
+            # Its destructor would wait for transfers that a lost peer will never end: leak it.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+        self._under_way.clear()
 
 
 def form_replica_group(
-    board: StoreBoard, replica: tuple[int, ...], rank: int, backend: str
-) -> None:
-    """Make the default process group, which spans one replica. A no-op where one exists already."""
+    board: StoreBoard, replica: tuple[int, ...], rank: int, backend: str, timeout_s: float
+) -> bool:
+    """Make the default process group, which spans one replica; whether it was made.
+
+    A no-op where one exists already.
+    """
     if dist.is_initialized():
-        return
+        return False
     store = PrefixStore(f"replica/{replica[0]}", torch_private.clone_store(board.store))
-    dist.init_process_group(backend, store=store, rank=replica.index(rank), world_size=len(replica))
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=replica.index(rank),
+        world_size=len(replica),
+        timeout=timedelta(seconds=timeout_s),
+    )
+    return True
 
 
 def leave_replica_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def host_name() -> str:
-    return os.uname().nodename
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -6,13 +6,13 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from allfuse.base.errors import BadMessage, PeerLost
 from allfuse.link.base import Link, Work
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from allfuse.link.check import check_contiguous, check_summable
 
 
 class Killed(BaseException):
@@ -58,6 +58,7 @@ class Hub:
         self.meetings: dict[tuple[str, tuple[int, ...], int], Meeting] = {}
         self.mail: dict[tuple[str, int, int, int], Tensor] = {}
         self.lost: dict[int, str] = {}
+        self.victims: set[int] = set()  # of the lost: those that ended because they lost a peer
         self._stalled: set[int] = set()
         self._values: dict[str, bytes] = {}
         self._counts = [0] * size
@@ -76,12 +77,21 @@ class Hub:
                 self.changed.wait_for(lambda: len(self.lost) + len(self._stalled) == self.size)
             raise Killed(f"rank {rank} stalled at operation {count}")
 
-    def leave(self, rank: int, reason: str) -> None:
+    def leave(self, rank: int, reason: str, lost_a_peer: bool = False) -> None:
         """The thread of this rank has ended: nobody will see it again."""
         with self.changed:
             self._stalled.discard(rank)
             self.lost.setdefault(rank, reason)
+            if lost_a_peer:
+                self.victims.add(rank)
             self.changed.notify_all()
+
+    def blame(self, wanted: set[int]) -> tuple[int | None, str]:
+        """Which of the ranks that were waited for is to blame, and why. Victims come last."""
+        gone = sorted(wanted & self.lost.keys(), key=lambda rank: (rank in self.victims, rank))
+        if gone:
+            return gone[0], self.lost[gone[0]]
+        return min(wanted, default=None), "gave no sign within the deadline"
 
     def set(self, key: str, value: bytes) -> None:
         with self.changed:
@@ -123,10 +133,7 @@ class ThreadWork(Work):
             hub.changed.wait_for(settled, link.timeout_s)
             if self.ready():
                 return
-            wanted = self.wanted()
-        gone = sorted(wanted & hub.lost.keys())
-        peer = gone[0] if gone else min(wanted, default=None)
-        reason = hub.lost[gone[0]] if gone else "gave no sign within the deadline"
+            peer, reason = hub.blame(self.wanted())
         raise PeerLost(
             reason,
             rank=link.members[link.rank],
@@ -138,7 +145,10 @@ class ThreadWork(Work):
 
 
 class ThreadLink(Link):
-    """A link between threads. Sums in the order of ranks, so that results repeat bit for bit."""
+    """A link between threads. Sums in the order of ranks, so that results repeat bit for bit.
+
+    `name` must be new to these members: two links of one name would meet each other.
+    """
 
     def __init__(
         self, hub: Hub, name: str, members: tuple[int, ...], member: int, timeout_s: float = 30.0
@@ -150,10 +160,12 @@ class ThreadLink(Link):
         self._received: dict[int, int] = {}
 
     def all_reduce(self, tensor: Tensor, operation: str) -> Work:
+        check_summable(tensor, operation)
         self.sent_bytes += 2 * (self.size - 1) * tensor.nbytes // self.size
         return self._meet(tensor, operation, root=None)
 
     def broadcast(self, tensor: Tensor, operation: str, root: int = 0) -> Work:
+        check_contiguous(tensor, operation)
         if self.rank == root:
             self.sent_bytes += tensor.nbytes
         return self._meet(tensor, operation, root)
@@ -183,30 +195,36 @@ class ThreadLink(Link):
     ) -> None:
         first = next(iter(meeting.tensors.values()), tensor)
         same = first.shape == tensor.shape and first.dtype == tensor.dtype
-        if meeting.operation == operation and meeting.root == root and same:
-            return
-        raise BadMessage(
-            f"peers came with {meeting.operation} of {tuple(first.shape)} {first.dtype}, this rank "
-            f"with {operation} of {tuple(tensor.shape)} {tensor.dtype}; all must call the same",
+        if meeting.operation != operation or meeting.root != root or not same:
+            peer = self.members[next(iter(meeting.tensors))]
+            theirs = f"{meeting.operation} of {_kind(first)}"
+            raise self._bad_message(f"came with {theirs}", peer, operation, tensor)
+
+    def _bad_message(self, what: str, peer: int, operation: str, tensor: Tensor) -> BadMessage:
+        return BadMessage(
+            f"rank {peer} {what}, this rank with {operation} of {_kind(tensor)}; all must call the "
+            "same",
             rank=self.members[self.rank],
-            peer=self.members[next(iter(meeting.tensors))],
+            peer=peer,
             operation=operation,
             step=self.step,
             seconds=0.0,
         )
 
     def send(self, tensor: Tensor, peer: int, operation: str) -> Work:
+        check_contiguous(tensor, operation)
         me, other = self.members[self.rank], self.members[peer]
         self.hub.count_operation(me)
         count = self._sent.get(peer, 0)
         self._sent[peer] = count + 1
         self.sent_bytes += tensor.nbytes
         with self.hub.changed:
-            self.hub.mail[(self.name, me, other, count)] = tensor.clone()
+            self.hub.mail[(self.name, me, other, count)] = tensor.detach().clone()
             self.hub.changed.notify_all()
         return ThreadWork(self, operation, lambda: True, set)
 
     def receive(self, tensor: Tensor, peer: int, operation: str) -> Work:
+        check_contiguous(tensor, operation)
         me, other = self.members[self.rank], self.members[peer]
         self.hub.count_operation(me)
         count = self._received.get(peer, 0)
@@ -217,7 +235,10 @@ class ThreadLink(Link):
         def take() -> bool:
             nonlocal arrived
             if not arrived and key in self.hub.mail:
-                tensor.copy_(self.hub.mail.pop(key))
+                sent = self.hub.mail.pop(key)
+                if sent.dtype != tensor.dtype or sent.numel() != tensor.numel():
+                    raise self._bad_message(f"sent {_kind(sent)}", other, operation, tensor)
+                tensor.detach().copy_(sent.view_as(tensor))
                 arrived = True
             return arrived
 
@@ -231,6 +252,7 @@ class ThreadLink(Link):
         return
 
 
+@torch.no_grad()
 def _combine(meeting: Meeting) -> None:
     """The sum in the order of ranks, or the root's tensor, written into every peer's tensor."""
     ranks = sorted(meeting.tensors)
@@ -244,3 +266,7 @@ def _combine(meeting: Meeting) -> None:
         if rank != meeting.root:
             meeting.tensors[rank].copy_(total)
     meeting.done = True
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {tensor.dtype}"

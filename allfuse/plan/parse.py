@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import math
+import threading
 from dataclasses import dataclass, field
 
 from allfuse.base.choice import write
@@ -34,6 +35,10 @@ class Call:
         parts = [write(value) for value in self.args]
         parts += [f"{key}={write(value)}" for key, value in self.kwargs.items()]
         return f"{self.name}({', '.join(parts)})" if parts else self.name
+
+# Python 3.11 fails now and then ("AST constructor recursion depth mismatch") where threads parse at
+# the same time, as ranks that are threads do.
+_parsing = threading.Lock()
 
 
 def read_product(text: str) -> list[Call]:
@@ -82,7 +87,8 @@ class Reader:
             raise PlanError("an empty text", "a plan names at least one axis", "data(1)")
         self.check_depth()
         try:
-            self.body = ast.parse(self.text, mode="eval").body
+            with _parsing:
+                self.body = ast.parse(self.text, mode="eval").body
         except SyntaxError as error:
             raise PlanError(clip(text), f"is not a plan: {error.msg}", EXAMPLE) from None
         except (ValueError, RecursionError, MemoryError):  # not text, or chains of operators

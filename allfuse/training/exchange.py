@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 if TYPE_CHECKING:
-    from allfuse.link import Link, Work
+    from allfuse.link import Link
+
+Losses: TypeAlias = Sequence[tuple[torch.Tensor, float]]
+"""Losses of a step with the factor that makes each of them a sum."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Figures:
     """What all ranks said, one entry for each.
 
-    losses: sums of losses. counts: what the means are over. busy_s: seconds of own work in the step
-    before. stops: what each rank wishes: 0 to go on, 1 to stop, 2 to stop as it was interrupted.
+    losses: sums of losses, 0 of a rank without samples. counts: what the means are over. busy_s:
+    seconds of own work in the step before. stops: what each rank wishes: 0 to go on, 1 to stop, 2
+    to stop as it was interrupted.
     """
 
     losses: list[float]
@@ -31,9 +36,8 @@ class Figures:
 
     @property
     def loss(self) -> float:
-        """The mean loss of the whole batch. A rank without samples says nothing."""
-        said = [loss for loss, count in zip(self.losses, self.counts, strict=True) if count > 0]
-        return sum(said) / self.total if self.total else math.nan
+        """The mean loss of the whole batch."""
+        return sum(self.losses) / self.total
 
     def first_not_finite(self) -> int | None:
         """The first rank whose own loss is NaN or infinite."""
@@ -46,26 +50,36 @@ class Figures:
 class Exchange:
     """One sum of (n, 4) float64 over the data axis: every rank fills its own row.
 
-    Sent while the backward pass runs, so it costs 32 n bytes and no waiting of its own.
+    Sent while the backward pass runs, so it costs 32 n bytes and no waiting of its own. A rank
+    alone sends nothing.
     """
 
     def __init__(self, link: Link, device: torch.device) -> None:
         self.link, self.device = link, device
 
-    def start(self, loss: float, count: float, busy_s: float, stop: int) -> Pending:
+    def start(
+        self, losses: Losses, count: float, busy_s: float, stop: int
+    ) -> Callable[[], Figures]:
+        """Tell the peers; the function that is returned waits for what they say."""
+        if self.link.size == 1:
+            return lambda: Figures([_sum(losses)], [count], [busy_s], [stop])
         rows = torch.zeros(self.link.size, 4, dtype=torch.float64)
-        rows[self.link.rank] = torch.tensor((loss, count, busy_s, stop), dtype=torch.float64)
-        rows = rows.to(self.device)
-        return Pending(rows, self.link.all_reduce(rows, "exchange losses and counts"))
+        on_host = self.device.type == "cpu"
+        own = (_sum(losses) if on_host else 0.0, count, busy_s, stop)
+        rows[self.link.rank] = torch.tensor(own, dtype=torch.float64)
+        if not on_host:  # reading the losses would wait for the whole forward pass
+            rows = rows.to(self.device, non_blocking=True)
+            for loss, factor in losses:
+                rows[self.link.rank, 0] += loss.double() * factor
+        work = self.link.all_reduce(rows, "exchange losses and counts")
+
+        def wait() -> Figures:
+            work.wait()
+            said, counts, busy, stops = rows.t().tolist()
+            return Figures(said, counts, busy, [int(stop) for stop in stops])
+
+        return wait
 
 
-class Pending:
-    """An exchange under way."""
-
-    def __init__(self, rows: torch.Tensor, work: Work) -> None:
-        self.rows, self.work = rows, work
-
-    def wait(self) -> Figures:
-        self.work.wait()
-        losses, counts, busy, stops = self.rows.t().tolist()
-        return Figures(losses, counts, busy, [int(stop) for stop in stops])
+def _sum(losses: Losses) -> float:
+    return sum(float(loss) * factor for loss, factor in losses)

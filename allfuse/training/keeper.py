@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,26 +19,12 @@ from allfuse.store.tensorfile import write_model
 
 if TYPE_CHECKING:
     from allfuse.base.events import Bus
-    from allfuse.split.data import Portion
     from allfuse.training.place import Place
 
+NONE_YET, NONE_USABLE = -1, -2  # instead of a checkpoint's step
 
-@dataclass(frozen=True)
-class Cursor:
-    """How far training is: optimizer steps, and the next batch as (epoch, step in it)."""
-
-    steps: int = 0
-    epoch: int = 0
-    step_in_epoch: int = 0
-    epoch_of_last: int = 0
-
-    def after(self, portion: Portion | None) -> Cursor:
-        """One step further. An epoch's last batch leads to the next epoch."""
-        if portion is None:
-            return replace(self, steps=self.steps + 1)
-        if portion.last:
-            return Cursor(self.steps + 1, portion.epoch + 1, 0, portion.epoch)
-        return Cursor(self.steps + 1, portion.epoch, portion.step + 1, portion.epoch)
+SAME = ("batch_size", "seed", "order", "arguments", "optimizers", "schedulers")
+"""What is recorded of a run and must be the same when it is resumed."""
 
 
 class Keeper:
@@ -57,12 +43,11 @@ class Keeper:
         self.path = None if out is None else Path(out)
         self.folder: RunFolder | None = None
         self.checkpoints: Checkpoints | None = None
-        self.score: float | None = None
+        self.troubles: list[str] = []
         self.job_file: Path | None = None
         self.facts: dict[str, Any] = {}
         self.fingerprints: dict[str, str] = {}
-        self._last_saved: int | None = None
-        self._asked: set[int] = set()
+        self._asked: int | None = None
         self._refuse_early()
 
     def _refuse_early(self) -> None:
@@ -104,15 +89,14 @@ class Keeper:
             "plan": str(self.place.plan),
             "command": shlex.join(sys.argv),
             "versions": versions(),
-            "fingerprints": dict(fingerprints),
+            "fingerprints": fingerprints,
             **facts,
         }
         if self.resume:
-            folder = RunFolder.open(self.path, lock=self.place.rank == 0)
-            self.folder = folder
-            _refuse_other(folder, fingerprints, facts)
-            if self.place.rank == 0 and folder.record.get("plan") != record["plan"]:
-                folder.update(plan=record["plan"], command=record["command"])
+            self.folder = RunFolder.open(self.path, lock=self.place.rank == 0)
+            _refuse_other(self.folder, fingerprints, facts)
+            if self.place.rank == 0 and self.folder.record.get("plan") != record["plan"]:
+                self.folder.update(plan=record["plan"], command=record["command"])
         elif self.place.rank == 0:
             self.folder = RunFolder.create(self.path, record)
             if self.job_file is not None:
@@ -128,16 +112,38 @@ class Keeper:
         )
 
     def newest(self) -> int | None:
-        """The step of the newest whole checkpoint, as rank 0 finds it; None when there is none."""
+        """The step of the newest usable checkpoint, as rank 0 finds it; None before the first.
+
+        `troubles` says then what is wrong with newer ones.
+
+        Raises:
+            CheckpointError: there are checkpoints, and none can be used.
+        """
         if not self.resume or self.checkpoints is None:
             return None
-        found = torch.full((1,), -1, dtype=torch.int64, device=self.place.device)
+        found = torch.full((1,), NONE_YET, dtype=torch.int64, device=self.place.device)
         if self.place.rank == 0:
-            step = self.checkpoints.newest(lambda text: self.bus.emit("warning", text=text))
-            found.fill_(-1 if step is None else step)
+            found.fill_(self._find_usable(self.checkpoints))
         self.place.replicas.broadcast(found, "agree on the checkpoint").wait()
         step = int(found)
-        return None if step < 0 else step
+        if step == NONE_USABLE:
+            raise CheckpointError(
+                f"resume {self.path}: none of its checkpoints can be used"
+                f"{''.join(f'; {trouble}' for trouble in self.troubles)}; next: a new run folder"
+            )
+        if step != NONE_YET:
+            self._asked = step
+            return step
+        return None
+
+    def _find_usable(self, checkpoints: Checkpoints) -> int:
+        steps = checkpoints.steps()
+        for step in steps:
+            trouble = _trouble_with(checkpoints, step)
+            if trouble is None:
+                return step
+            self.troubles.append(f"the checkpoint of step {step} cannot be used: {trouble}")
+        return NONE_USABLE if steps else NONE_YET
 
     def read(self, step: int) -> dict[str, Any]:
         """This rank's state of a checkpoint.
@@ -150,25 +156,26 @@ class Keeper:
         if len(written) == len(self.writers):
             state: dict[str, Any] = self.checkpoints.read(step, rank=self.my_writer(written))[0]
             return state
-        states = [self.checkpoints.read(step, rank=writer)[0] for writer in written]
-        weights = [state["rounds"]["samples"] or 1.0 for state in states]
-        merged: dict[str, Any] = mean_of_states(states, weights)
-        merged["rounds"] = {"samples": 0.0, "steps_since": 0}
-        return merged
+        return mean_of_sites([self.checkpoints.read(step, rank=writer)[0] for writer in written])
 
     def save(
         self,
         step: int,
-        state: Callable[[], dict[str, Any]],
-        sooner: list[Tensor],
+        capture: Callable[[], tuple[dict[str, Any], list[Tensor]]],
+        *,
+        score: float | None,
         note: dict[str, Any],
     ) -> None:
-        """Begin to save in the background. Once for each step; a no-op without a run folder."""
-        if self.checkpoints is None or step in self._asked:
+        """Begin to save in the background. Once for each step; a no-op without a run folder.
+
+        `capture` gives the state, and those of its tensors that change before the weights do.
+        """
+        if self.checkpoints is None or step == self._asked:
             return
-        self._asked = {step}
+        self._asked = step
         if self.place.rank in self.writers:
-            self.checkpoints.start(step, state(), score=self.score, note=note, sooner=sooner)
+            state, sooner = capture()
+            self.checkpoints.start(step, state, score=score, note=note, sooner=sooner)
 
     def settle(self) -> None:
         """Wait until the copies for the save under way are made: weights change next."""
@@ -188,7 +195,6 @@ class Keeper:
             if isinstance(outcome, NotSaved):
                 self.bus.emit("not_saved", step=outcome.step, reason=outcome.reason)
             else:
-                self._last_saved = outcome.step
                 self.bus.emit("saved", **{**asdict(outcome), "path": str(outcome.path)})
 
     def export(self, models: Mapping[str, nn.Module]) -> None:
@@ -210,11 +216,14 @@ class Keeper:
         """Words for an error: what is safe on disk."""
         if self.path is None:
             return "there is no run folder, so no checkpoint"
+        if self.checkpoints is None:
+            return f"nothing was written to {self.path} yet"
         self.wait()
-        steps = [] if self.checkpoints is None else self.checkpoints.steps()
-        if not steps:
-            return f"{self.path} holds no checkpoint yet"
-        return f"the checkpoint of step {steps[0]} is whole: go on with --resume {self.path}"
+        how = f"--resume {self.path}" if self.job_file is not None else "resume=True"
+        for step in self.checkpoints.steps():
+            if _trouble_with(self.checkpoints, step) is None:
+                return f"the checkpoint of step {step} is whole: go on with {how}"
+        return f"{self.path} holds no checkpoint yet"
 
     def close(self, *, abandon: bool) -> None:
         if self.checkpoints is not None:
@@ -224,6 +233,22 @@ class Keeper:
             self.folder.close()
 
 
+def _trouble_with(checkpoints: Checkpoints, step: int) -> str | None:
+    """Why a checkpoint is not one to go on from: damaged, or taken after the weights diverged."""
+    try:
+        for writer in checkpoints.writers(step):
+            state, _ = checkpoints.read(step, rank=writer)
+            for model, name in state["trained"]:
+                weight = state["models"][model].get(name)
+                if isinstance(weight, Tensor) and not bool(weight.isfinite().all()):
+                    return f"its weights {name} are not finite"
+    except CheckpointError as error:
+        return str(error)
+    except KeyError as error:
+        return f"it holds no {error}"
+    return None
+
+
 def _refuse_other(
     folder: RunFolder, fingerprints: Mapping[str, str], facts: Mapping[str, Any]
 ) -> None:
@@ -231,31 +256,53 @@ def _refuse_other(
     record = folder.record
     was, now = record.get("fingerprints", {}), fingerprints
     pairs = [(f"fingerprint of the {k}", was.get(k), now[k]) for k in now if k in was]
-    pairs += [
-        (k, record.get(k), facts[k])
-        for k in ("batch_size", "seed", "arguments")
-        if k in record and k in facts
-    ]
+    pairs += [(k, record[k], facts[k]) for k in SAME if k in record and k in facts]
     for what, before, after in pairs:
         if before != after:
             raise RunError(
-                f"resume {folder.path}: the {what} was {before} and is {after} now; "
-                "allowed: the same job, data, batch size and seed; next: a new --out for a new run"
+                f"resume {folder.path}: the {what} was {before} and is {after} now; allowed: the "
+                "same job, data, order of samples and arguments; next: a new --out for a new run"
             )
 
 
+def mean_of_sites(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """One state from those of all sites, weighted by what each learned from since its last round.
+
+    A site that learned from nothing counts only where no other has anything to say.
+    """
+    weights = [state["rounds"]["samples"] for state in states]
+    merged: dict[str, Any] = mean_of_states(
+        states, weights if any(weights) else [1.0] * len(states)
+    )
+    merged["rounds"] = {"samples": 0.0, "steps_since": 0}
+    return merged
+
+
 def mean_of_states(states: list[Any], weights: list[float]) -> Any:
-    """The weighted mean of nested states: floating tensors averaged, all else the first's."""
+    """The weighted mean of nested states: floating tensors averaged, all else the first's.
+
+    Entries that not all states have (an optimizer that never stepped has none) are the mean of
+    those that have them.
+    """
     first = states[0]
     if isinstance(first, dict):
-        return {key: mean_of_states([state[key] for state in states], weights) for key in first}
-    if isinstance(first, list | tuple):
-        return type(first)(
-            mean_of_states(list(items), weights) for items in zip(*states, strict=True)
-        )
+        keys = dict.fromkeys(key for state in states for key in state)
+        means = {key: mean_of_states(*_having(key, states, weights)) for key in keys}
+        return type(first)(means)
+    if isinstance(first, list | tuple) and all(len(state) == len(first) for state in states):
+        columns = zip(*states, strict=True)
+        return type(first)(mean_of_states(list(column), weights) for column in columns)
     if isinstance(first, Tensor) and first.is_floating_point():
+        if all(torch.equal(first, state) for state in states):
+            return first  # counters of steps among them stay whole numbers
         total = torch.zeros_like(first, dtype=torch.promote_types(first.dtype, torch.float32))
         for state, weight in zip(states, weights, strict=True):
             total += state * (weight / sum(weights))
         return total.to(first.dtype)
     return first
+
+
+def _having(key: Any, states: list[Any], weights: list[float]) -> tuple[list[Any], list[float]]:
+    pairs = [(state[key], w) for state, w in zip(states, weights, strict=True) if key in state]
+    told = [weight for _, weight in pairs]
+    return [value for value, _ in pairs], told if any(told) else [1.0] * len(told)

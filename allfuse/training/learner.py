@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,14 +38,17 @@ class Precision:
 class Learner:
     """Differentiates, fuses, clips and steps the parameters of one optimizer.
 
+    Args:
+        optimizer: its parameters may be frozen, thawed and added to between steps.
+        name_all: gives the names of all parameters of the session's models by their `id`.
+
     `alone` says that it is the only optimizer, so that a backward pass needs no list of inputs.
     """
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        names: Sequence[str],
-        parameters: Sequence[Parameter],
+        name_all: Callable[[], Mapping[int, str]],
         *,
         split: Split,
         fusion: Fusion,
@@ -53,30 +56,99 @@ class Learner:
         precision: Precision,
     ) -> None:
         self.optimizer, self.precision, self.split = optimizer, precision, split
-        self.names, self.parameters = list(names), list(parameters)
-        self.fusion = GradientFusion(names, parameters, fusion, link)
-        if link.size > 1:
-            split.watch(self.parameters, self.fusion.final)
+        self.link, self._fusion_kind, self._name_all = link, fusion, name_all
         self.alone = True
-        self.unscaled = False
+        self._under_way = False  # a backward pass of this learner
+        self._unfinished = False  # gradients of pieces that wait for the last one
+        self._fused = False  # gradients that may be stepped with
+        self._unscaled = False
+        self._aside: list[tuple[Parameter, Tensor]] = []
+        self.parameters: list[Parameter] = []
+        self._take_parameters()
+
+    def _take_parameters(self) -> None:
+        """Find out what the optimizer holds, and watch for its gradients."""
+        held = [p for group in self.optimizer.param_groups for p in group["params"]]
+        names = self._name_all()
+        strange = [tuple(p.shape) for p in held if id(p) not in names]
+        if strange:
+            raise UserError(
+                f"the optimizer holds {len(strange)} parameters that no s.model(...) knows (the "
+                f"first of shape {strange[0]}); allowed: parameters of what s.model returned; "
+                "next: model = s.model(...) first, then an optimizer of model.parameters()"
+            )
+        known = {id(parameter) for parameter in self.parameters}
+        self._held = len(held)
+        self._frozen = [p for p in held if not p.requires_grad]
+        self.parameters = [p for p in held if p.requires_grad]
+        for parameter in self.parameters:
+            if id(parameter) not in known:  # what others left there was never fused
+                parameter.grad = None
+        self.names = [names[id(p)] for p in self.parameters]
+        self.fusion = GradientFusion(self.names, self.parameters, self._fusion_kind, self.link)
+        if self.link.size > 1:
+            self._watch(self.fusion)
+
+    def _watch(self, fusion: GradientFusion) -> None:
+        def final(index: int) -> None:
+            # Another learner's backward pass may reach these parameters too, and hooks stay.
+            if self._under_way and self.fusion is fusion:
+                fusion.final(index)
+
+        self.split.watch(self.parameters, final)
+
+    def _has_changed(self) -> bool:
+        """Whether parameters were added or thawed since they were taken."""
+        held = sum(len(group["params"]) for group in self.optimizer.param_groups)
+        return held != self._held or any(p.requires_grad for p in self._frozen)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradients of `loss`; with `last` start to fuse them as they become final."""
-        if self.precision.scaler is not None:
-            loss = self.precision.scaler.scale(loss)
         if not loss.requires_grad:
             raise UserError(
-                "the loss does not depend on any parameter that requires a gradient; "
-                "next: compute it from the model's outputs, without detach() or no_grad()"
+                "the loss does not depend on any parameter that requires a gradient; allowed: a "
+                "loss computed from the model's outputs; next: look for detach(), no_grad() or "
+                "item() on the way, and for frozen parameters"
             )
-        self.split.backward(loss, () if self.alone else self.parameters, last)
-        self.unscaled = False
+        if not self._unfinished:
+            if self._has_changed():
+                self._take_parameters()
+            self._set_aside()
+        if self.precision.scaler is not None:
+            loss = self.precision.scaler.scale(loss)
+        self._under_way, self._unscaled, self._unfinished = True, False, True
+        try:
+            self.split.backward(loss, () if self.alone else self.parameters, last)
+        finally:
+            self._under_way = False
+
+    def _set_aside(self) -> None:
+        """Keep gradients of an earlier backward pass out of the sums; `finish` adds them again.
+
+        They are fused already, and views into the sums where there are any.
+        """
+        for parameter in self.parameters:
+            gradient = parameter.grad
+            if gradient is not None:
+                kept = gradient if self.link.size == 1 else gradient.clone()
+                self._aside.append((parameter, kept))
+                parameter.grad = None
 
     def finish(self, factor: float) -> None:
         """Wait for the fusions; `factor` corrects gradients that were scaled by a guessed count."""
         self.fusion.finish()
-        if factor != 1.0:
-            foreach_multiply(self.gradients(), factor)
+        if factor != 1.0 and (gradients := self.gradients()):
+            foreach_multiply(gradients, factor)
+        for parameter, kept in self._aside:
+            parameter.grad = kept if parameter.grad is None else parameter.grad.add_(kept)
+        self._aside.clear()
+        self._unfinished, self._fused = False, True
+
+    def forget(self) -> None:
+        """Drop what was begun and will not be finished."""
+        self.fusion.forget()
+        self._aside.clear()
+        self._unfinished = False
 
     @property
     def may_skip(self) -> bool:
@@ -86,17 +158,14 @@ class Learner:
     def gradients(self) -> list[Tensor]:
         return [p.grad for p in self.parameters if p.grad is not None]
 
-    def unscale(self) -> None:
-        if self.precision.scaler is not None and not self.unscaled:
-            self.precision.scaler.unscale_(self.optimizer)
-        self.unscaled = True
-
     def clip(self, largest: float | None) -> Tensor | None:
         """The global norm of the gradient; scales it down to `largest` where it is longer."""
-        self.unscale()
         gradients = self.gradients()
         if not gradients:
             return None
+        if self.precision.scaler is not None and not self._unscaled:
+            self.precision.scaler.unscale_(self.optimizer)
+            self._unscaled = True
         norm = torch.nn.utils.get_total_norm(gradients)
         if largest is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, largest, norm)
@@ -104,12 +173,30 @@ class Learner:
 
     def step(self) -> None:
         """One optimizer step, left out where fp16 overflowed; clears the gradients."""
-        if self.precision.scaler is not None:
+        if self.precision.scaler is None:
+            self.optimizer.step()
+        elif self.gradients():
             self.precision.scaler.step(self.optimizer)
             self.precision.scaler.update()
-        else:
-            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def check_gradients(self) -> None:
+        """Refuse a step of the optimizer with gradients that are not those of the whole batch."""
+        if self._unfinished:
+            raise UserError(
+                "optimizer.step() was called while gradients wait for the last piece of the batch; "
+                "next: pass last=True (the default) to the last s.backward(...) before the step"
+            )
+        if self.link.size > 1 and not self._fused and self.gradients():
+            raise UserError(
+                "optimizer.step() was called with gradients that were not fused with those of the "
+                "other workers; next: s.backward(loss) instead of loss.backward(), once before "
+                "each step"
+            )
+
+    def stepped(self) -> None:
+        """The optimizer has stepped: the next step needs gradients of its own."""
+        self._fused = False
 
     @property
     def learning_rate(self) -> float:

@@ -24,6 +24,10 @@ class Order:
     drop_last: bool | None = None
     loaders: int | None = None
 
+    def record(self) -> dict[str, Any]:
+        """What a run keeps when it is resumed."""
+        return {"seed": self.seed, "shuffle": self.shuffle, "drop_last": self.drop_last}
+
 
 def make_loader(source: Source | Stream, order: Order, place: Place) -> Loader | IterableLoader:
     """This rank's loader.

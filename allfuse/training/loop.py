@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from allfuse.base.errors import DataError
+from allfuse.base.errors import DataError, JobError
 from allfuse.job import Job
 from allfuse.plan import Plan
-from allfuse.training.session import Session, Settings
+from allfuse.training.session import Session
+from allfuse.training.settings import Settings
 from allfuse.training.stopping import Stopping
 
 
@@ -54,11 +56,11 @@ def train_job(
             prepare(s)
         s.add_hooks(job.hooks)
         model = s.model(job.model)
-        optimizer = s.optimizer(job.optimizer(model.parameters()))
+        optimizer = s.optimizer(make_optimizer(job, model))
         if job.scheduler is not None:
             s.scheduler(job.scheduler(optimizer), job.scheduler_every)
-        stopping = s.remember("stopping", Stopping(job.stop))
-        loss, figures = float("nan"), {}
+        stopping = s.remember("stopping", Stopping(job))
+        s.on("start", lambda *_: stop_where_due(s, stopping))  # a run that was done stays done
 
         for batch in s.batches(
             job.train,
@@ -68,43 +70,67 @@ def train_job(
             loaders=job.loaders,
             collate=job.collate,
         ):
-            loss = s.step(batch, job.loss, forward=job.forward)
+            s.step(batch, job.loss, forward=job.forward)
+            better = False
             if job.validation is not None and s.due(job.evaluate_every):
-                figures = validate(s, job, stopping)
-            if s.due(job.save_every):
-                s.save()
+                better = validate(s, job, stopping)
+            if job.save_every is not None and (better or s.due(job.save_every)):
+                s.save(score=stopping.score_at(s.steps))
             if stopping.time_is_up():
                 s.stop(f"{job.stop.seconds:g} seconds have passed")
-        if job.validation is not None and not stopping.measured_at(s.steps):
-            figures = validate(s, job, stopping)
-        test = measure_on(s, job, job.test, "test") if job.test is not None else {}
-        weights = {
-            name: value.detach().cpu().clone()
-            for name, value in model.state_dict().items()
-            if isinstance(value, Tensor)
-        }
+
         return Result(
             steps=s.steps,
-            loss=loss,
+            loss=s.loss,
             reason=s.stop_reason or "",
-            metrics=figures,
-            test=test,
+            metrics=last_figures(s, job, stopping),
+            test=measure_on(s, job, job.test, "test") if job.test is not None else {},
+            weights={
+                name: value.detach().cpu().clone()
+                for name, value in model.state_dict().items()
+                if isinstance(value, Tensor)
+            },
             out=None if out is None else str(out),
-            weights=weights,
         )
 
 
-def validate(s: Session, job: Job, stopping: Stopping) -> dict[str, float]:
-    """Measure on the validation data; note the best, step the schedulers, and stop where due."""
-    figures = measure_on(
-        s, job, job.validation, "validation", lambda f: stopping.evaluated(job.score(f), s.steps)
-    )
-    s.keeper.score = job.score(figures)
+def make_optimizer(job: Job, model: nn.Module) -> torch.optim.Optimizer:
+    """What the job's function makes of the model's parameters; wrong kinds are refused later."""
+    try:
+        return job.optimizer(model.parameters())
+    except ValueError as error:  # torch's refusals of settings, and of models without parameters
+        raise JobError(f"Job(optimizer=...): {error}; allowed: what torch.optim takes") from None
+
+
+def validate(s: Session, job: Job, stopping: Stopping) -> bool:
+    """Measure on the validation data, step the schedulers, stop where due; whether it is best."""
+    better = False
+
+    def note(figures: dict[str, float]) -> bool:
+        nonlocal better
+        better = stopping.evaluated(figures, s.steps)
+        return better
+
+    figures = measure_on(s, job, job.validation, "validation", note)
     s.evaluated(figures[job.monitor_name])
-    reason = stopping.reason(figures[job.monitor_name], not job.monitor_text.startswith("-"))
+    stop_where_due(s, stopping)
+    return better
+
+
+def last_figures(s: Session, job: Job, stopping: Stopping) -> dict[str, float]:
+    """The figures of the model as it is now: measured once more where that was not just done.
+
+    That changes nothing that training would go on from.
+    """
+    if job.validation is None or stopping.measured_step == s.steps:
+        return stopping.figures
+    return measure_on(s, job, job.validation, "validation", stopping.is_best)
+
+
+def stop_where_due(s: Session, stopping: Stopping) -> None:
+    reason = stopping.reason()
     if reason is not None:
         s.end(reason)
-    return figures
 
 
 def measure_on(
@@ -116,7 +142,7 @@ def measure_on(
 ) -> dict[str, float]:
     """The job's loss and metrics over a data set."""
     return s.evaluate(
-        {**job.metrics, "loss": job.loss},
+        {"loss": job.loss, **job.metrics},
         data,
         batch_size=max(job.batch_size, s.place.parts),
         name=name,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,23 +19,45 @@ if TYPE_CHECKING:
     from allfuse.split.data import IterableLoader, Loader
 
 
-def sum_and_count(value: Any, rows: int, name: str) -> tuple[Tensor, float]:
-    """What a loss or metric returned, as a sum and what the mean is over.
+def sum_and_count(value: Any, rows: int, name: str) -> tuple[Tensor, float, float]:
+    """What a loss or metric returned, as (tensor, factor, count): their product is a sum over
+    `count` things.
 
     Allowed: a 0-d tensor or number (mean over the rows), a tensor of one value for each row, or
     (sum, count).
+
+    Raises:
+        JobError: something else, or a count that is no number from 0.
     """
     if isinstance(value, tuple) and len(value) == 2:
-        total, count = value
-        return torch.as_tensor(total), float(count)
-    tensor = torch.as_tensor(value)
+        tensor, count = _as_float(value[0], name), float(value[1])
+        if not (tensor.dim() == 0 and 0 <= count < math.inf):
+            raise JobError(
+                f"{name} returned (sum, count) with a sum of shape {tuple(tensor.shape)} and a "
+                f"count of {count}; allowed: a sum of one number (0-d), and a count from 0"
+            )
+        return tensor, 1.0, count
+    tensor = _as_float(value, name)
     if tensor.dim() == 0:
-        return tensor * rows, float(rows)
+        return tensor, float(rows), float(rows)
     if tensor.shape[0] == rows and tensor.numel() == rows:
-        return tensor.sum(), float(rows)
+        return tensor.sum(), 1.0, float(rows)
     raise JobError(
         f"{name} returned a tensor of shape {tuple(tensor.shape)} for {rows} samples; allowed: "
         f"a mean (0-d), one value for each sample ({rows},), or (sum, count)"
+    )
+
+
+def _as_float(value: Any, name: str) -> Tensor:
+    """A tensor in which sums keep their digits: float32 or wider."""
+    if isinstance(value, Tensor):
+        short = value.dtype in (torch.bfloat16, torch.float16)
+        return value.float() if short or not value.is_floating_point() else value
+    if isinstance(value, bool | int | float | np.generic | np.ndarray):
+        return torch.as_tensor(value).double()
+    raise JobError(
+        f"{name} returned {'None' if value is None else f'a {type(value).__name__}'}; allowed: a "
+        "tensor or number, or (sum, count)"
     )
 
 
@@ -96,8 +120,8 @@ def _measured(
 ) -> Tensor:
     if isinstance(metric, Metric):
         return torch.as_tensor(metric.update(outputs, batch)).detach()
-    total, count = sum_and_count(metric(outputs, batch), rows, f"metric {name}")
-    return torch.stack([total.detach().double().cpu(), torch.tensor(count, dtype=torch.float64)])
+    total, factor, count = sum_and_count(metric(outputs, batch), rows, f"metric {name}")
+    return torch.tensor([float(total) * factor, count], dtype=torch.float64)
 
 
 def _figure(metric: MetricFunction | Metric, total: Tensor) -> float:

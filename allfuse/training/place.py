@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -120,19 +121,26 @@ class Place:
     def _link(self, axis: str, name: str) -> Link:
         return self.world.link(name, self.plan.peers(self.rank, axis), self.device)
 
-    def statistics_link(self) -> Link:
-        """A link of its own for batch statistics: their transfers come in between those of
-        gradients, in an order that may differ from rank to rank."""
+    @cached_property
+    def statistics(self) -> Link:
+        """A link of its own for batch statistics, of all models: their transfers come in between
+        those of gradients, in an order that may differ from rank to rank."""
         return self._link("data", "statistics")
 
     @property
-    def links(self) -> tuple[Link, ...]:
-        return self.data, self.site, self.replicas
+    def links(self) -> list[Link]:
+        """The links that there are by now, each once."""
+        names = ("data", "site", "replicas", "statistics")
+        made = [self.__dict__[name] for name in names if name in self.__dict__]
+        return list({id(link): link for link in made}.values())
+
+    @property
+    def sent_bytes(self) -> int:
+        """What this rank has sent to its peers so far."""
+        return sum(link.sent_bytes for link in self.links)
 
     def close(self) -> None:
-        for name in ("data", "site", "replicas"):
-            link = getattr(self, name, None)
-            if link is not None:
-                link.close()
+        for link in self.links:
+            link.close()
         if self._owns_world:
             self.world.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,16 +22,18 @@ if TYPE_CHECKING:
 class Rounds:
     """Fuses weights and floating-point buffers over the sites. Optimizer state stays local.
 
-    A site weighs as much as the samples that it has learned from since the last round.
+    A site weighs as much as the samples that it has learned from since the last round. `settle` is
+    called before weights change.
     """
 
-    def __init__(self, place: Place, bus: Bus) -> None:
-        self.place, self.bus = place, bus
+    def __init__(self, place: Place, bus: Bus, settle: Callable[[], None]) -> None:
+        self.place, self.bus, self._settle = place, bus, settle
         axis = place.plan.axis("site")
         self.every = axis.every if isinstance(axis, Site) and place.site.size > 1 else None
         self.samples = 0.0
         self.steps_since = 0
         self._fusion: WeightFusion | None = None
+        self._held: list[int] = []
 
     @property
     def active(self) -> bool:
@@ -39,6 +41,13 @@ class Rounds:
 
     def due(self, steps: int) -> bool:
         return isinstance(self.every, int) and steps % self.every == 0
+
+    def after_step(self, samples: float, steps: int, models: Iterable[nn.Module]) -> None:
+        """Count a step on so many samples; a round where one is due."""
+        self.samples += samples
+        self.steps_since += 1
+        if self.due(steps):
+            self.fuse(models)
 
     def fuse(self, models: Iterable[nn.Module]) -> None:
         """One round: exchange the samples of each site, then the weighted mean, in place."""
@@ -49,9 +58,12 @@ class Rounds:
         self.bus.emit("round", axis="site", bytes=fusion.payload_bytes, seconds=seconds)
 
     def _fuse_by(self, samples: float, models: Iterable[nn.Module]) -> WeightFusion:
-        if self._fusion is None:
-            tensors = [t for m in models for t in (*m.parameters(), *m.buffers())]
+        self._settle()
+        tensors = [t for m in models for t in (*m.parameters(), *m.buffers())]
+        held = [id(tensor) for tensor in tensors]
+        if self._fusion is None or held != self._held:  # a model was added
             self._fusion = WeightFusion(tensors, self.place.site_fusion, self.place.site)
+            self._held = held
         site = self.place.site
         slots = torch.zeros(site.size, dtype=torch.float64, device=self.place.device)
         slots[site.rank] = samples

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,40 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from allfuse.base.errors import Interrupted, NonFiniteLoss, UserError
+from allfuse.base.errors import Interrupted, UserError
 from allfuse.base.events import Bus
-from allfuse.base.tensors import count_rows, cut_rows, share
-from allfuse.fusion.statistics import GlobalBatchNorm, globalize_batch_norm
-from allfuse.job import Hook, Metric, MetricFunction, default_forward
+from allfuse.fusion.statistics import globalize_batch_norm
+from allfuse.job import Hook, Metric, MetricFunction, check_whole, default_forward, on
 from allfuse.plan import Plan
-from allfuse.split.data import Portion, Source, Stream, as_source
+from allfuse.split.data import Source, Stream, as_source
 from allfuse.split.whole import Whole
-from allfuse.training.keeper import Cursor, Keeper
+from allfuse.training.course import Course
+from allfuse.training.keeper import Keeper
 from allfuse.training.learner import Learner, Precision
 from allfuse.training.loading import Order, batch_size_of, make_loader, order_of_all
-from allfuse.training.measure import measure, sum_and_count, to_device
+from allfuse.training.measure import measure, to_device
 from allfuse.training.place import Place
 from allfuse.training.rounds import Rounds
-from allfuse.training.start import build_model, seed_generators, spread
-from allfuse.training.state import capture, model_fingerprint, restore
-from allfuse.training.stepper import Stepper
+from allfuse.training.settings import Settings
+from allfuse.training.start import build_model, spread
+from allfuse.training.state import Scheduler, State
+from allfuse.training.stepper import Step, Stepper
 from allfuse.training.telling import Teller
-
-WISH_STOP, WISH_INTERRUPT = 1, 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How a session trains; see `Job` for the meaning of each. `keep`: checkpoints kept."""
-
-    seed: int = 0
-    precision: str = "fp32"
-    clip: float | None = None
-    accumulate: int = 1
-    compile: bool = False
-    batch_statistics: str = "global"
-    device: str | None = None
-    keep: int = 3
+from allfuse.training.wishes import Wishes
 
 
 class Session:
@@ -85,20 +71,22 @@ class Session:
             raise
         self.split = Whole()
         self.precision = Precision(self.settings.precision, self.device)
-        self.stepper = Stepper(self.place, self.settings.clip)
-        self.rounds = Rounds(self.place, self.bus)
-        self.models: dict[str, nn.Module] = {}
-        self.learners: list[Learner] = []
-        self.schedulers: list[tuple[Any, str]] = []
-        self.parts: dict[str, Any] = {}
-        self.choices: dict[str, str] = dict(self.place.choices)
-        self._norms: list[GlobalBatchNorm] = []
-        self.cursor = Cursor()
-        self._last: Portion | None = None
-        self._wish: tuple[int, str] = (0, "")
-        self._heard = 0
-        self._stop: str | None = None
+        self.state = State(self.precision)
+        self.models, self.learners = self.state.models, self.state.learners
+        self.stepper = Stepper(
+            self.place,
+            Wishes(self.place.world.stop_requested),
+            clip=self.settings.clip,
+            accumulate=self.settings.accumulate,
+            how_to_go_on=self.keeper.how_to_go_on,
+        )
+        self.rounds = Rounds(self.place, self.bus, self.keeper.settle)
+        self.course = Course(
+            self.place, self.bus, self.state, self.stepper, self.rounds, self.settings.seed
+        )
+        self.course.told, self.course.interrupted = self._after_step, self._interrupt
         self.teller = Teller(self)
+        self.choices: dict[str, str] = dict(self.place.choices)
         self._closers: list[Callable[[], None]] = []
 
     # What a script asks about.
@@ -122,47 +110,37 @@ class Session:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps done, those before a resume included."""
-        return self.cursor.steps
+        """Optimizer steps done, one for each batch, those before a resume included."""
+        return self.course.cursor.steps
+
+    @property
+    def loss(self) -> float:
+        """The mean loss of the last step's whole batch; NaN before the first."""
+        return self.teller.loss
 
     @property
     def stop_reason(self) -> str | None:
-        return self._stop
+        """Why training ended, or the last loop over batches; None while it goes on."""
+        return self.course.reason
+
+    def due(self, every: int | str | None) -> bool:
+        """Whether something that is done every so many steps, or every "epoch", is due now.
+
+        Counts the batch under way once it was learned from: ask after the optimizer's step.
+        """
+        self.course.close_learned_step()
+        last = self.course.last
+        if every is None or last is None:
+            return False
+        if every == "epoch":
+            return last.last
+        check_whole("due", "every", every)
+        return self.steps % int(every) == 0
 
     def print(self, *values: Any) -> None:
         """Print on rank 0 only."""
         if self.is_main:
             print(*values, flush=True)
-
-    def on(self, event: str, function: Callable[..., None]) -> None:
-        """Call `function(session, event)` at each event of this name, on every rank."""
-        self.bus.subscribe(lambda happened: function(self, happened), [event])
-
-    def at_close(self, function: Callable[[], None]) -> None:
-        """Call `function()` when the session ends, however it ends."""
-        self._closers.append(function)
-
-    def add_hooks(self, hooks: Sequence[Hook]) -> None:
-        for hook in hooks:
-            self.on(hook.event, hook.function)
-
-    def stop(self, reason: str) -> None:
-        """Ask to stop. Any rank may; all end after the same step, the next one at the earliest."""
-        if not self._wish[0]:
-            self._wish = (WISH_STOP, reason)
-
-    def end(self, reason: str) -> None:
-        """Stop after this step. For reasons that every rank finds at the same step."""
-        self._stop = self._stop or reason
-
-    def due(self, every: int | str | None) -> bool:
-        """Whether something that is done every so many steps, or every "epoch", is due now."""
-        self.close_step()
-        if every is None or self._last is None:
-            return False
-        if every == "epoch":
-            return self._last.last
-        return self.steps % int(every) == 0
 
     # What a script hands over.
 
@@ -171,61 +149,77 @@ class Session:
     ) -> nn.Module:
         """The model, on this rank's device, with the same weights on every rank.
 
-        A function is called under the session's seed. With several workers BatchNorm uses the
-        statistics of the global batch, unless the session was made with batch_statistics="local".
+        A function is called under the session's seed, that of a second model under seed + 1, and
+        so on. With several workers BatchNorm uses the statistics of the global batch, unless the
+        session was made with batch_statistics="local".
         """
-        module = build_model(build, self.settings.seed).to(self.device)
-        name = name or ("model" if not self.models else f"model{len(self.models)}")
-        if name in self.models:
-            raise UserError(f"model {name!r} is there already; allowed: another name")
+        number = len(self.models)
+        module = build_model(build, self.settings.seed + number).to(self.device)
         spread([*module.parameters(), *module.buffers()], self.place.replicas)
         shared = self.place.data.size > 1 and self.settings.batch_statistics == "global"
         if shared and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
-            self._norms += globalize_batch_norm(module, self.place.statistics_link())
+            self.stepper.norms += globalize_batch_norm(module, self.place.statistics)
         if self.settings.compile:
             module.compile()
-        self.models[name] = module
+        self.state.add_model(name or ("model" if number == 0 else f"model{number}"), module)
         return module
 
     def optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """The same optimizer, known to the session: its gradients are fused before it steps."""
-        known = {
-            id(parameter): f"{prefix}.{name}" if len(self.models) > 1 else name
-            for prefix, module in self.models.items()
-            for name, parameter in module.named_parameters()
-        }
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        strange = [tuple(p.shape) for p in parameters if id(p) not in known]
-        if strange:
+        if not isinstance(optimizer, torch.optim.Optimizer):
             raise UserError(
-                f"the optimizer holds {len(strange)} parameters that no s.model(...) knows (the "
-                f"first of shape {strange[0]}); next: give it parameters of what s.model returned"
+                f"the optimizer is a {type(optimizer).__name__}; allowed: a torch.optim.Optimizer"
             )
-        trained = [p for p in parameters if p.requires_grad]
         learner = Learner(
             optimizer,
-            [known[id(p)] for p in trained],
-            trained,
+            self.state.names,
             split=self.split,
             fusion=self.place.data_fusion,
             link=self.place.data,
             precision=self.precision,
         )
-        optimizer.register_step_pre_hook(lambda *_: self.keeper.settle())
-        self.learners.append(learner)
-        for each in self.learners:
-            each.alone = len(self.learners) == 1
+        optimizer.register_step_pre_hook(lambda *_: self._before_step_of(learner))
+        optimizer.register_step_post_hook(lambda *_: self.stepper.after_step_of(learner))
+        self.state.add_learner(learner)
         return optimizer
 
     def scheduler(self, scheduler: Any, every: str = "step") -> Any:
-        """The same scheduler, stepped by the session: every "step", "epoch" or "evaluation"."""
-        self.schedulers.append((scheduler, every))
+        """The same scheduler, stepped by the session: every "step", "epoch" or "evaluation".
+
+        Every step means every one of its optimizer's steps: those that fp16 leaves out, it leaves
+        out. An evaluation is what a script tells by `evaluated(value)`.
+        """
+        self.state.add_scheduler(Scheduler(scheduler, every))
         return scheduler
 
     def remember(self, name: str, part: Any) -> Any:
         """Save and restore `part`, which has state_dict and load_state_dict, with checkpoints."""
-        self.parts[name] = part
+        self.state.add_part(name, part)
         return part
+
+    def on(self, event: str, function: Callable[..., None]) -> None:
+        """Call `function(session, event)` at each event of this name; see `af.on`."""
+        hook = on(event, function)
+        self.bus.subscribe(lambda happened: hook.function(self, happened), [hook.event])
+
+    def add_hooks(self, hooks: Sequence[Hook]) -> None:
+        for hook in hooks:
+            self.on(hook.event, hook.function)
+
+    def at_close(self, function: Callable[[], None]) -> None:
+        """Call `function()` when the session ends, however it ends."""
+        self._closers.append(function)
+
+    def stop(self, reason: str) -> None:
+        """Ask to stop training. Any rank may; all do after the same step, the next at the earliest.
+
+        Sites agree when they meet: at rounds and at ends of epochs.
+        """
+        self.stepper.wishes.ask(reason)
+
+    def end(self, reason: str) -> None:
+        """Stop training after this step. For reasons that every rank finds at the same step."""
+        self.course.end(reason)
 
     # The loop.
 
@@ -244,40 +238,47 @@ class Session:
     ) -> Iterator[Any]:
         """This rank's share of every batch, on its device; every sample of an epoch exactly once.
 
-        `batch_size` is the samples of one step over all workers. Goes on after the last checkpoint
-        when the session resumes. Ends after `epochs` or `steps` (None: never for that reason), or
-        when the session stops.
-        """
-        source = as_source(data, collate=collate)
-        order = Order(
-            batch_size=batch_size,
-            seed=self.settings.seed if seed is None else seed,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            loaders=loaders,
-        )
-        loader = make_loader(source, order, self.place)
-        try:
-            self._begin(source, loader, epochs, steps)
-            while self._stop is None and (epochs is None or self.cursor.epoch < epochs):
-                yield from self._epoch(loader, steps)
-            self._finish_training(epochs)
-        finally:
-            loader.close()
+        `batch_size` is the samples of one step over all workers. Ends after `epochs` or `steps` of
+        this loop (None: never for that reason), or when training stops. Breaking out of the loop
+        leaves training where it is: sites then do not fuse a last time.
 
-    def _epoch(self, loader: Any, steps: int | None) -> Iterator[Any]:
-        if steps is not None and self.steps >= steps:
-            self.end(f"{steps} steps are done")
-            return
-        for portion in loader.epoch(self.cursor.epoch, self.cursor.step_in_epoch):
-            self._open_step(portion)
-            if self.stepper.reference(portion):  # a site may have no sample of a small last batch
+        Loops may follow one another, such as fine-tuning after pretraining. A session that resumes
+        goes on in the loop, and with the batch, after its checkpoint: loops before that one give
+        nothing, while all that a script does between loops is done again.
+        """
+        for name, limit in (("epochs", epochs), ("steps", steps)):
+            if limit is not None:
+                check_whole("batches", name, limit, least=0)
+        number = self.course.enter_loop()
+        loader = None
+        try:
+            source = as_source(data, collate=collate)
+            order = Order(
+                batch_size=batch_size,
+                seed=self.settings.seed if seed is None else seed,
+                shuffle=shuffle,
+                drop_last=drop_last,
+                loaders=loaders,
+            )
+            loader = make_loader(source, order, self.place)
+            self._begin(source, loader, order, epochs, steps)
+            for portion in self.course.portions(number, loader, epochs, steps):
                 yield to_device(portion.batch, self.device)
-            self.close_step()
-            if steps is not None and self.steps >= steps:
-                self.end(f"{steps} steps are done")
-            if self._stop is not None:
-                return
+            self._finish_loop()
+        finally:
+            self.course.leave_loop()
+            if loader is not None:
+                loader.close()
+
+    def _finish_loop(self) -> None:
+        """The last round, so that all sites end equal.
+
+        What is saved is the state before it: a run that goes on later, with a higher limit, then
+        does what it would have done at once.
+        """
+        self.save()
+        if self.rounds.active and self.rounds.steps_since:
+            self.rounds.fuse(self.models.values())
 
     def step(
         self,
@@ -290,21 +291,22 @@ class Session:
     ) -> float:
         """Forward, backward, fusion, clipping, the optimizer's step. The mean loss of the batch.
 
-        With several optimizers name the one to step; only its parameters get gradients.
+        `loss(outputs, batch)` returns the mean over the samples, one value for each sample, or
+        (sum, count). With several optimizers name the one to step; only its parameters get
+        gradients. NaN where a site has no sample of the batch.
         """
-        learner = self._learner(optimizer)
-        model = model if model is not None else self._only_model()
+        learner = self.state.learner(optimizer)
+        model = model if model is not None else self.state.only_model()
         run = forward or default_forward
-        rows = count_rows(batch)
-        pieces = min(self.settings.accumulate, rows)
-        for number in range(pieces):
-            start, stop = share(rows, pieces, number)
-            piece = batch if pieces == 1 else cut_rows(batch, start, stop)
+
+        def compute(piece: Any) -> Any:
             with self.precision.autocast():
-                value = loss(run(model, piece), piece)
-            total, count = sum_and_count(value, stop - start, "the loss")
-            self._differentiate(learner, total, count, last=number == pieces - 1)
-        figures = self.stepper.finish(learner, self._not_finite)
+                return loss(run(model, piece), piece)
+
+        self.course.open_step_for(learner)
+        figures = self.stepper.learn(learner, batch, compute)
+        if figures is None:
+            return math.nan
         learner.step()
         if len(self.learners) == 1:
             self.close_step()
@@ -322,135 +324,98 @@ class Session:
 
         `loss` is the mean over `count` things (the samples of the batch unless given). Afterwards
         the gradients are those of the whole batch, so clipping is torch's own. With `last=False`
-        they only add up; `count` must then be given. Returns the mean loss of the whole batch.
+        they only add up; `count` must then be given. Gradients that were there before stay, as
+        with `loss.backward()`. Returns the mean loss of the whole batch.
         """
         if self.precision.scaler is not None:
             raise UserError(
                 "backward() with precision fp16: the loss scaler must step the optimizer; "
                 "allowed: bf16 or fp32 here, or s.step(batch, loss)"
             )
-        step = self.stepper.current
-        if count is None:
-            if not last or (step is not None and step.losses):
-                raise UserError(
-                    "backward(last=False) needs count=, the number of things in the loss's mean"
-                )
-            portion = None if step is None else step.portion
-            count = 1.0 if portion is None else float(max(portion.rows, 1))
-        learner = self._learner(optimizer)
-        self._differentiate(learner, loss * count, count, last)
-        return self.stepper.finish(learner, self._not_finite).loss if last else math.nan
-
-    def _differentiate(self, learner: Learner, total: Tensor, count: float, last: bool) -> None:
-        if self.place.world.stop_requested.is_set():
-            self._wish = (WISH_INTERRUPT, "interrupted")
-        self.stepper.differentiate(learner, total, count, last=last, wish=self._wish[0])
-
-    def _learner(self, optimizer: torch.optim.Optimizer | None) -> Learner:
-        if optimizer is None and len(self.learners) == 1:
-            return self.learners[0]
-        for learner in self.learners:
-            if learner.optimizer is optimizer:
-                return learner
-        raise UserError(
-            f"the session has {len(self.learners)} optimizers and none of them was named; next: "
-            "make it known with s.optimizer(...), and pass optimizer= when there are several"
-        )
-
-    def _only_model(self) -> nn.Module:
-        if len(self.models) != 1:
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
             raise UserError(
-                f"the session has {len(self.models)} models; next: pass model= to step(...)"
+                f"backward(loss): received a {type(loss).__name__}{shape}; allowed: a tensor of "
+                "one number, the mean loss"
             )
-        return next(iter(self.models.values()))
-
-    def _not_finite(self, what: str, value: float, rank: int) -> NonFiniteLoss:
-        return NonFiniteLoss(
-            f"{what} is {value} on rank {rank} at step {self.steps}; the weights were not changed; "
-            f"{self.keeper.how_to_go_on()}; next: a smaller learning rate, clip=1.0, or look "
-            "at the samples of this step"
-        )
-
-    # Steps.
-
-    def _open_step(self, portion: Portion) -> None:
-        for norm in self._norms:
-            norm.weight_of_rows = 1.0 if portion.rows else 0.0
-        if self.place.world.has_process_groups:  # threads share one process's generators
-            seed_generators(self.settings.seed, self.steps, self.rank)
-        self.stepper.open(portion)
+        learner = self.state.learner(optimizer)
+        step = self.course.open_step_for(learner)
+        if count is None:
+            if not last or step.losses:
+                raise UserError(
+                    "backward(last=False) needs count=, the number of things in the loss's mean, "
+                    "and so do the other parts of its batch"
+                )
+            count = 1.0 if step.portion is None else float(max(step.portion.rows, 1))
+        if step.idle:
+            return math.nan
+        self.stepper.differentiate(learner, loss.reshape(()), float(count), float(count), last=last)
+        return self.stepper.finish(learner).loss if last else math.nan
 
     def close_step(self) -> None:
         """Count the open step, fuse weights where a round is due, and tell what happened.
 
         Called by the session itself when the next batch is asked for; a no-op when none is open.
         """
-        step = self.stepper.close()
-        if step is None:
-            return
-        portion = self._last = step.portion
-        self.cursor = self.cursor.after(portion)
-        self._tell_step_number()
-        self.rounds.samples += self.stepper.reference(portion)
-        self.rounds.steps_since += 1
-        ends_epoch = portion is not None and portion.last
-        for scheduler, every in self.schedulers:
-            if every == "step" or (every == "epoch" and ends_epoch):
-                scheduler.step()
-        if step.figures is not None:
-            self._heard = max(self._heard, *step.figures.stops)
-        if self.rounds.due(self.steps):
-            self.keeper.settle()
-            self.rounds.fuse(self.models.values())
+        self.course.close_step()
+
+    def _before_step_of(self, learner: Learner) -> None:
+        self.stepper.before_step_of(learner)
+        self.keeper.settle()  # the weights change next
+
+    def _after_step(self, step: Step) -> None:
         self.teller.step(step)
         self.keeper.tell_outcomes()
-        self._maybe_stop(ends_epoch)
 
-    def _maybe_stop(self, ends_epoch: bool) -> None:
-        """Stop where all ranks know that one wishes to. Sites meet at rounds and ends of epochs."""
-        heard = self._heard
-        if self.rounds.active:
-            if not (ends_epoch or self.rounds.due(self.steps)):
-                return
-            heard = self.rounds.agree(max(heard, self._wish[0]))
-        if heard >= WISH_INTERRUPT:
-            self.save(block=True)
-            raise Interrupted(f"interrupted after step {self.steps}; {self.keeper.how_to_go_on()}")
-        if heard:
-            self.end(self._wish[1] or "another worker asked to stop")
-
-    def _tell_step_number(self) -> None:
-        self.bus.step = self.place.world.step = self.steps
-        for link in self.place.links:
-            link.step = self.steps
+    def _interrupt(self) -> None:
+        self.save(block=True)
+        raise Interrupted(f"interrupted after step {self.steps}; {self.keeper.how_to_go_on()}")
 
     # Begin, measure, save, end.
 
     def _begin(
-        self, source: Source | Stream, loader: Any, epochs: int | None, steps: int | None
+        self,
+        source: Source | Stream,
+        loader: Any,
+        order: Order,
+        epochs: int | None,
+        steps: int | None,
     ) -> None:
         """Once, before the first step: the run folder, the state to go on from, the first event."""
         if self.teller.began is not None:
             return
-        size, per_epoch = batch_size_of(loader), loader.steps_per_epoch
-        facts = {
-            "batch_size": size,
-            "seed": self.settings.seed,
-            "choices": self.choices,
-            "device": str(self.device),
-            "threads": torch.get_num_threads(),
-        }
-        fingerprints = {"data": source.fingerprint(), "model": model_fingerprint(self.models)}
-        self.keeper.begin(facts, fingerprints)
+        size = batch_size_of(loader)
+        if self.keeper.path is not None:
+            facts = {
+                "batch_size": size,
+                "seed": self.settings.seed,
+                "order": order.record(),
+                "choices": self.choices,
+                "device": str(self.device),
+                "threads": torch.get_num_threads(),
+                **self.state.kinds(),
+            }
+            data, model = source.fingerprint(), self.state.fingerprint()
+            self.keeper.begin(facts, {"data": data, "model": model})
         found = self.keeper.newest()
         if found is not None:
-            restore(self, self.keeper.read(found))
-        self._tell_step_number()
-        self.teller.start(source, size, per_epoch, epochs, steps)
+            self._restore(self.keeper.read(found))
+        self.course.tell_step_number()
+        self.teller.start(source, size, loader.steps_per_epoch, epochs, steps)
+        for trouble in self.keeper.troubles:
+            self.bus.emit("warning", text=trouble)
         if self.keeper.resume and found is None:
-            self.bus.emit(
-                "note", text="there is no checkpoint yet: training starts at the beginning"
-            )
+            text = "there is no checkpoint yet: training starts at the beginning"
+            self.bus.emit("note", text=text)
+
+    def _capture(self) -> tuple[dict[str, Any], list[Tensor]]:
+        state, sooner = self.state.capture()
+        return {**state, **self.course.capture(), "loss": self.loss}, sooner
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.state.restore(state)
+        self.course.restore(state)
+        self.teller.loss = state["loss"]
 
     def evaluate(
         self,
@@ -468,14 +433,14 @@ class Session:
 
         Sites measure the mean of their weights. `best(figures)` says whether they are the best yet.
         """
-        self.close_step()
+        self.course.close_learned_step()
         begin = time.perf_counter()
+        model = model if model is not None else self.state.only_model()
         source = as_source(data, collate=collate)
         loader = make_loader(source, order_of_all(source, batch_size, self.place), self.place)
-        self.keeper.settle()
-        with self.rounds.fused_for_a_moment(self.models.values()):
+        with contextlib.closing(loader), self.rounds.fused_for_a_moment(self.models.values()):
             figures, samples = measure(
-                model if model is not None else self._only_model(),
+                model,
                 loader,
                 metrics,
                 forward=forward or default_forward,
@@ -483,40 +448,46 @@ class Session:
                 device=self.device,
                 autocast=self.precision.autocast,
             )
-        loader.close()
-        seconds = time.perf_counter() - begin
         self.bus.emit(
             "evaluated",
             split=name,
             metrics=figures,
             samples=samples,
-            seconds=seconds,
+            seconds=time.perf_counter() - begin,
             best=best(figures) if best is not None else False,
         )
         return figures
 
     def evaluated(self, value: float) -> None:
         """Step the schedulers that wait for evaluations, with the monitored value."""
-        for scheduler, every in self.schedulers:
-            if every == "evaluation":
-                scheduler.step(value)
+        for scheduler in self.state.schedulers:
+            scheduler.evaluated(value)
 
-    def save(self, *, block: bool = False) -> None:
-        """Save a checkpoint in the background; `block` waits until it is on disk."""
-        self.close_step()
-        buffers = [b for module in self.models.values() for b in module.buffers()]
+    def save(self, *, score: float | None = None, block: bool = False) -> None:
+        """Save a checkpoint in the background; `block` waits until it is on disk.
+
+        Once for each step, into the run folder; without one nothing is saved. `score` says how good
+        it is (higher is better): the best is kept beside the last ones.
+        """
+        self.course.close_learned_step()
+        if self.keeper.path is not None and self.keeper.checkpoints is None:
+            raise UserError(
+                "save(): training has not begun, so there is no run folder yet; next: save in or "
+                "after a loop over s.batches(...)"
+            )
         note = {"steps": self.steps, "plan": str(self.plan)}
-        self.keeper.save(self.steps, lambda: capture(self), buffers, note)
+        self.keeper.save(self.steps, self._capture, score=score, note=note)
         if block:
             self.keeper.wait()
 
-    def _finish_training(self, epochs: int | None) -> None:
-        """The last round, so that all sites end equal."""
-        if self._stop is None:
-            self.end(f"{epochs} epochs are done")
-        if self.rounds.active and self.rounds.steps_since:
-            self.keeper.settle()
-            self.rounds.fuse(self.models.values())
+    def _finish(self) -> None:
+        """What a session does at its end when nothing went wrong."""
+        self.close_step()
+        if self.teller.began is None:
+            return
+        with self.rounds.fused_for_a_moment(self.models.values()):
+            self.keeper.export(self.models)
+        self.save(block=True)
 
     def __enter__(self) -> Session:
         return self
@@ -527,17 +498,16 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        try:
-            if error is None:
-                self.close_step()
-                if self.teller.began is not None:
-                    with self.rounds.fused_for_a_moment(self.models.values()):
-                        self.keeper.export(self.models)
-                    self.save()
-                    self.keeper.wait()
-            self.teller.end(error)
-        finally:
-            self.keeper.close(abandon=error is not None)
-            self.place.close()
-            for closer in self._closers:
-                closer()
+        with contextlib.ExitStack() as closing:  # the last is called first
+            for closer in reversed(self._closers):
+                closing.callback(closer)
+            closing.callback(self.place.close)
+            try:
+                if error is None:
+                    self._finish()
+            except BaseException as failure:
+                error = failure
+                raise
+            finally:
+                closing.callback(self.keeper.close, abandon=error is not None)
+                self.teller.end(error)

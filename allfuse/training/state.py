@@ -1,4 +1,4 @@
-"""All that a session needs to go on: what a checkpoint holds, and how it is taken back.
+"""What a session trains: all that a checkpoint holds, and how it is taken back.
 
 Randomness has no state to keep: generators are seeded in each step from (seed, step, rank).
 """
@@ -6,65 +6,213 @@ Randomness has no state to keep: generators are seeded in each step from (seed, 
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
-from allfuse.base.errors import CheckpointError
-from allfuse.training.keeper import Cursor
+from allfuse.base.errors import CheckpointError, UserError
+from allfuse.base.tensors import leaves
+from allfuse.training.learner import Learner, Precision
 
 if TYPE_CHECKING:
-    from allfuse.training.session import Session
+    from collections.abc import Callable
+
+STEPPED_EVERY = ("step", "epoch", "evaluation")
 
 
-def capture(session: Session) -> dict[str, Any]:
-    """The state, with live tensors."""
-    scaler, cursor = session.precision.scaler, session.cursor
-    return {
-        "models": {name: module.state_dict() for name, module in session.models.items()},
-        "optimizers": [learner.optimizer.state_dict() for learner in session.learners],
-        "schedulers": [scheduler.state_dict() for scheduler, _ in session.schedulers],
-        "scaler": None if scaler is None else scaler.state_dict(),
-        "cursor": [cursor.steps, cursor.epoch, cursor.step_in_epoch, cursor.epoch_of_last],
-        "rounds": {"samples": session.rounds.samples, "steps_since": session.rounds.steps_since},
-        "parts": {name: part.state_dict() for name, part in session.parts.items()},
-    }
+class Scheduler:
+    """A learning-rate scheduler and when it is stepped: every "step", "epoch" or "evaluation"."""
+
+    def __init__(self, scheduler: Any, every: str) -> None:
+        if every not in STEPPED_EVERY:
+            raise UserError(
+                f"scheduler(every={every!r}): allowed: {', '.join(map(repr, STEPPED_EVERY))}"
+            )
+        _refuse_stateless(f"a scheduler of type {type(scheduler).__name__}", scheduler, "step")
+        needed = [
+            parameter
+            for parameter in inspect.signature(scheduler.step).parameters.values()
+            if parameter.default is parameter.empty
+            and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        ]
+        if needed and every != "evaluation":
+            raise UserError(
+                f"scheduler(every={every!r}): {type(scheduler).__name__}.step needs "
+                f"{needed[0].name}, a monitored value; next: every='evaluation'"
+            )
+        self.scheduler, self.every, self._wants_value = scheduler, every, bool(needed)
+
+    def after_step(self, stepped: list[Learner], ends_epoch: bool) -> None:
+        """Step if that is due after a step in which the optimizers of these learners stepped."""
+        own = getattr(self.scheduler, "optimizer", None)
+        if self.every == "step":
+            if any(own is None or learner.optimizer is own for learner in stepped):
+                self.scheduler.step()
+        elif self.every == "epoch" and ends_epoch:
+            self.scheduler.step()
+
+    def evaluated(self, value: float) -> None:
+        """Step if it waits for evaluations, with the monitored value if it wants that."""
+        if self.every == "evaluation":
+            self.scheduler.step(*([value] if self._wants_value else []))
 
 
-def restore(session: Session, state: Mapping[str, Any]) -> None:
-    """Take a state back, in place.
+class State:
+    """Models, optimizers, schedulers and other parts that have a state.
 
-    Raises:
-        CheckpointError: it is of other models, optimizers or schedulers.
+    On resume those that are known take their state at once, and those that come later (a second
+    optimizer, made for fine-tuning) as they are made known.
     """
-    try:
-        for name, module in session.models.items():
-            module.load_state_dict(state["models"][name])
-        for learner, held in zip(session.learners, state["optimizers"], strict=True):
-            learner.optimizer.load_state_dict(held)
-        for (scheduler, _), held in zip(session.schedulers, state["schedulers"], strict=True):
-            scheduler.load_state_dict(held)
-        if session.precision.scaler is not None and state["scaler"] is not None:
-            session.precision.scaler.load_state_dict(state["scaler"])
-        for name, part in session.parts.items():
-            part.load_state_dict(state["parts"][name])
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"the checkpoint does not fit the job: {error}; allowed: the models, optimizers and "
-            "schedulers that the run was started with"
-        ) from None
-    session.cursor = Cursor(*state["cursor"])
-    session.rounds.samples = state["rounds"]["samples"]
-    session.rounds.steps_since = state["rounds"]["steps_since"]
+
+    def __init__(self, precision: Precision) -> None:
+        self.precision = precision
+        self.models: dict[str, nn.Module] = {}
+        self.learners: list[Learner] = []
+        self.schedulers: list[Scheduler] = []
+        self.parts: dict[str, Any] = {}
+        self._held: dict[str, Any] = {}
+
+    def add_model(self, name: str, module: nn.Module) -> None:
+        if name in self.models:
+            raise UserError(f"model {name!r} is there already; allowed: another name")
+        self.models[name] = module
+        self._load("models", name, module.load_state_dict)
+
+    def add_learner(self, learner: Learner) -> None:
+        self.learners.append(learner)
+        for each in self.learners:
+            each.alone = len(self.learners) == 1
+        self._load("optimizers", len(self.learners) - 1, learner.optimizer.load_state_dict)
+
+    def add_scheduler(self, scheduler: Scheduler) -> None:
+        self.schedulers.append(scheduler)
+        self._load("schedulers", len(self.schedulers) - 1, scheduler.scheduler.load_state_dict)
+
+    def add_part(self, name: str, part: Any) -> None:
+        if name in self.parts:
+            raise UserError(f"remember({name!r}): that is there already; allowed: another name")
+        _refuse_stateless(f"remember({name!r}): a {type(part).__name__}", part)
+        self.parts[name] = part
+        self._load("parts", name, part.load_state_dict)
+
+    def learner(self, optimizer: torch.optim.Optimizer | None) -> Learner:
+        """That of an optimizer, or the only one."""
+        if optimizer is None and len(self.learners) == 1:
+            return self.learners[0]
+        for learner in self.learners:
+            if learner.optimizer is optimizer:
+                return learner
+        if optimizer is not None or not self.learners:
+            raise UserError(
+                "the session does not know the optimizer; next: optimizer = s.optimizer(...) "
+                "before the loop"
+            )
+        raise UserError(
+            f"the session has {len(self.learners)} optimizers; next: name the one to step, with "
+            "optimizer="
+        )
+
+    def only_model(self) -> nn.Module:
+        if len(self.models) != 1:
+            raise UserError(
+                f"the session has {len(self.models)} models; next: "
+                f"{'pass model=' if self.models else 'model = s.model(...) first'}"
+            )
+        return next(iter(self.models.values()))
+
+    def names(self) -> dict[int, str]:
+        """The names of all parameters by their `id`."""
+        return {
+            id(parameter): f"{prefix}.{name}" if len(self.models) > 1 else name
+            for prefix, module in self.models.items()
+            for name, parameter in module.named_parameters()
+        }
+
+    def capture(self) -> tuple[dict[str, Any], list[Tensor]]:
+        """The state, with live tensors, and those of them that change before the next step."""
+        scaler = self.precision.scaler
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        state = {
+            "models": {name: module.state_dict() for name, module in self.models.items()},
+            "trained": [
+                [prefix, name]
+                for prefix, module in self.models.items()
+                for name, parameter in module.named_parameters()
+                if parameter.requires_grad
+            ],
+            "optimizers": [learner.optimizer.state_dict() for learner in self.learners],
+            "schedulers": [each.scheduler.state_dict() for each in self.schedulers],
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "parts": parts,
+        }
+        # A forward pass changes buffers; only the script knows when it changes its own parts.
+        buffers = [buffer for module in self.models.values() for buffer in module.buffers()]
+        return state, buffers + [leaf for leaf in leaves(parts) if isinstance(leaf, Tensor)]
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take a state back, in place.
+
+        Raises:
+            CheckpointError: it is of other models, optimizers or schedulers.
+        """
+        numbered = ("optimizers", "schedulers")
+        self._held = {
+            kind: dict(enumerate(state[kind])) if kind in numbered else dict(state[kind])
+            for kind in (*numbered, "models", "parts")
+        }
+        for name, module in self.models.items():
+            self._load("models", name, module.load_state_dict, must=True)
+        for number, learner in enumerate(self.learners):
+            self._load("optimizers", number, learner.optimizer.load_state_dict, must=True)
+        for number, each in enumerate(self.schedulers):
+            self._load("schedulers", number, each.scheduler.load_state_dict, must=True)
+        for name, part in self.parts.items():
+            self._load("parts", name, part.load_state_dict, must=True)
+        if self.precision.scaler is not None and state["scaler"] is not None:
+            self.precision.scaler.load_state_dict(state["scaler"])
+
+    def _load(self, kind: str, key: Any, load: Callable[[Any], Any], *, must: bool = False) -> None:
+        """Give a part its state, if a checkpoint holds one that nobody has taken yet."""
+        held = self._held.get(kind, {})
+        if key not in held:
+            if must:
+                raise _misfit(kind, key, "it holds none of that name")
+            return
+        try:
+            load(held.pop(key))
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+            raise _misfit(kind, key, str(error)) from None
+
+    def kinds(self) -> dict[str, list[str]]:
+        """The types of optimizers and schedulers, which a run keeps when it is resumed."""
+        return {
+            "optimizers": [type(learner.optimizer).__name__ for learner in self.learners],
+            "schedulers": [type(each.scheduler).__name__ for each in self.schedulers],
+        }
+
+    def fingerprint(self) -> str:
+        """A hash of the names and shapes of all weights."""
+        shapes = [
+            f"{name}.{key}{tuple(value.shape)}"
+            for name, module in self.models.items()
+            for key, value in module.state_dict().items()
+            if isinstance(value, Tensor)
+        ]
+        return hashlib.sha256("\n".join(shapes).encode()).hexdigest()[:16]
 
 
-def model_fingerprint(models: Mapping[str, nn.Module]) -> str:
-    """A hash of the names and shapes of all weights."""
-    shapes = [
-        f"{name}.{key}{tuple(value.shape)}"
-        for name, module in models.items()
-        for key, value in module.state_dict().items()
-        if isinstance(value, Tensor)
-    ]
-    return hashlib.sha256("\n".join(shapes).encode()).hexdigest()[:16]
+def _misfit(kind: str, key: Any, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint does not fit the job: {kind} {key}: {reason}; allowed: the models, "
+        "optimizers, schedulers and remembered parts that the run was started with"
+    )
+
+
+def _refuse_stateless(what: str, part: Any, *more: str) -> None:
+    needed = [*more, "state_dict", "load_state_dict"]
+    missing = [name for name in needed if not callable(getattr(part, name, None))]
+    if missing:
+        raise UserError(f"{what} has no {missing[0]}(); allowed: what has {', '.join(needed)}")

@@ -5,31 +5,56 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
-from allfuse.base.errors import NonFiniteLoss
+from allfuse.base.errors import DataError, NonFiniteLoss, UserError
+from allfuse.base.tensors import count_rows, cut_rows, share
+from allfuse.fusion.statistics import GlobalBatchNorm
 from allfuse.split.data import Portion
-from allfuse.training.exchange import Exchange, Figures, Pending
+from allfuse.training.exchange import Exchange, Figures
 from allfuse.training.learner import Learner
+from allfuse.training.measure import sum_and_count
 from allfuse.training.place import Place
+from allfuse.training.wishes import Wishes
 
-NORM_EVERY_S = 0.25  # how often the gradient's norm is taken only to be shown
+NORM_EVERY_S = 0.25  # of work: how often the gradient's norm is taken only to be shown
 
 
-@dataclass
 class Step:
-    """A step under way, or the one done last."""
+    """A step under way, or the one done last.
 
-    portion: Portion | None
-    begin: float = field(default_factory=time.perf_counter)
-    losses: list[Tensor] = field(default_factory=list)
-    count: float = 0.0
-    pending: Pending | None = None
-    figures: Figures | None = None
-    norm: float | None = None
-    work_s: float = 0.0
+    portion: this rank's samples; None when the script brings its own. idle: this rank's site has no
+    sample of the batch. counted: it counts as done already, though losses of the same batch may
+    still come. stepped: the learners whose optimizers have stepped. left_open: those that had
+    gradients and had not stepped when it was counted.
+    """
+
+    def __init__(self, portion: Portion | None, idle: bool) -> None:
+        self.portion, self.idle = portion, idle
+        self.begin = time.perf_counter()
+        self.waited_s = 0.0
+        self.busy_s = 0.0
+        self.losses: list[tuple[Tensor, float]] = []
+        self.count = 0.0
+        self.pending: Callable[[], Figures] | None = None
+        self.figures: Figures | None = None
+        self.norm: float | None = None
+        self.differentiated: list[Learner] = []
+        self.stepped: list[Learner] = []
+        self.left_open: list[Learner] = []
+        self.counted = False
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether this rank has samples of its own; else it works on a stand-in of weight 0."""
+        return self.portion is None or self.portion.rows > 0
+
+    @property
+    def learned(self) -> bool:
+        """Whether the whole batch has been differentiated."""
+        return self.figures is not None or bool(self.stepped)
 
 
 class Stepper:
@@ -39,73 +64,170 @@ class Stepper:
     samples of the whole batch, known beforehand. If the losses are means over something else
     (tokens), the fused gradients are corrected by reference / (true total count), which the
     exchange has told by then; for means over samples that factor is exactly 1 and nothing is done.
+
+    Args:
+        clip: largest norm of the gradient, or None.
+        accumulate: parts into which the rank's samples are cut.
+        how_to_go_on: words for an error on what is safe on disk.
     """
 
-    def __init__(self, place: Place, clip: float | None) -> None:
-        self.place, self.clip = place, clip
+    def __init__(
+        self,
+        place: Place,
+        wishes: Wishes,
+        *,
+        clip: float | None,
+        accumulate: int,
+        how_to_go_on: Callable[[], str],
+    ) -> None:
+        self.place, self.wishes, self.clip, self.accumulate = place, wishes, clip, accumulate
         self.group = [place.plan.replica_index(member) for member in place.data.members]
         self.exchange = Exchange(place.data, place.device)
+        self.norms: list[GlobalBatchNorm] = []
         self.always_norm = False
         self.current: Step | None = None
+        self._how_to_go_on = how_to_go_on
         self._busy_s = 0.0
-        self._norm_time = -math.inf
+        self._since_norm_s = math.inf
 
-    def open(self, portion: Portion | None) -> Step:
-        self.current = Step(portion)
-        return self.current
-
-    def close(self) -> Step | None:
-        """The open step, done; None when there is none."""
-        step, self.current = self.current, None
-        if step is not None:
-            self._busy_s = step.work_s
-        return step
+    def open(self, portion: Portion | None) -> None:
+        """Begin a step; without a portion on a batch of the script's own."""
+        for norm in self.norms:
+            norm.weight_of_rows = 1.0 if portion is None or portion.rows else 0.0
+        idle = portion is not None and self.reference(portion) == 0
+        self.current = Step(portion, idle)
 
     def reference(self, portion: Portion | None) -> float:
-        """Samples of the whole batch in this rank's data axis; 1 a rank when nobody knows."""
+        """Samples of the whole batch in this rank's data axis; 1 a rank when nobody knows.
+
+        0 where a site has no sample of a batch: then it is idle and learns nothing.
+        """
         if portion is None:
             return float(self.place.data.size)
-        return float(sum(portion.shares[index] for index in self.group))
+        return float(sum([portion.shares[index] for index in self.group]))
+
+    def learn(self, learner: Learner, batch: Any, compute: Callable[[Any], Any]) -> Figures | None:
+        """Differentiate `compute(batch)`, in pieces where asked for; None when idle."""
+        step = self.current
+        assert step is not None
+        if step.idle:
+            return None
+        pieces = self._pieces(step, batch)
+        for number, (piece, rows) in enumerate(pieces, start=1):
+            loss, factor, count = sum_and_count(compute(piece), rows, "the loss")
+            self.differentiate(learner, loss, factor, count, last=number == len(pieces))
+        return self.finish(learner)
+
+    def _pieces(self, step: Step, batch: Any) -> list[tuple[Any, int]]:
+        """The batch in the pieces that it is accumulated over, and the rows of each.
+
+        Where batch statistics meet in each piece, all ranks cut as many, none without a row; a
+        stand-in then is used for every piece.
+        """
+        rows = self._rows(step, batch)
+        if self.accumulate == 1:
+            return [(batch, rows)]
+        count = min(self.accumulate, rows)
+        if self.norms and step.portion is not None:
+            shares = [step.portion.shares[index] for index in self.group]
+            count = min(self.accumulate, *(size for size in shares if size > 0))
+        if count == 1 or not step.takes_part:
+            return [(batch, rows)] * count
+        bounds = [share(rows, count, number) for number in range(count)]
+        return [(cut_rows(batch, start, stop), stop - start) for start, stop in bounds]
+
+    def _rows(self, step: Step, batch: Any) -> int:
+        try:
+            return count_rows(batch)
+        except ValueError as error:
+            if step.portion is not None and self.accumulate == 1:  # nothing is to be cut
+                return max(step.portion.rows, 1)
+            raise DataError(f"the samples of a batch cannot be counted: {error}") from None
 
     def differentiate(
-        self, learner: Learner, total: Tensor, count: float, *, last: bool, wish: int
+        self, learner: Learner, loss: Tensor, factor: float, count: float, *, last: bool
     ) -> None:
-        """Add the gradients of a sum of losses; with `last` tell the peers loss, count and wish."""
-        step = self.current or self.open(None)
-        takes_part = step.portion is None or step.portion.rows > 0
-        step.losses.append(total.detach())
-        step.count += count
-        if last:
-            said = math.fsum(float(value) for value in step.losses)
-            said = said if takes_part or not math.isfinite(said) else 0.0
-            step.pending = self.exchange.start(
-                said, step.count if takes_part else 0.0, self._busy_s, wish
-            )
-        weight = 1.0 if takes_part else 0.0
-        learner.backward(total * (weight / self.reference(step.portion)), last)
+        """Add the gradients of `loss * factor`, which is a sum over `count` things.
 
-    def finish(self, learner: Learner, refuse: Callable[[str, float, int], Exception]) -> Figures:
+        With `last` the peers are told the loss, the count and this rank's wish to stop.
+        """
+        step = self.current
+        assert step is not None
+        if not step.takes_part:
+            factor = count = 0.0
+        step.losses.append((loss.detach(), factor))
+        step.count += count
+        if learner not in step.differentiated:
+            step.differentiated.append(learner)
+        if last:
+            step.pending = self.exchange.start(
+                step.losses, step.count, self._busy_s, self.wishes.own
+            )
+        weight = factor / self.reference(step.portion)
+        learner.backward(loss if weight == 1.0 else loss * weight, last)
+
+    def finish(self, learner: Learner) -> Figures:
         """Wait for exchange and fusions, correct, clip. Afterwards the optimizer may step.
 
-        Raises what `refuse(what, value, rank)` makes of a loss or norm that is not finite.
+        Raises:
+            NonFiniteLoss: a rank's loss, or the norm, is NaN or infinite: on all ranks alike.
         """
         step = self.current
         assert step is not None
         assert step.pending is not None
-        step.work_s += time.perf_counter() - step.begin - step.work_s
-        figures = step.pending.wait()
-        bad = figures.first_not_finite()
+        begin = time.perf_counter()
+        step.busy_s = begin - step.begin - step.waited_s
+        figures = step.pending()
+        bad, total = figures.first_not_finite(), figures.total
         if bad is not None:
-            learner.fusion.forget()
-            raise refuse("the loss", figures.losses[bad], self.place.data.members[bad])
-        if figures.total == 0:
-            raise NonFiniteLoss("the loss is a mean over nothing: no rank counted anything")
-        learner.finish(self.reference(step.portion) / figures.total)
+            rank = f" on rank {self.place.data.members[bad]}"
+            raise self._refusal(learner, "the loss", figures.losses[bad], rank)
+        if not 0 < total < math.inf:
+            raise self._refusal(learner, "the count that the loss is a mean over", total)
+        learner.finish(self.reference(step.portion) / total)
         step.figures, step.pending, step.losses, step.count = figures, None, [], 0.0
-        now = time.monotonic()
-        if self.clip is not None or self.always_norm or now - self._norm_time > NORM_EVERY_S:
+        step.waited_s += time.perf_counter() - begin
+        self._since_norm_s += max(figures.busy_s)  # not a rank's own clock: all must agree
+        if self.clip is not None or self.always_norm or self._since_norm_s > NORM_EVERY_S:
             norm = learner.clip(self.clip)
-            step.norm, self._norm_time = None if norm is None else float(norm), now
+            step.norm, self._since_norm_s = None if norm is None else float(norm), 0.0
             if step.norm is not None and not math.isfinite(step.norm) and not learner.may_skip:
-                raise refuse("the norm of the gradient", step.norm, self.place.rank)
+                raise self._refusal(learner, "the norm of the gradient", step.norm)
         return figures
+
+    def _refusal(self, learner: Learner, what: str, value: float, where: str = "") -> NonFiniteLoss:
+        learner.forget()
+        if all(bool(parameter.isfinite().all()) for parameter in learner.parameters):
+            weights = "the weights were not changed"
+        else:
+            weights = "the weights are not finite, since the gradient of a step before was not"
+        return NonFiniteLoss(
+            f"{what} is {value}{where} at step {self.place.world.step}; {weights}; "
+            f"{self._how_to_go_on()}; next: a smaller learning rate, clip=1.0, or look at the "
+            "samples of this step"
+        )
+
+    def before_step_of(self, learner: Learner) -> None:
+        """Called when an optimizer is about to step. Refuses gradients that are not ready."""
+        learner.check_gradients()
+        if self.current is not None and learner in self.current.left_open:
+            raise UserError(
+                "s.due, s.save or s.evaluate was called between backward and optimizer.step(); "
+                "next: call it after the optimizer's step"
+            )
+
+    def after_step_of(self, learner: Learner) -> None:
+        """Called when an optimizer has stepped."""
+        learner.stepped()
+        if self.current is not None and learner not in self.current.stepped:
+            self.current.stepped.append(learner)
+
+    def count(self) -> Step | None:
+        """The open step, which counts as done from now on; None when none is open."""
+        step = self.current
+        if step is None or step.counted:
+            return None
+        step.counted = True
+        step.left_open = [each for each in step.differentiated if each not in step.stepped]
+        self._busy_s = step.busy_s
+        return step

@@ -24,7 +24,7 @@ class Teller:
         self.began: float | None = None
         self._samples = 0
         self._sent_before = 0
-        self._loss = math.nan
+        self.loss = math.nan
 
     def start(
         self,
@@ -62,23 +62,23 @@ class Teller:
         session = self.session
         seconds = time.perf_counter() - step.begin
         portion, figures = step.portion, step.figures
-        shares = [] if portion is None else list(portion.shares)
+        shares = () if portion is None else portion.shares
         self._samples += sum(shares)
-        sent = sum(link.sent_bytes for link in session.place.links)
-        fused, self._sent_before = sent - self._sent_before, sent
-        self._loss = math.nan if figures is None else figures.loss
+        self.loss = math.nan if figures is None else figures.loss
         if not session.bus.wants("step"):
             return
+        sent = session.place.sent_bytes
+        fused, self._sent_before = sent - self._sent_before, sent
         busy = [] if figures is None else figures.busy_s
         session.bus.emit(
             "step",
-            epoch=session.cursor.epoch_of_last,
-            loss=self._loss,
+            epoch=session.course.cursor.epoch_of_last,
+            loss=self.loss,
             grad_norm=step.norm,
             lr=session.learners[0].learning_rate if session.learners else math.nan,
             samples=sum(shares),
             seconds=seconds,
-            shares=shares,
+            shares=list(shares),
             busy=[min(1.0, value / max(seconds, 1e-9)) for value in busy],
             fused_bytes=fused,
         )
@@ -98,8 +98,8 @@ class Teller:
             "seconds": seconds,
             "samples": self._samples,
             "samples_per_s": self._samples / max(seconds, 1e-9),
-            "fused_bytes": self._sent_before,
-            "loss": self._loss,
+            "fused_bytes": session.place.sent_bytes,
+            "loss": self.loss,
         }
         session.bus.emit("end", **data)
 

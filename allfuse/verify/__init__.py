@@ -1,0 +1,8 @@
+"""Proof instead of belief: a job under its plan against a plain serial loop, step by step."""
+
+from __future__ import annotations
+
+from allfuse.verify.report import Difference, Report, Row
+from allfuse.verify.verify import verify_job
+
+__all__ = ["verify_job", "Report", "Row", "Difference"]

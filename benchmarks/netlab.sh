@@ -1,0 +1,94 @@
+#!/bin/bash
+# Several emulated hosts on one machine, each a network namespace whose sending is limited.
+#
+#   benchmarks/netlab.sh up HOSTS RATE     make them; RATE as tc writes it, such as 100mbit or 1gbit
+#   benchmarks/netlab.sh run HOST COMMAND  run a command on host 0, 1, ...
+#   benchmarks/netlab.sh down              remove them, and all that this script made
+#
+# Host i is 10.83.0.(i+1) with the interface eth0; this machine is 10.83.0.254. Only the rate is
+# limited: no latency is added. Needs root and iproute2 (`ip` and `tc`). `up` that fails halfway
+# leaves nothing behind.
+set -Eeuo pipefail
+
+PREFIX=afnet
+BRIDGE=afnet-bridge
+NETWORK=10.83.0
+
+refuse() {
+    echo "netlab: $1" >&2
+    exit 2
+}
+
+check_machine() {
+    [ "$(id -u)" -eq 0 ] || refuse "making network namespaces needs root; next: sudo $0 ..."
+    local tool
+    for tool in ip tc; do
+        command -v "$tool" > /dev/null ||
+            refuse "$tool is not installed; next: install iproute2 (apt-get install iproute2)"
+    done
+}
+
+hosts() {
+    ip netns list | sed -n "s/^\($PREFIX[0-9]\+\).*/\1/p"
+}
+
+down() {
+    local host cable
+    for cable in $(ip -o link show type veth | sed -n "s/.*[ ]\($PREFIX-cable[0-9]\+\)@.*/\1/p"); do
+        ip link delete "$cable"  # before its host, which would take it along some time later
+    done
+    for host in $(hosts); do
+        ip netns delete "$host"
+    done
+    ip link delete "$BRIDGE" 2> /dev/null || true
+}
+
+add_host() {
+    local host=$PREFIX$1 cable=$PREFIX-cable$1 rate=$2
+    ip netns add "$host"
+    ip link add "$cable" type veth peer name eth0 netns "$host"
+    ip link set "$cable" master "$BRIDGE" up
+    ip -n "$host" address add "$NETWORK.$(($1 + 1))/24" dev eth0
+    ip -n "$host" link set lo up
+    ip -n "$host" link set eth0 up
+    ip netns exec "$host" tc qdisc add dev eth0 root tbf rate "$rate" burst 128kb latency 100ms
+}
+
+up() {
+    local count=$1 rate=$2 number
+    [[ "$count" =~ ^[0-9]+$ ]] && [ "$count" -ge 1 ] && [ "$count" -le 200 ] ||
+        refuse "HOSTS: received '$count'; allowed: a number from 1 to 200"
+    [[ "$rate" =~ ^[0-9.]+[kmgt]?(bit|bps)$ ]] ||
+        refuse "RATE: received '$rate'; allowed: a rate such as 100mbit"
+    [ -z "$(hosts)" ] || refuse "there are hosts already; next: $0 down"
+    trap 'echo "netlab: could not be set up; what was made is removed" >&2; down' ERR
+    ip link add "$BRIDGE" type bridge
+    ip address add "$NETWORK.254/24" dev "$BRIDGE"
+    ip link set "$BRIDGE" up
+    for ((number = 0; number < count; number++)); do
+        add_host "$number" "$rate"
+    done
+    trap - ERR
+    echo "$count hosts at $rate: $NETWORK.1 to $NETWORK.$count; run on the first: $0 run 0 COMMAND"
+}
+
+case "${1:-}" in
+up)
+    [ $# -eq 3 ] || refuse "up takes HOSTS and RATE, for example: $0 up 4 100mbit"
+    check_machine
+    up "$2" "$3"
+    ;;
+run)
+    [ $# -ge 3 ] || refuse "run takes a HOST and a COMMAND, for example: $0 run 0 hostname -I"
+    check_machine
+    exec ip netns exec "$PREFIX$2" "${@:3}"
+    ;;
+down)
+    check_machine
+    down
+    ;;
+*)
+    sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"
+    [ $# -eq 0 ] || exit 2
+    ;;
+esac
