@@ -65,10 +65,8 @@ def test_turns_are_interleaved_and_every_other_round_goes_backwards(harness: Mod
     assert [len(turns[name].wall_s) for name in "abc"] == [2, 2, 2]
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["overhead", *(pytest.param(n, marks=pytest.mark.slow) for n in SCRIPTS if n != "overhead")],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_benchmark_ends_with_its_json_line(name: str, tmp_path: Path) -> None:
     environment = dict(os.environ, TMPDIR=str(tmp_path))
     done = subprocess.run(
@@ -81,3 +79,24 @@ def test_benchmark_ends_with_its_json_line(name: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     check_line(done.stdout.splitlines()[-1], name)
+
+
+def test_command_line_of_all_refuses_an_unknown_name() -> None:
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "run_all.py"), "nonsense"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "nonsense" in done.stderr
+
+
+def test_results_keep_the_sections_of_benchmarks_that_were_not_run(
+    harness: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import run_all
+
+    monkeypatch.setattr(run_all, "RESULTS", tmp_path / "results.md")
+    figures = [harness.figure("f", [1.0, 2.0], target=1.02, floor="beside")]
+    found = json.loads(harness.json_line("step", figures, harness.Options(quick=True)))
+    run_all.RESULTS.write_text(f"{run_all.HEAD}\n{run_all.section(found)}", encoding="utf-8")
+    assert run_all.kept_sections() == {"step": run_all.section(found)}
+    assert "| f | 1.5 | 0.5 | 2 | <= 1.02 | **no** | beside |" in run_all.section(found)

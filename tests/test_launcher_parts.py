@@ -182,7 +182,7 @@ def test_an_interrupt_is_told_as_such(others: list[Outcome]) -> None:
 def test_an_interrupt_hides_no_error() -> None:
     outcomes = [failed(Interrupted("interrupted"), 0, 0), failed(ValueError("bug"), 1, 1)]
     with pytest.raises(WorkerFailed, match="bug") as caught:
-        judge(sorted(outcomes, key=lambda outcome: outcome.rank, reverse=True), interrupted=True)
+        judge(outcomes, interrupted=True)
     assert caught.value.rank == 1
 
 

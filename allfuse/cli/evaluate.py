@@ -56,4 +56,5 @@ def evaluate_here(run: str, data: str, device: str | None) -> dict[str, object]:
 
     from allfuse.prediction import evaluate_run
 
-    return asdict(evaluate_run(run, data=data, device=device))
+    found = asdict(evaluate_run(run, data=data, device=device))
+    return {"metrics": found.pop("figures"), **found}

@@ -14,7 +14,6 @@ from allfuse.cli.options import (
     JsonOption,
     PlanOption,
     QuietOption,
-    ThreadsOption,
     TimeoutOption,
     WorkersOption,
     choose_plan,
@@ -41,7 +40,6 @@ def predict(
         bool, typer.Option("--overwrite", help="Replace the output file if it exists.")
     ] = False,
     device: DeviceOption = None,
-    threads: ThreadsOption = None,
     timeout: TimeoutOption = 300.0,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -61,7 +59,7 @@ def predict(
     work = functools.partial(
         predict_here, str(run), str(input), str(output), options, quiet or not is_first(), as_json
     )
-    summary = run_under(chosen, work, threads=threads, timeout_s=timeout)
+    summary = run_under(chosen, work, threads=1, timeout_s=timeout)
     if as_json:
         print_json({"ok": True, "command": "predict", "run": str(run), **summary})
     elif is_first():
@@ -69,6 +67,8 @@ def predict(
             f"{summary['output']}: {summary['rows']:,} rows in {summary['seconds']:.2f} s, "
             f"{summary['rows_per_s']:,.0f} rows/s, shares {summary['shares']}"
         )
+        for note in summary["notes"]:
+            print(f"  note: {note}")
 
 
 def predict_here(

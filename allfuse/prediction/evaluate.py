@@ -14,9 +14,9 @@ from allfuse.base.errors import Interrupted, JobError, UserError
 from allfuse.job import Job, default_forward
 from allfuse.plan import Plan
 from allfuse.prediction.restore import open_run
-from allfuse.split.data import Stream, as_source
+from allfuse.split.data import as_source
 from allfuse.training.learner import Precision
-from allfuse.training.loading import Order, make_loader
+from allfuse.training.loading import make_loader, order_of_all
 from allfuse.training.measure import measure
 from allfuse.training.place import Place
 
@@ -92,11 +92,7 @@ def _measure_here(
 ) -> tuple[dict[str, float], int]:
     """This rank's part, in batches as large as those of training."""
     source = as_source(data, collate=job.collate)
-    own_order = (
-        isinstance(source, Stream) or source.settings.sampler or source.settings.batch_sampler
-    )
-    order = Order(batch_size=max(job.batch_size, place.parts), shuffle=None if own_order else False)
-    loader = make_loader(source, order, place)
+    loader = make_loader(source, order_of_all(source, job.batch_size, place), place)
     try:
         return measure(
             model.to(place.device),
