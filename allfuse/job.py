@@ -367,9 +367,11 @@ def load_job_function(path: str | Path, original: str | None = None) -> Callable
 
 def _trace_from(path: str | Path) -> str:
     """The running exception's traceback, from the user's file on."""
-    lines = traceback.format_exc().splitlines()
-    own = [number for number, line in enumerate(lines) if str(Path(path).name) in line]
-    return "\n".join(lines[own[0] :] if own else lines)
+    error, file = sys.exception(), Path(path).resolve()
+    trace = None if error is None else error.__traceback__
+    while trace is not None and Path(trace.tb_frame.f_code.co_filename).resolve() != file:
+        trace = trace.tb_next
+    return "".join(traceback.format_exception(None, error, trace)).rstrip()
 
 
 def resolve(

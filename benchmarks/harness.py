@@ -32,6 +32,7 @@ class Figure:
         target: what it should reach, None where it only informs.
         better: "lower" or "higher".
         floor: the physical limit, or what the number is to be seen beside, in words.
+        rounds: how many values it is the median of.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Figure:
     better: str = "lower"
     unit: str = "x"
     floor: str = ""
+    rounds: int = 1
 
     def __post_init__(self) -> None:
         if self.better not in ("lower", "higher"):
@@ -63,6 +65,7 @@ class Figure:
             "ok": self.ok,
             "unit": self.unit,
             "floor": self.floor,
+            "rounds": self.rounds,
         }
 
 
@@ -73,7 +76,7 @@ def figure(name: str, values: Sequence[float], **about: Any) -> Figure:
     True
     """
     low, middle, high = quartiles(values)
-    return Figure(name=name, value=middle, spread=high - low, **about)
+    return Figure(name=name, value=middle, spread=high - low, rounds=len(values), **about)
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -186,7 +189,7 @@ def report(
         target = "" if each.target is None else f"target {sign} {each.target:g} {each.unit}"
         print(
             f"{each.name:{width}}  {each.value:9.4g} {each.unit:4} "
-            f"(spread {each.spread:.2g})  {target:18} {verdict}  {each.floor}"
+            f"(spread {each.spread:.2g} of {each.rounds})  {target:18} {verdict}  {each.floor}"
         )
     for name in skipped:
         print(f"skipped, as it is not installed: {name}")

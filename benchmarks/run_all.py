@@ -44,8 +44,8 @@ def run(name: str, quick: bool) -> dict[str, Any] | None:
 def section(found: dict[str, Any]) -> str:
     """A benchmark as a part of results.md."""
     rows = [
-        "| figure | value | spread | target | ok | beside it |",
-        "|---|---|---|---|---|---|",
+        "| figure | value | spread | rounds | target | ok | beside it |",
+        "|---|---|---|---|---|---|---|",
     ]
     for figure in found["figures"]:
         sign = "<=" if figure["better"] == "lower" else ">="
@@ -53,8 +53,8 @@ def section(found: dict[str, Any]) -> str:
         verdict = {True: "yes", False: "**no**", None: ""}[figure["ok"]]
         unit = " s" if figure["unit"] == "s" else ""
         rows.append(
-            f"| {figure['name']} | {figure['value']}{unit} | {figure['spread']} | {target} | "
-            f"{verdict} | {figure['floor']} |"
+            f"| {figure['name']} | {figure['value']}{unit} | {figure['spread']} | "
+            f"{figure['rounds']} | {target} | {verdict} | {figure['floor']} |"
         )
     day = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     about = [

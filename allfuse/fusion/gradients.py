@@ -41,9 +41,10 @@ class Bucket:
         *pieces, self.flags = flat.split([*counts, len(counts)])
         self.flat = flat
         self.views = [
-            piece.view_as(parameter)
+            piece.as_strided(parameter.shape, torch.empty_like(parameter, device="meta").stride())
             for piece, parameter in zip(pieces, self.parameters, strict=True)
-        ]
+        ]  # with the strides of the parameters, as autograd makes gradients
+        del pieces  # what is left is held by this bucket alone
         self._holders, self._users = _count_holders(list(self.views)), storage_users(flat)
 
     def _is_kept(self) -> bool:

@@ -117,9 +117,10 @@ def judge(outcomes: Sequence[Outcome], interrupted: bool) -> Any:
     failed = [outcome for outcome in outcomes if outcome.result is None]
     failed.sort(key=lambda outcome: len(outcomes) if outcome.order is None else outcome.order)
     causes = [outcome for outcome in failed if outcome.is_cause]
-    stops = [outcome for outcome in causes if _was_stopped(outcome)]
-    if interrupted and failed and len(causes) == len(stops):
-        raise Interrupted(_text(stops[0]) if stops else "interrupted; the workers were killed")
+    stopped = [outcome for outcome in causes if _was_stopped(outcome)]
+    causes = [outcome for outcome in causes if outcome not in stopped] or stopped
+    if interrupted and failed and causes == stopped:
+        raise Interrupted(_text(stopped[0]) if stopped else "interrupted; the workers were killed")
     if causes and causes[0].failure is not None:
         raise _cause(causes[0].rank, causes[0].failure, causes[1:])
     if failed:

@@ -38,7 +38,7 @@ class Nursery:
         os.set_blocking(self._waker, False)
         signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
-        # What a terminal or a supervisor sends to the whole group is for the launcher to handle.
+        # Whoever signals every process of a job means the launcher: it decides how the job ends.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
 

@@ -41,6 +41,7 @@ class Zygote:
                 [sys.executable, *flags, "-P", "-c", BOOT, root, handle, *preload],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                process_group=0,  # what is sent to the launcher's group is for it to handle
             )
         self.control.setblocking(False)
 

@@ -135,7 +135,7 @@ class Course:
     def close_learned_step(self) -> None:
         """Close the open step if its batch was learned from; a batch just taken stays open."""
         step = self.stepper.current
-        if step is not None and (step.learned or step.idle):
+        if step is not None and step.learned:
             self.close_step()
 
     def close_step(self) -> None:

@@ -220,6 +220,8 @@ class Keeper:
             return f"nothing was written to {self.path} yet"
         self.wait()
         how = f"--resume {self.path}" if self.job_file is not None else "resume=True"
+        if self.place.rank not in self.writers:  # it cannot know what was written by now
+            return f"go on from the last whole checkpoint in {self.path} with {how}"
         for step in self.checkpoints.steps():
             if _trouble_with(self.checkpoints, step) is None:
                 return f"the checkpoint of step {step} is whole: go on with {how}"

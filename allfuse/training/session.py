@@ -347,7 +347,7 @@ class Session:
                     "and so do the other parts of its batch"
                 )
             count = 1.0 if step.portion is None else float(max(step.portion.rows, 1))
-        if step.idle:
+        if step.passes():
             return math.nan
         self.stepper.differentiate(learner, loss.reshape(()), float(count), float(count), last=last)
         return self.stepper.finish(learner).loss if last else math.nan

@@ -44,7 +44,13 @@ class Step:
         self.differentiated: list[Learner] = []
         self.stepped: list[Learner] = []
         self.left_open: list[Learner] = []
+        self.passed = False
         self.counted = False
+
+    def passes(self) -> bool:
+        """Whether there is nothing to learn here, which is then done."""
+        self.passed = self.idle
+        return self.idle
 
     @property
     def takes_part(self) -> bool:
@@ -54,7 +60,7 @@ class Step:
     @property
     def learned(self) -> bool:
         """Whether the whole batch has been differentiated."""
-        return self.figures is not None or bool(self.stepped)
+        return self.figures is not None or bool(self.stepped) or self.passed
 
 
 class Stepper:
@@ -110,7 +116,7 @@ class Stepper:
         """Differentiate `compute(batch)`, in pieces where asked for; None when idle."""
         step = self.current
         assert step is not None
-        if step.idle:
+        if step.passes():
             return None
         pieces = self._pieces(step, batch)
         for number, (piece, rows) in enumerate(pieces, start=1):

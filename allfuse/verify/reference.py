@@ -138,20 +138,18 @@ def cut_into_pieces(
 ) -> list[tuple[Any, int]]:
     """The pieces of a batch that a step accumulates over; none when the batch is empty.
 
-    `sizes` are the rows of each replica. Each cuts its own rows into `accumulate` even runs, and
-    piece j is the j-th run of all replicas together.
+    `sizes` are the rows of each replica. All cut their own rows into as many even runs, at most
+    `accumulate` and none empty, and piece j is the j-th run of all replicas together.
     """
     total, pieces = sum(sizes), []
-    for number in range(accumulate):
+    runs = min([accumulate, *(size for size in sizes if size)]) if total else 0
+    for number in range(runs):
         rows: list[int] = []
         for replica, size in enumerate(sizes):
-            runs = min(accumulate, size)
-            if number < runs:
-                start, stop = share(size, runs, number)
-                first = sum(sizes[:replica])
-                rows += range(first + start, first + stop)
-        if rows:
-            pieces.append((map_nest(_taking(rows, total, device), batch), len(rows)))
+            start, stop = share(size, runs, number)
+            first = sum(sizes[:replica])
+            rows += range(first + start, first + stop)
+        pieces.append((map_nest(_taking(rows, total, device), batch), len(rows)))
     return pieces
 
 

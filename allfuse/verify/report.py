@@ -80,7 +80,8 @@ class Report:
 
     tolerance: allowed differences of loss, gradient norm and weights. first: the first one beyond
     it, from which later ones follow. loss, norm, worst: the largest of losses, of gradient norms
-    and of weights. plan_seconds, reference_seconds: medians of a step.
+    and of weights. plan_seconds, reference_seconds: of the fastest step, since other programs on a
+    machine can hold up single ones a hundredfold.
     """
 
     plan: str
@@ -190,7 +191,7 @@ class Report:
         return (
             f"{'speed':<12}{format_seconds(self.plan_seconds)} a step with {plan}, "
             f"{format_seconds(self.reference_seconds)} with {alone}: {self.speed_ratio:.2f} times "
-            f"its speed (medians, in {self.precision}, without reading samples and comparing)"
+            f"its speed (fastest steps, in {self.precision}, without reading samples and comparing)"
         )
 
 
