@@ -174,8 +174,9 @@ def test_a_script_of_the_pages_runs_with_two_workers(
 def scripts() -> Iterator[object]:
     for block in of_language("diff"):
         if "import allfuse as af" in block.text:
-            slow = [pytest.mark.slow] if "transformers" in block.text else []  # to import, twice
-            yield pytest.param(block, id=block.where, marks=slow)
+            in_examples = re.search("transformers|init_process_group", block.text)  # a twin of it
+            marks = [pytest.mark.slow] if in_examples else []
+            yield pytest.param(block, id=block.where, marks=marks)
 
 
 @pytest.mark.parametrize("block", list(scripts()))

@@ -65,20 +65,20 @@ def share(total: int, parts: int, index: int) -> tuple[int, int]:
 
 
 def split_buckets(sizes: Sequence[int], bucket_bytes: int, first_bytes: int) -> list[list[int]]:
-    """Consecutive indices whose bytes add up to about `bucket_bytes`; the first bucket is smaller.
+    """Consecutive indices; a bucket is full once it holds `bucket_bytes`, the first one sooner.
 
-    A tensor is never cut, so one that is larger than a bucket gets a bucket of its own.
+    A tensor is never cut. A bucket may end larger than asked for: closing it before would leave
+    the last tensors, which become final last, to a transfer that nothing overlaps.
     """
     buckets: list[list[int]] = []
     held, limit = 0, first_bytes
     for index, size in enumerate(sizes):
-        if not buckets or held + size > limit:
-            if buckets:
-                limit = bucket_bytes
+        if held == 0:
             buckets.append([])
-            held = 0
         buckets[-1].append(index)
         held += size
+        if held >= limit:
+            held, limit = 0, bucket_bytes
     return buckets
 
 

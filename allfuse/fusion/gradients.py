@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from allfuse.base.errors import UserError
 from allfuse.base.tensors import split_buckets
-from allfuse.base.torch_private import foreach_copy, storage_users
+from allfuse.base.torch_private import storage_users
 from allfuse.fusion.base import Fusion
 from allfuse.link import Link, Work
 
@@ -32,6 +32,7 @@ class Bucket:
         self.missing = len(parameters)
         self.work: Work | None = None
         self._has_all = True
+        self._begun = False  # whether a gradient of this step is in
         self._allocate()
 
     def _allocate(self) -> None:
@@ -58,44 +59,42 @@ class Bucket:
             _count_holders(stale) > self._holders or storage_users(self.flat) > self._users
         )
 
+    def take(self, place: int) -> None:
+        """Copy a gradient in as soon as it is final, while it is still in the cache.
+
+        What a script keeps of the step before stays as it is. A gradient that is its view already
+        (after zero_grad(set_to_none=False)) stays too.
+        """
+        if not self._begun:
+            self._begun = True
+            if self._is_kept():
+                self._allocate()
+        parameter, view = self.parameters[place], self.views[place]
+        gradient = parameter.grad
+        if gradient is None or gradient is view:
+            return
+        if gradient.layout != torch.strided:
+            raise UserError(
+                f"the gradient of {self.names[place]} is sparse; allowed: dense gradients; next: "
+                "build the embedding with sparse=False"
+            )
+        view.copy_(gradient)
+        parameter.grad = view  # frees what autograd made, for the layers that still come
+
     def fill(self) -> None:
-        """Copy the gradients in, and say where there are some. Kept ones stay as they are."""
-        if self._is_kept():
-            self._allocate()
-        views, sources, empty = self._sort()
-        if views:
-            foreach_copy(views, sources)
-        self._has_all = not empty
+        """Take what was never said to be final, and say where there are gradients."""
+        if self.missing:
+            for place in range(len(self.parameters)):
+                self.take(place)
+        empty = [p.grad is None for p in self.parameters] if self.missing else []
+        self._has_all = not any(empty)
         if self._has_all:
             self.flags.fill_(1)
             return
-        for view in empty:
-            view.zero_()
-        has = [float(parameter.grad is not None) for parameter in self.parameters]
-        self.flags.copy_(torch.tensor(has))
-
-    def _sort(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Views to copy to, gradients to copy there, and views that have no gradient.
-
-        A gradient that is its view already (after zero_grad(set_to_none=False)) stays.
-        """
-        views: list[Tensor] = []
-        sources: list[Tensor] = []
-        empty: list[Tensor] = []
-        for view, parameter in zip(self.views, self.parameters, strict=True):
-            gradient = parameter.grad
-            if gradient is None:
-                empty.append(view)
-            elif gradient.layout != torch.strided:
-                name = self.names[self.parameters.index(parameter)]
-                raise UserError(
-                    f"the gradient of {name} is sparse; allowed: dense gradients; next: build the "
-                    "embedding with sparse=False"
-                )
-            elif gradient is not view:
-                views.append(view)
-                sources.append(gradient)
-        return views, sources, empty
+        for view, is_empty in zip(self.views, empty, strict=True):
+            if is_empty:
+                view.zero_()
+        self.flags.copy_(torch.tensor([float(not is_empty) for is_empty in empty]))
 
     def hand_out(self) -> None:
         """Make each `grad` a view into the sums; None where no rank had one."""
@@ -105,7 +104,7 @@ class Bucket:
         self.reset()
 
     def reset(self) -> None:
-        self.work, self.missing = None, len(self.parameters)
+        self.work, self.missing, self._begun = None, len(self.parameters), False
 
 
 def _count_holders(views: list[Tensor]) -> int:
@@ -120,9 +119,9 @@ class GradientFusion:
     peer's sum of losses over the count of the whole batch. The weighted mean is then a plain sum.
 
     Phases of one step, for a payload of B bytes on n peers:
-      1. `final(i)`: parameter i is final; a full bucket is copied into its flat tensor (B read and
-         written once) and its sum is started, always in the order of the buckets. Overlaps with
-         backward. 2 (n-1)/n B bytes sent for each peer with native.
+      1. `final(i)`: parameter i is final and is copied into its bucket's flat tensor (B read and
+         written once); the sum of a full bucket is started, always in the order of the buckets.
+         Overlaps with backward. 2 (n-1)/n B bytes sent for each peer with native.
       2. `finish()`: starts what is left (unused parameters count as zero), waits, and makes each
          `grad` a view into the sums. Nothing is copied back. A `grad` that a script keeps beyond
          the step keeps its values: its bucket then moves to other memory.
@@ -144,7 +143,7 @@ class GradientFusion:
         self.names, self.parameters = list(names), list(parameters)
         self.fusion, self.link = fusion, link
         self.buckets: list[Bucket] = []
-        self._home: dict[int, Bucket] = {}
+        self._home: dict[int, tuple[Bucket, int]] = {}
         self._started = 0
         self._is_final = [False] * len(self.parameters)
         if link.size > 1:
@@ -169,8 +168,8 @@ class GradientFusion:
                 parameters = [self.parameters[index] for index in members]
                 bucket = Bucket(len(self.buckets), names, parameters)
                 self.buckets.append(bucket)
-                for index in members:
-                    self._home[index] = bucket
+                for place, index in enumerate(members):
+                    self._home[index] = (bucket, place)
 
     @property
     def payload_bytes(self) -> int:
@@ -187,7 +186,10 @@ class GradientFusion:
                 "or use torch.utils.checkpoint with use_reentrant=False"
             )
         self._is_final[index] = True
-        self._home[index].missing -= 1
+        bucket, place = self._home[index]
+        with torch.no_grad():
+            bucket.take(place)
+        bucket.missing -= 1
         while self._started < len(self.buckets) and not self.buckets[self._started].missing:
             self._start()
 

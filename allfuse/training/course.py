@@ -175,14 +175,19 @@ class Course:
     def tell_step_number(self) -> None:
         """To all that name the step: events, errors of links, reports of failures."""
         self.bus.step = self.place.world.step = self.cursor.steps
-        for link in self.place.links:
-            link.step = self.cursor.steps
+        if self.place.world.size > 1:
+            for link in self.place.links:
+                link.step = self.cursor.steps
 
     # State.
 
     def capture(self) -> dict[str, Any]:
         rounds = {"samples": self.rounds.samples, "steps_since": self.rounds.steps_since}
         return {"cursor": list(self.cursor), "rounds": rounds}
+
+    def is_in(self, state: dict[str, Any]) -> bool:
+        """Whether the loop under way is the one that a state was captured in."""
+        return Cursor(*state["cursor"]).loop == self._loops - 1
 
     def restore(self, state: dict[str, Any]) -> None:
         self.cursor = Cursor(*state["cursor"])

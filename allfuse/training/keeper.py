@@ -212,8 +212,12 @@ class Keeper:
             except CheckpointError as error:
                 self.bus.emit("warning", text=f"the model was not exported: {error}")
 
-    def how_to_go_on(self) -> str:
-        """Words for an error: what is safe on disk."""
+    def how_to_go_on(self, diverged: bool = False) -> str:
+        """Words for an error: what is safe on disk.
+
+        Args:
+            diverged: the weights are not finite, so that checkpoints must be looked into.
+        """
         if self.path is None:
             return "there is no run folder, so no checkpoint"
         if self.checkpoints is None:
@@ -223,7 +227,7 @@ class Keeper:
         if self.place.rank not in self.writers:  # it cannot know what was written by now
             return f"go on from the last whole checkpoint in {self.path} with {how}"
         for step in self.checkpoints.steps():
-            if _trouble_with(self.checkpoints, step) is None:
+            if not diverged or _trouble_with(self.checkpoints, step) is None:
                 return f"the checkpoint of step {step} is whole: go on with {how}"
         return f"{self.path} holds no checkpoint yet"
 

@@ -62,6 +62,7 @@ class Learner:
         self._unfinished = False  # gradients of pieces that wait for the last one
         self._fused = False  # gradients that may be stepped with
         self._unscaled = False
+        self._spent = False  # gradients that a step has used up
         self._aside: list[tuple[Parameter, Tensor]] = []
         self.parameters: list[Parameter] = []
         self._take_parameters()
@@ -113,6 +114,9 @@ class Learner:
         if not self._unfinished:
             if self._has_changed():
                 self._take_parameters()
+            if self._spent:
+                self.optimizer.zero_grad(set_to_none=True)
+            self._spent = False
             self._set_aside()
         if self.precision.scaler is not None:
             loss = self.precision.scaler.scale(loss)
@@ -172,13 +176,17 @@ class Learner:
         return norm
 
     def step(self) -> None:
-        """One optimizer step, left out where fp16 overflowed; clears the gradients."""
+        """One optimizer step, left out where fp16 overflowed. Its gradients are spent.
+
+        They are cleared only when the next ones come: freed here, their memory would go back to
+        the system, and the forward pass would fault it in again.
+        """
         if self.precision.scaler is None:
             self.optimizer.step()
         elif self.gradients():
             self.precision.scaler.step(self.optimizer)
             self.precision.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._spent = True
 
     def check_gradients(self) -> None:
         """Refuse a step of the optimizer with gradients that are not those of the whole batch."""

@@ -87,6 +87,7 @@ class Session:
         self.course.told, self.course.interrupted = self._after_step, self._interrupt
         self.teller = Teller(self)
         self.choices: dict[str, str] = dict(self.place.choices)
+        self._resume_at: int | None = None
         self._closers: list[Callable[[], None]] = []
 
     # What a script asks about.
@@ -243,8 +244,9 @@ class Session:
         leaves training where it is: sites then do not fuse a last time.
 
         Loops may follow one another, such as fine-tuning after pretraining. A session that resumes
-        goes on in the loop, and with the batch, after its checkpoint: loops before that one give
-        nothing, while all that a script does between loops is done again.
+        goes on in the loop, and with the batch, after its checkpoint. Loops before that one give
+        nothing; what a script does between loops is done again, and what that changes is set back
+        when the loop begins.
         """
         for name, limit in (("epochs", epochs), ("steps", steps)):
             if limit is not None:
@@ -262,6 +264,8 @@ class Session:
             )
             loader = make_loader(source, order, self.place)
             self._begin(source, loader, order, epochs, steps)
+            if number == self.course.cursor.loop and self._resume_at is not None:
+                self._restore(self._resume_at)
             for portion in self.course.portions(number, loader, epochs, steps):
                 yield to_device(portion.batch, self.device)
             self._finish_loop()
@@ -399,7 +403,7 @@ class Session:
             self.keeper.begin(facts, {"data": data, "model": model})
         found = self.keeper.newest()
         if found is not None:
-            self._restore(self.keeper.read(found))
+            self._restore(found)
         self.course.tell_step_number()
         self.teller.start(source, size, loader.steps_per_epoch, epochs, steps)
         for trouble in self.keeper.troubles:
@@ -412,10 +416,15 @@ class Session:
         state, sooner = self.state.capture()
         return {**state, **self.course.capture(), "loss": self.loss}, sooner
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.state.restore(state)
+    def _restore(self, step: int) -> None:
+        """Take back the state of a checkpoint: at first what is known by now, and all of it when
+        the loop is reached that it was saved in."""
+        state = self.keeper.read(step)
+        reached = self.course.is_in(state)
+        self.state.restore(state, complete=reached)
         self.course.restore(state)
         self.teller.loss = state["loss"]
+        self._resume_at = None if reached else step
 
     def evaluate(
         self,

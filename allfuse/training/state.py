@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,6 @@ from torch import Tensor, nn
 from allfuse.base.errors import CheckpointError, UserError
 from allfuse.base.tensors import leaves
 from allfuse.training.learner import Learner, Precision
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 STEPPED_EVERY = ("step", "epoch", "evaluation")
 
@@ -61,11 +58,7 @@ class Scheduler:
 
 
 class State:
-    """Models, optimizers, schedulers and other parts that have a state.
-
-    On resume those that are known take their state at once, and those that come later (a second
-    optimizer, made for fine-tuning) as they are made known.
-    """
+    """Models, optimizers, schedulers and other parts that have a state."""
 
     def __init__(self, precision: Precision) -> None:
         self.precision = precision
@@ -73,30 +66,25 @@ class State:
         self.learners: list[Learner] = []
         self.schedulers: list[Scheduler] = []
         self.parts: dict[str, Any] = {}
-        self._held: dict[str, Any] = {}
 
     def add_model(self, name: str, module: nn.Module) -> None:
         if name in self.models:
             raise UserError(f"model {name!r} is there already; allowed: another name")
         self.models[name] = module
-        self._load("models", name, module.load_state_dict)
 
     def add_learner(self, learner: Learner) -> None:
         self.learners.append(learner)
         for each in self.learners:
             each.alone = len(self.learners) == 1
-        self._load("optimizers", len(self.learners) - 1, learner.optimizer.load_state_dict)
 
     def add_scheduler(self, scheduler: Scheduler) -> None:
         self.schedulers.append(scheduler)
-        self._load("schedulers", len(self.schedulers) - 1, scheduler.scheduler.load_state_dict)
 
     def add_part(self, name: str, part: Any) -> None:
         if name in self.parts:
             raise UserError(f"remember({name!r}): that is there already; allowed: another name")
         _refuse_stateless(f"remember({name!r}): a {type(part).__name__}", part)
         self.parts[name] = part
-        self._load("parts", name, part.load_state_dict)
 
     def learner(self, optimizer: torch.optim.Optimizer | None) -> Learner:
         """That of an optimizer, or the only one."""
@@ -152,39 +140,31 @@ class State:
         buffers = [buffer for module in self.models.values() for buffer in module.buffers()]
         return state, buffers + [leaf for leaf in leaves(parts) if isinstance(leaf, Tensor)]
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any], *, complete: bool) -> None:
         """Take a state back, in place.
 
+        Args:
+            complete: the checkpoint must hold a state for all that is known here.
+
         Raises:
-            CheckpointError: it is of other models, optimizers or schedulers.
+            CheckpointError: it is of other models, optimizers, schedulers or parts.
         """
-        numbered = ("optimizers", "schedulers")
-        self._held = {
-            kind: dict(enumerate(state[kind])) if kind in numbered else dict(state[kind])
-            for kind in (*numbered, "models", "parts")
+        known: dict[str, dict[Any, Any]] = {
+            "models": self.models,
+            "optimizers": dict(enumerate(learner.optimizer for learner in self.learners)),
+            "schedulers": dict(enumerate(each.scheduler for each in self.schedulers)),
+            "parts": self.parts,
         }
-        for name, module in self.models.items():
-            self._load("models", name, module.load_state_dict, must=True)
-        for number, learner in enumerate(self.learners):
-            self._load("optimizers", number, learner.optimizer.load_state_dict, must=True)
-        for number, each in enumerate(self.schedulers):
-            self._load("schedulers", number, each.scheduler.load_state_dict, must=True)
-        for name, part in self.parts.items():
-            self._load("parts", name, part.load_state_dict, must=True)
+        for kind, parts in known.items():
+            found = state[kind]
+            held = dict(enumerate(found)) if isinstance(found, list) else found
+            for key, part in parts.items():
+                if key in held:
+                    _load(kind, key, part, held[key])
+                elif complete:
+                    raise _misfit(kind, key, "it holds none of that name")
         if self.precision.scaler is not None and state["scaler"] is not None:
             self.precision.scaler.load_state_dict(state["scaler"])
-
-    def _load(self, kind: str, key: Any, load: Callable[[Any], Any], *, must: bool = False) -> None:
-        """Give a part its state, if a checkpoint holds one that nobody has taken yet."""
-        held = self._held.get(kind, {})
-        if key not in held:
-            if must:
-                raise _misfit(kind, key, "it holds none of that name")
-            return
-        try:
-            load(held.pop(key))
-        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-            raise _misfit(kind, key, str(error)) from None
 
     def kinds(self) -> dict[str, list[str]]:
         """The types of optimizers and schedulers, which a run keeps when it is resumed."""
@@ -202,6 +182,13 @@ class State:
             if isinstance(value, Tensor)
         ]
         return hashlib.sha256("\n".join(shapes).encode()).hexdigest()[:16]
+
+
+def _load(kind: str, key: Any, part: Any, held: Any) -> None:
+    try:
+        part.load_state_dict(held)
+    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise _misfit(kind, key, str(error)) from None
 
 
 def _misfit(kind: str, key: Any, reason: str) -> CheckpointError:

@@ -74,7 +74,7 @@ class Stepper:
     Args:
         clip: largest norm of the gradient, or None.
         accumulate: parts into which the rank's samples are cut.
-        how_to_go_on: words for an error on what is safe on disk.
+        how_to_go_on: words for an error on what is safe on disk, told whether weights diverged.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Stepper:
         *,
         clip: float | None,
         accumulate: int,
-        how_to_go_on: Callable[[], str],
+        how_to_go_on: Callable[[bool], str],
     ) -> None:
         self.place, self.wishes, self.clip, self.accumulate = place, wishes, clip, accumulate
         self.group = [place.plan.replica_index(member) for member in place.data.members]
@@ -203,14 +203,16 @@ class Stepper:
 
     def _refusal(self, learner: Learner, what: str, value: float, where: str = "") -> NonFiniteLoss:
         learner.forget()
-        if all(bool(parameter.isfinite().all()) for parameter in learner.parameters):
-            weights = "the weights were not changed"
-        else:
-            weights = "the weights are not finite, since the gradient of a step before was not"
+        diverged = not all(bool(parameter.isfinite().all()) for parameter in learner.parameters)
+        weights = (
+            "the weights are not finite, since the gradient of a step before was not"
+            if diverged
+            else "the weights were not changed"
+        )
         return NonFiniteLoss(
             f"{what} is {value}{where} at step {self.place.world.step}; {weights}; "
-            f"{self._how_to_go_on()}; next: a smaller learning rate, clip=1.0, or look at the "
-            "samples of this step"
+            f"{self._how_to_go_on(diverged)}; next: a smaller learning rate, clip=1.0, or look at "
+            "the samples of this step"
         )
 
     def before_step_of(self, learner: Learner) -> None:
