@@ -18,8 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from allfuse.base.errors import JobError, nearest
+from allfuse.split.data.generators import isolated
 
 Loss = Callable[[Any, Any], Any]
+
+DRAW = 0  # seeds what a job file draws while it is imported and makes its job
 MetricFunction = Callable[[Any, Any], Any]
 
 CHOICES = {
@@ -311,11 +314,15 @@ def load_job(path: str | Path, settings: Mapping[str, Any], original: str | None
 def make_job(function: Callable[..., Job], arguments: Mapping[str, Any], path: str) -> Job:
     """The job that the function of a file makes of these arguments.
 
+    Data that it draws at random is the same in every process, and when the run is resumed:
+    generators are seeded while it runs, and left as they were.
+
     Raises:
         JobError: it raises (with its traceback), or returns something else.
     """
     try:
-        made = function(**arguments)
+        with isolated(DRAW):
+            made = function(**arguments)
     except JobError:
         raise
     except Exception:
@@ -338,7 +345,10 @@ def as_job(job: Job | Callable[..., Job] | str | Path, settings: Mapping[str, An
 
 
 def load_job_function(path: str | Path, original: str | None = None) -> Callable[..., Job]:
-    """The function `job` of a Python file, which is run once for each process."""
+    """The function `job` of a Python file, which is run once for each process.
+
+    What it draws at random is the same in every process and every time: see `make_job`.
+    """
     file = Path(path)
     if not file.is_file():
         raise JobError(
@@ -353,7 +363,8 @@ def load_job_function(path: str | Path, original: str | None = None) -> Callable
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # so that loader processes and pickles find its classes
     try:
-        spec.loader.exec_module(module)
+        with isolated(DRAW):
+            spec.loader.exec_module(module)
     except (Exception, SystemExit):
         raise JobError(f"{path}: importing it raised an error\n{_trace_from(path)}") from None
     function = getattr(module, "job", None)

@@ -1,4 +1,4 @@
-"""A job file: a small GPT learns to write Python, character by character, on 2 cores in a minute.
+"""A job file: a small GPT learns to write Python, character by character, in a minute or two.
 
 Its text is on every machine: the source of Python's own standard library. Shows a loss that is a
 (sum, count) over tokens, a learning-rate schedule, clipping, and a hook that writes a sample.
@@ -138,7 +138,8 @@ def write(model, start, length):
         logits = model(tokens[:, -model.context :])[0, -1].cpu()
         drawn = torch.multinomial((logits / 0.7).softmax(0), 1, generator=generator)
         tokens = torch.cat([tokens, drawn.to(tokens.device)[None]], dim=1)
-    return bytes(tokens[0].tolist()).decode(errors="replace")
+    text = bytes(tokens[0].tolist()).decode("latin-1")
+    return "".join(c if c == "\n" or " " <= c <= "~" else "." for c in text)
 
 
 def show_sample(session, event):

@@ -36,6 +36,7 @@ class Call:
         parts += [f"{key}={write(value)}" for key, value in self.kwargs.items()]
         return f"{self.name}({', '.join(parts)})" if parts else self.name
 
+
 # Python 3.11 fails now and then ("AST constructor recursion depth mismatch") where threads parse at
 # the same time, as ranks that are threads do.
 _parsing = threading.Lock()

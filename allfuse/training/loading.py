@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +102,26 @@ def refuse_small(batch_size: int, place: Place) -> None:
             f"batch_size={batch_size}: plan {place.plan} has {place.parts} replicas that share "
             f"each batch; allowed: a batch_size of at least {place.parts}, or fewer workers"
         )
+
+
+def refuse_unequal(fingerprint: str, place: Place) -> None:
+    """Refuse data that differs from rank to rank: shares of different data are no batch of any.
+
+    Raises:
+        DataError: on all ranks alike.
+    """
+    slots = torch.zeros(place.replicas.size, dtype=torch.int64, device=place.device)
+    slots[place.replicas.rank] = zlib.crc32(fingerprint.encode())
+    place.replicas.all_reduce(slots, "compare the data of all ranks").wait()
+    seen = slots.tolist()
+    for rank, value in zip(place.replicas.members, seen, strict=True):
+        if value != seen[0]:
+            raise DataError(
+                f"the training data of rank {rank} is not that of rank "
+                f"{place.replicas.members[0]}; allowed: the same samples in the same order on "
+                "every rank, of which allfuse gives each its share; next: seed what the script "
+                "draws, and leave sharding to allfuse"
+            )
 
 
 def agree_on_rows(rows: int, place: Place) -> tuple[int, ...]:

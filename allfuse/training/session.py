@@ -23,7 +23,7 @@ from allfuse.split.whole import Whole
 from allfuse.training.course import Course
 from allfuse.training.keeper import Keeper
 from allfuse.training.learner import Learner, Precision
-from allfuse.training.loading import Order, batch_size_of, make_loader, order_of_all
+from allfuse.training.loading import Order, batch_size_of, make_loader, order_of_all, refuse_unequal
 from allfuse.training.measure import measure, to_device
 from allfuse.training.place import Place
 from allfuse.training.rounds import Rounds
@@ -389,6 +389,9 @@ class Session:
         if self.teller.began is not None:
             return
         size = batch_size_of(loader)
+        if self.plan.workers > 1 or self.keeper.path is not None:
+            data = source.fingerprint()
+            refuse_unequal(data, self.place)
         if self.keeper.path is not None:
             facts = {
                 "batch_size": size,
@@ -399,8 +402,7 @@ class Session:
                 "threads": torch.get_num_threads(),
                 **self.state.kinds(),
             }
-            data, model = source.fingerprint(), self.state.fingerprint()
-            self.keeper.begin(facts, {"data": data, "model": model})
+            self.keeper.begin(facts, {"data": data, "model": self.state.fingerprint()})
         found = self.keeper.newest()
         if found is not None:
             self._restore(found)
