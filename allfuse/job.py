@@ -157,7 +157,8 @@ class Job:
             sample, (sum, count), or a `Metric`.
         monitor: the metric that decides which checkpoint is best and when to stop; "-" in front
             means that lower is better. By default the first metric, else "-loss".
-        batch_size: samples of one optimizer step, over all workers. Plans do not change it.
+        batch_size: samples of one optimizer step, over all workers. Plans do not change it. By
+            default the DataLoader's that is `train`, else 32; None where its sampler decides.
         evaluate_every, save_every: steps, or "epoch", or None.
         clip: largest global norm of the gradient, or None.
         accumulate: parts into which each worker cuts its share, to save memory.
@@ -182,7 +183,7 @@ class Job:
     test: Any = None
     metrics: Mapping[str, MetricFunction | Metric] = field(default_factory=dict)
     monitor: str | None = None
-    batch_size: int = 32
+    batch_size: int | None = None
     stop: Stop = field(default_factory=lambda: Stop(epochs=1))
     evaluate_every: int | str | None = "epoch"
     save_every: int | str | None = "epoch"
@@ -199,7 +200,10 @@ class Job:
     hooks: Sequence[Hook] = ()
 
     def __post_init__(self) -> None:
-        check_training("Job", self, whole=("batch_size", "accumulate"))
+        if self.batch_size is None:
+            object.__setattr__(self, "batch_size", _batch_size_of(self.train))
+        whole = ("accumulate",) if self.batch_size is None else ("batch_size", "accumulate")
+        check_training("Job", self, whole=whole)
         check_whole("Job", "loaders", self.loaders, least=0)
         self._check_kinds()
         for name in ("evaluate_every", "save_every"):
@@ -273,6 +277,13 @@ class Job:
         """The monitored value of an evaluation, signed so that higher is better."""
         value = figures[self.monitor_name]
         return -value if self.lower_is_better else value
+
+
+def _batch_size_of(data: Any) -> int | None:
+    """What a DataLoader says; None where its own batch sampler decides; 32 for other data."""
+    if not isinstance(data, torch.utils.data.DataLoader):
+        return 32
+    return data.batch_size
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:

@@ -193,6 +193,25 @@ def test_a_site_without_samples_changes_nothing_in_an_own_loop() -> None:
     assert second == [True, True, True]
 
 
+@pytest.mark.parametrize("to_none", [True, False])
+def test_a_site_of_data_workers_without_samples_steps_with_no_old_gradient(to_none: bool) -> None:
+    def work() -> list[bool]:
+        with session() as s:
+            net = s.model(network)
+            optimizer = s.optimizer(adam(net.parameters()))
+            changed = []
+            for batch in s.batches(points(9), 4, 1):  # batches of 4, 4 and 1
+                before = weights(net)
+                s.backward(mse(net(batch[0]), batch))
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=to_none)
+                changed.append(not torch.equal(before["0.weight"], net[0].weight))
+            return changed
+
+    idle, learning = [True, True, False], [True, True, True]
+    assert under("site(2, every=end) * data(2)", work) == [idle, idle, learning, learning]
+
+
 def test_training_a_job_whose_last_batch_leaves_a_site_without_samples() -> None:
     made = job(train=points(5), batch_size=2, validation=points(7), stop=Stop(epochs=2))
     results = train(made, "site(2, every=2)")

@@ -15,7 +15,6 @@ Every message says what happened, what was received, what is allowed and what to
     │   ├── PeerLost         a peer died, left or stayed silent past the deadline
     │   └── BadMessage       a peer sent something else than was agreed
     ├── WorkerFailed         a worker process ended with an error of its own
-    ├── VerifyFailed         the numbers differ from the reference
     └── Interrupted          Ctrl-C, after the checkpoint was saved
 """
 
@@ -87,10 +86,6 @@ class WorkerFailed(AllfuseError):
     def __init__(self, message: str, rank: int, trace: str = "", exit_code: int = 1) -> None:
         super().__init__(message)
         self.rank, self.trace, self.exit_code = rank, trace, exit_code
-
-
-class VerifyFailed(AllfuseError):
-    """A run under its plan differs from its reference by more than the tolerance."""
 
 
 class Interrupted(AllfuseError):

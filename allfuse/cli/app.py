@@ -21,11 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 app.command("train", no_args_is_help=True)(train.train)
-app.command(
-    "run",
-    no_args_is_help=True,
-    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
-)(run.run)
+app.command("run", no_args_is_help=True)(run.run)
 app.command("verify", no_args_is_help=True)(verify.verify)
 app.command("evaluate", no_args_is_help=True)(evaluate.evaluate)
 app.command("predict", no_args_is_help=True)(predict.predict)

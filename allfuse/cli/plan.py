@@ -47,6 +47,8 @@ def plan(
     if job is not None:
         told, facts = tell_job(Path(job), parse_settings(settings), chosen)
         lines += ["", *told]
+    if not as_json:
+        print("\n".join(lines), flush=True)
     chosen.validate_executable()
     if as_json:
         print_json(
@@ -60,8 +62,6 @@ def plan(
                 "job": facts,
             }
         )
-    else:
-        print("\n".join(lines))
 
 
 def tell_job(
@@ -77,6 +77,9 @@ def tell_job(
     job = load_job(path, settings)
     source = as_source(job.train, collate=job.collate)
     model = build_model(job.model, job.seed)
+    if job.batch_size is None:
+        text = "the data's own sampler decides the batches; shares are as even as they can be"
+        return [f"For {path}:", f"  data        {text}"], {}
     if job.batch_size < plan.replicas:
         raise UserError(
             f"batch_size={job.batch_size}: {plan} has {plan.replicas} replicas that share each "

@@ -65,7 +65,7 @@ def launch_local(
                 threads=threads or max(1, count_cores() // workers),
                 timeout_s=timeout_s,
                 folder=folder,
-                environment=dict(os.environ),
+                environment={**os.environ, **_facts(rank, workers, store.port)},
                 path=list(sys.path),
                 command=list(sys.argv),
             )
@@ -87,6 +87,19 @@ def launch_local(
 
 def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _facts(rank: int, workers: int, port: int) -> dict[str, str]:
+    """What torchrun tells a process, for scripts that call init_process_group() themselves."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(workers),
+        "LOCAL_WORLD_SIZE": str(workers),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
 
 
 def _current_folder() -> str:

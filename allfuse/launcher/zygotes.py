@@ -19,7 +19,7 @@ from allfuse.launcher.zygote import FORK, KILL
 END_S = 5.0  # how long a zygote may take to kill its workers before it is killed itself
 
 BOOT = (
-    "import sys; sys.path.append(sys.argv[1]); from allfuse.launcher.zygote import main; "
+    "import sys; sys.path.insert(0, sys.argv[1]); from allfuse.launcher.zygote import main; "
     "main(int(sys.argv[2]), sys.argv[3:])"
 )
 

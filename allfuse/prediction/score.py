@@ -98,7 +98,7 @@ def predict_file(
                     table=table,
                     output=output,
                     target=target,
-                    batch_size=batch_size or max(restored.job.batch_size, LEAST_BATCH),
+                    batch_size=batch_size or max(restored.job.batch_size or 0, LEAST_BATCH),
                     keep=list(keep),
                     notes=restored.notes,
                     progress=Progress(place.parts, on_event if place.rank == 0 else None),

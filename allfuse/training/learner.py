@@ -115,8 +115,7 @@ class Learner:
             if self._has_changed():
                 self._take_parameters()
             if self._spent:
-                self.optimizer.zero_grad(set_to_none=True)
-            self._spent = False
+                self._clear()
             self._set_aside()
         if self.precision.scaler is not None:
             loss = self.precision.scaler.scale(loss)
@@ -125,6 +124,15 @@ class Learner:
             self.split.backward(loss, () if self.alone else self.parameters, last)
         finally:
             self._under_way = False
+
+    def _clear(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self._spent = False
+
+    def clear_spent(self) -> None:
+        """Drop gradients that were stepped with, or that nobody fused, where no others come."""
+        if not self._fused:
+            self._clear()
 
     def _set_aside(self) -> None:
         """Keep gradients of an earlier backward pass out of the sums; `finish` adds them again.

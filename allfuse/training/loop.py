@@ -144,7 +144,7 @@ def measure_on(
     return s.evaluate(
         {"loss": job.loss, **job.metrics},
         data,
-        batch_size=max(job.batch_size, s.place.parts),
+        batch_size=job.batch_size,
         name=name,
         forward=job.forward,
         collate=job.collate,

@@ -91,7 +91,7 @@ class Place:
         self.choices = {
             f"topology of {name}": why
             for name, why in (("data", self.chosen), ("site", site_chosen))
-            if why is not None and self.plan.axis(name) is not None
+            if why is not None and getattr(self.plan.axis(name), "n", 1) > 1
         }
         self.data = self._link("data", "data")
         self.site = self._link("site", "site")

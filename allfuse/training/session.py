@@ -309,12 +309,11 @@ class Session:
 
         self.course.open_step_for(learner)
         figures = self.stepper.learn(learner, batch, compute)
-        if figures is None:
-            return math.nan
-        learner.step()
+        if figures is not None:
+            learner.step()
         if len(self.learners) == 1:
             self.close_step()
-        return figures.loss
+        return math.nan if figures is None else figures.loss
 
     def backward(
         self,
@@ -351,7 +350,7 @@ class Session:
                     "and so do the other parts of its batch"
                 )
             count = 1.0 if step.portion is None else float(max(step.portion.rows, 1))
-        if step.passes():
+        if self.stepper.passes(learner):
             return math.nan
         self.stepper.differentiate(learner, loss.reshape(()), float(count), float(count), last=last)
         return self.stepper.finish(learner).loss if last else math.nan

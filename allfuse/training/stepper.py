@@ -47,11 +47,6 @@ class Step:
         self.passed = False
         self.counted = False
 
-    def passes(self) -> bool:
-        """Whether there is nothing to learn here, which is then done."""
-        self.passed = self.idle
-        return self.idle
-
     @property
     def takes_part(self) -> bool:
         """Whether this rank has samples of its own; else it works on a stand-in of weight 0."""
@@ -112,11 +107,20 @@ class Stepper:
             return float(self.place.data.size)
         return float(sum([portion.shares[index] for index in self.group]))
 
+    def passes(self, learner: Learner) -> bool:
+        """Whether this site has no sample of the batch: then the step is done without learning."""
+        step = self.current
+        assert step is not None
+        if step.idle:
+            step.passed = True
+            learner.clear_spent()
+        return step.idle
+
     def learn(self, learner: Learner, batch: Any, compute: Callable[[Any], Any]) -> Figures | None:
         """Differentiate `compute(batch)`, in pieces where asked for; None when idle."""
         step = self.current
         assert step is not None
-        if step.passes():
+        if self.passes(learner):
             return None
         pieces = self._pieces(step, batch)
         for number, (piece, rows) in enumerate(pieces, start=1):

@@ -65,7 +65,7 @@ def _read_source(source: Source, job: Job, parts: int, epoch: int) -> Iterator[B
 
 def _read_stream(stream: Stream, job: Job, parts: int, epoch: int) -> Iterator[Batch]:
     """Replica i takes each parts-th sample from the i-th on, or its share of its own shard."""
-    size = job.batch_size
+    size = job.batch_size or 1  # streams have a batch size of their own, checked when training
 
     def next_shares() -> list[list[Any]]:
         if len(readers) > 1:
