@@ -100,7 +100,7 @@ def command(job: Path, plan: str, *where: str) -> list[str]:
 
 def run_to_the_end(job: Path, plan: str, *where: str) -> None:
     done = subprocess.run(
-        command(job, plan, *where), capture_output=True, text=True, timeout=120, check=False
+        command(job, plan, *where), capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
 
@@ -117,7 +117,7 @@ def run_and_kill(job: Path, plan: str, hold: str, newest: int, *where: str) -> N
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 150
     while not (mark.exists() and newest in checkpoints.steps()):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline, "the run never came to where it is held"

@@ -74,6 +74,13 @@ class Course:
         self._loops += 1
         return self._loops - 1
 
+    def was_done(self, number: int) -> bool:
+        """Whether a loop was over before the checkpoint that the run goes on from."""
+        if number < self.cursor.loop:
+            self._end_of_loop = "done before the run was resumed"
+            return True
+        return False
+
     def portions(
         self,
         number: int,
@@ -82,8 +89,6 @@ class Course:
         steps: int | None,
     ) -> Iterator[Portion]:
         """This rank's part of each batch of a loop, of which a resumed run may have done some."""
-        if number < self.cursor.loop:
-            return
         if number > self.cursor.loop:
             self.close_step()
             self.cursor = self.cursor.after_loop()

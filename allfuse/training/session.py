@@ -264,7 +264,9 @@ class Session:
             )
             loader = make_loader(source, order, self.place)
             self._begin(source, loader, order, epochs, steps)
-            if number == self.course.cursor.loop and self._resume_at is not None:
+            if self.course.was_done(number):
+                return
+            if self._resume_at is not None:
                 self._restore(self._resume_at)
             for portion in self.course.portions(number, loader, epochs, steps):
                 yield to_device(portion.batch, self.device)
@@ -492,7 +494,7 @@ class Session:
 
     def _finish(self) -> None:
         """What a session does at its end when nothing went wrong."""
-        self.close_step()
+        self.course.close_learned_step()
         if self.teller.began is None:
             return
         with self.rounds.fused_for_a_moment(self.models.values()):

@@ -214,7 +214,7 @@ class Stepper:
             else "the weights were not changed"
         )
         return NonFiniteLoss(
-            f"{what} is {value}{where} at step {self.place.world.step}; {weights}; "
+            f"{what} is {value}{where} at step {self.place.world.step or 0}; {weights}; "
             f"{self._how_to_go_on(diverged)}; next: a smaller learning rate, clip=1.0, or look at "
             "the samples of this step"
         )
