@@ -6,11 +6,11 @@ import functools
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from allfuse.base.errors import UserError
+from allfuse.base.errors import UserError, nearest
 from allfuse.job import Job, as_job
 from allfuse.launcher import current_world
 from allfuse.launcher.torchrun import started_by_torchrun
@@ -49,10 +49,21 @@ def session(
         None if plan is None else as_plan(plan),
         out=out,
         resume=resume,
-        settings=Settings(**settings),
+        settings=_read_settings(settings),
     )
     watch(made, Watching(quiet=quiet))
     return made
+
+
+def _read_settings(given: Mapping[str, Any]) -> Settings:
+    allowed = [field.name for field in fields(Settings)]
+    for name in given:
+        if name not in allowed:
+            raise UserError(
+                f"session({name}=...): there is no such setting{nearest(name, allowed)}; "
+                f"allowed: {', '.join(allowed)}"
+            )
+    return Settings(**given)
 
 
 @dataclass(frozen=True, kw_only=True)

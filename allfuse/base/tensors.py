@@ -12,15 +12,20 @@ from torch import Tensor
 
 def map_nest(function: Callable[[Any], Any], nest: Any) -> Any:
     """The same nest with `function` applied to every leaf. Named tuples stay what they are."""
-    if isinstance(nest, dict):
-        return type(nest)((key, map_nest(function, value)) for key, value in nest.items())
-    if isinstance(nest, tuple) and hasattr(nest, "_fields"):
-        return type(nest)(*(map_nest(function, value) for value in nest))
-    if isinstance(nest, list | tuple):
-        return type(nest)(map_nest(function, value) for value in nest)
-    if hasattr(nest, "keys") and hasattr(nest, "__getitem__"):  # Hugging Face's BatchEncoding
-        return {key: map_nest(function, nest[key]) for key in nest.keys()}  # noqa: SIM118
+    if isinstance(nest, list | tuple) or (hasattr(nest, "keys") and hasattr(nest, "__getitem__")):
+        return map_children(lambda child: map_nest(function, child), nest)
     return function(nest)
+
+
+def map_children(function: Callable[[Any], Any], nest: Any) -> Any:
+    """The same dict, list or tuple with `function` applied to what it holds."""
+    if isinstance(nest, dict):
+        return type(nest)((key, function(value)) for key, value in nest.items())
+    if isinstance(nest, tuple) and hasattr(nest, "_fields"):
+        return type(nest)(*(function(value) for value in nest))
+    if isinstance(nest, list | tuple):
+        return type(nest)(function(value) for value in nest)
+    return {key: function(nest[key]) for key in nest.keys()}  # noqa: SIM118  BatchEncoding
 
 
 def leaves(nest: Any) -> Iterator[Any]:
@@ -44,15 +49,22 @@ def count_rows(batch: Any) -> int:
 
 
 def cut_rows(batch: Any, start: int, stop: int) -> Any:
-    """Rows start..stop of every tensor of a batch that has all its rows in dim 0."""
+    """Rows start..stop of all that has one entry a row: tensors by dim 0, lists of plain values."""
     rows = count_rows(batch)
 
-    def cut(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == rows:
-            return leaf[start:stop]
-        return leaf
+    def cut(nest: Any) -> Any:
+        if isinstance(nest, list) and len(nest) == rows and not any(map(_is_nest, nest)):
+            return nest[start:stop]
+        if isinstance(nest, Tensor):
+            return nest[start:stop] if nest.dim() > 0 and nest.shape[0] == rows else nest
+        return map_children(cut, nest) if _is_nest(nest) else nest
 
-    return map_nest(cut, batch)
+    return cut(batch)
+
+
+def _is_nest(value: Any) -> bool:
+    """Whether it holds others: a tensor counts, text does not."""
+    return isinstance(value, Tensor | list | tuple) or hasattr(value, "keys")
 
 
 def share(total: int, parts: int, index: int) -> tuple[int, int]:

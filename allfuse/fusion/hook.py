@@ -61,7 +61,7 @@ def comm_hook(plan: PlanLike, group: dist.ProcessGroup | None = None) -> Hook:
         if bucket.index() == 0:
             under_way.clear()  # of a backward pass that did not reach its end
         flat = rule.prepare(bucket.buffer(), 1.0 / size)
-        devices = [flat.device] if flat.is_cuda else []
+        devices: list[int | str | torch.device] = [flat.device] if flat.is_cuda else []
         future: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
         under_way.append((dist.all_reduce(flat, group=group, async_op=True), flat, future))
         if bucket.is_last():

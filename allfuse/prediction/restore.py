@@ -14,7 +14,7 @@ from allfuse.job import Job, load_job
 from allfuse.store.checkpoint import Checkpoints
 from allfuse.store.run import RunFolder
 from allfuse.store.tensorfile import read_model
-from allfuse.training.keeper import mean_of_states
+from allfuse.training.keeper import mean_of_sites
 from allfuse.training.start import build_model
 
 
@@ -93,8 +93,7 @@ def _checkpoint_models(folder: RunFolder, step: int) -> dict[str, dict[str, Any]
     """The models of a checkpoint; where sites differ, their mean as a resume would take it."""
     checkpoints = Checkpoints(folder.checkpoints)
     states = [checkpoints.read(step, rank=writer)[0] for writer in checkpoints.writers(step)]
-    weights = [state["rounds"]["samples"] or 1.0 for state in states]
-    merged: dict[str, dict[str, Any]] = mean_of_states([s["models"] for s in states], weights)
+    merged: dict[str, dict[str, Any]] = mean_of_sites(states)["models"]
     return merged
 
 
