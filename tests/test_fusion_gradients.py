@@ -42,8 +42,15 @@ def run(function: Callable[[], Any], workers: int, **options: Any) -> list[Any]:
 class Peer:
     """One rank's copy of a model, its fusion, and steps over its share of a batch."""
 
-    def __init__(self, model: nn.Module, link: Link, bucket_bytes: int = 64) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        link: Link,
+        bucket_bytes: int = 64,
+        prepare: Callable[[nn.Module], None] = lambda module: None,
+    ) -> None:
         self.model, self.link = copy.deepcopy(model), link
+        prepare(self.model)
         names, parameters = zip(*self.model.named_parameters(), strict=True)
         self.parameters: Sequence[nn.Parameter] = parameters
         self.fusion = GradientFusion(
@@ -303,6 +310,30 @@ def test_a_gradient_that_a_script_replaces_is_what_is_sent() -> None:
         assert_same([weight.grad], [expected])
 
     run(work, 2)
+
+
+def test_a_gradient_that_is_gone_counts_as_none_not_as_that_of_the_step_before() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)), torch.randn(4, 3)
+
+    def work() -> list[Tensor | None]:
+        gone = False
+
+        def drop(parameter: Tensor) -> None:
+            if gone:
+                parameter.grad = None
+
+        def watch_first(module: nn.Module) -> None:  # before the fusion does
+            next(module.parameters()).register_post_accumulate_grad_hook(drop)
+
+        peer = Peer(model, open_link(), bucket_bytes=10**9, prepare=watch_first)
+        peer.step(x)
+        peer.model.zero_grad(set_to_none=True)
+        gone = True
+        return peer.step(x)
+
+    for gradients in run(work, 2):
+        assert gradients[0] is None
+        assert_same(gradients[1:], serial(model, x)[1:])
 
 
 def test_one_backward_pass_too_many_is_refused() -> None:

@@ -407,8 +407,8 @@ def test_the_bytes_that_were_fused_are_counted_once() -> None:
                 s.step(batch, mse)
         return float(recorded.named("step")[1].data["fused_bytes"])
 
-    parameters = 49  # and one flag for each of the 4 tensors, and 2 x 4 figures, all of 8 bytes
-    assert under("data(2)", train) == [8.0 * (parameters + 4 + 8)] * 2
+    parameters = 49  # and one flag for each of the 4 tensors, and 2 x 4 numbers of two words each
+    assert under("data(2)", train) == [8.0 * (parameters + 4 + 16)] * 2
 
 
 # Leaving a loop, and several loops in a row.

@@ -55,23 +55,11 @@ def comm_hook(plan: PlanLike, group: dist.ProcessGroup | None = None) -> Hook:
     fusion, _ = choose(axis.rule, axis.topology, axis.sync, axis.codec)
     rule = fusion.sum_rule
 
-    under_way: list[tuple[Any, Tensor, torch.futures.Future[Tensor]]] = []
-
     def fuse(state: object, bucket: Any) -> torch.futures.Future[Tensor]:
-        if bucket.index() == 0:
-            under_way.clear()  # of a backward pass that did not reach its end
         flat = rule.prepare(bucket.buffer(), 1.0 / size)
-        devices: list[int | str | torch.device] = [flat.device] if flat.is_cuda else []
-        future: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
-        under_way.append((dist.all_reduce(flat, group=group, async_op=True), flat, future))
-        if bucket.is_last():
-            # Waits here, after which DistributedDataParallel would wait too. A callback of the
-            # transfer would be freed by gloo's thread, which deadlocks with the end of the group.
-            for work, total, promised in under_way:
-                work.wait()
-                promised.set_result(rule.finish(total, 1.0))
-            under_way.clear()
-        return future
+        work: Any = dist.all_reduce(flat, group=group, async_op=True)
+        future: torch.futures.Future[Any] = work.get_future()
+        return future.then(lambda done: rule.finish(done.value()[0], 1.0))
 
     # DistributedDataParallel compares the annotations themselves, not their text.
     fuse.__annotations__ |= {

@@ -121,6 +121,7 @@ class Nursery:
         self._kill()
         for pid in self.workers:
             os.waitpid(pid, 0)
+        self.control.close()
 
 
 def _lead_group(pid: int) -> None:

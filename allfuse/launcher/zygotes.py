@@ -18,10 +18,15 @@ from allfuse.launcher.zygote import FORK, KILL
 
 END_S = 5.0  # how long a zygote may take to kill its workers before it is killed itself
 
-BOOT = (
-    "import sys; sys.path.insert(0, sys.argv[1]); from allfuse.launcher.zygote import main; "
-    "main(int(sys.argv[2]), sys.argv[3:])"
-)
+# The same allfuse as here; what lies beside it must not hide the standard library.
+BOOT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import allfuse
+sys.path.append(sys.path.pop(0))
+from allfuse.launcher.zygote import main
+main(int(sys.argv[2]), sys.argv[3:])
+"""
 
 
 class Zygote:
@@ -93,12 +98,13 @@ class Zygote:
 
     def close(self) -> None:
         """End it, with its workers and all that they started."""
-        self.control.close()
         if self.has_forked:
+            self.control.close()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(END_S)
         self.process.kill()
         self.process.wait()
+        self.control.close()
 
 
 @contextlib.contextmanager

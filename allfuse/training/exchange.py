@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 if TYPE_CHECKING:
+    from allfuse.fusion.gradients import GradientFusion
     from allfuse.link import Link
 
 Losses: TypeAlias = Sequence[tuple[torch.Tensor, float]]
@@ -48,21 +49,24 @@ class Figures:
 
 
 class Exchange:
-    """One sum of (n, 4) float64 over the data axis: every rank fills its own row.
+    """Four numbers of every rank. They travel with the first bucket of gradients where they can.
 
-    Sent while the backward pass runs, so it costs 32 n bytes and no waiting of its own. A rank
-    alone sends nothing.
+    Else (gradients of short types, or on a GPU) it is one sum of (n, 4) float64 over the data axis,
+    sent while the backward pass runs: 32 n bytes. A rank alone sends nothing.
     """
 
     def __init__(self, link: Link, device: torch.device) -> None:
         self.link, self.device = link, device
 
     def start(
-        self, losses: Losses, count: float, busy_s: float, stop: int
+        self, losses: Losses, count: float, busy_s: float, stop: int, fusion: GradientFusion
     ) -> Callable[[], Figures]:
         """Tell the peers; the function that is returned waits for what they say."""
         if self.link.size == 1:
             return lambda: Figures([_sum(losses)], [count], [busy_s], [stop])
+        if fusion.carries:
+            fusion.carry((_sum(losses), count, busy_s, stop))
+            return lambda: _figures(fusion.carried())
         rows = torch.zeros(self.link.size, 4, dtype=torch.float64)
         on_host = self.device.type == "cpu"
         own = (_sum(losses) if on_host else 0.0, count, busy_s, stop)
@@ -75,10 +79,14 @@ class Exchange:
 
         def wait() -> Figures:
             work.wait()
-            said, counts, busy, stops = rows.t().tolist()
-            return Figures(said, counts, busy, [int(stop) for stop in stops])
+            return _figures(rows.tolist())
 
         return wait
+
+
+def _figures(rows: list[list[float]]) -> Figures:
+    said, counts, busy, stops = (list(column) for column in zip(*rows, strict=True))
+    return Figures(said, counts, busy, [int(stop) for stop in stops])
 
 
 def _sum(losses: Losses) -> float:

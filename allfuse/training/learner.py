@@ -103,6 +103,11 @@ class Learner:
         held = sum(len(group["params"]) for group in self.optimizer.param_groups)
         return held != self._held or any(p.requires_grad for p in self._frozen)
 
+    def refresh(self) -> None:
+        """Before the first piece of a step: take in parameters that were added or thawed."""
+        if not self._unfinished and self._has_changed():
+            self._take_parameters()
+
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradients of `loss`; with `last` start to fuse them as they become final."""
         if not loss.requires_grad:
@@ -111,9 +116,8 @@ class Learner:
                 "loss computed from the model's outputs; next: look for detach(), no_grad() or "
                 "item() on the way, and for frozen parameters"
             )
+        self.refresh()
         if not self._unfinished:
-            if self._has_changed():
-                self._take_parameters()
             if self._spent:
                 self._clear()
             self._set_aside()

@@ -170,8 +170,9 @@ class Stepper:
         if learner not in step.differentiated:
             step.differentiated.append(learner)
         if last:
+            learner.refresh()
             step.pending = self.exchange.start(
-                step.losses, step.count, self._busy_s, self.wishes.own
+                step.losses, step.count, self._busy_s, self.wishes.own, learner.fusion
             )
         weight = factor / self.reference(step.portion)
         learner.backward(loss if weight == 1.0 else loss * weight, last)
