@@ -47,42 +47,49 @@ def launch_local(
     """
     if workers < 1:
         raise UserError(f"workers: received {workers}; allowed: 1 or more")
-    folder = _current_folder()
-    warm_up()
-    packed = _pack_function(function)
-    from allfuse.base.torch_private import PrefixStore
+    with asked_to_stop() as signals:
+        warm_up()
+        packed = _pack_function(function)
+        store, run = _open_store(), uuid.uuid4().hex
+        threads = threads or max(1, count_cores() // workers)
+        requests = [
+            _pack_request(rank, workers, store.port, run, plan, threads, timeout_s)
+            for rank in range(workers)
+        ]
+        _flush_output()
+        board = _board(run, store)
+        with borrowed() as zygote:
+            watch = Watch(zygote, signals, lambda rank, how: board.set(f"lost/{rank}", how))
+            try:
+                for request in requests:
+                    watch.start(request, packed)
+                watch.until_all_ended()
+            finally:
+                watch.close()
+    return judge(watch.outcomes, interrupted=watch.stops > 0)
+
+
+def _pack_request(
+    rank: int, workers: int, port: int, run: str, plan: str | None, threads: int, timeout_s: float
+) -> bytes:
+    """What a worker takes over from here: also the environment, folder and paths of this moment."""
     from allfuse.launcher.worker import Request
 
-    store, run = _open_store(), uuid.uuid4().hex
-    bodies = [
-        pickle.dumps(
-            Request(
-                rank=rank,
-                size=workers,
-                run=run,
-                port=store.port,
-                plan=plan,
-                threads=threads or max(1, count_cores() // workers),
-                timeout_s=timeout_s,
-                folder=folder,
-                environment={**os.environ, **_facts(rank, workers, store.port)},
-                path=list(sys.path),
-                command=list(sys.argv),
-            )
+    return pickle.dumps(
+        Request(
+            rank=rank,
+            size=workers,
+            run=run,
+            port=port,
+            plan=plan,
+            threads=threads,
+            timeout_s=timeout_s,
+            folder=_current_folder(),
+            environment={**os.environ, **_facts(rank, workers, port)},
+            path=list(sys.path),
+            command=list(sys.argv),
         )
-        for rank in range(workers)
-    ]
-    _flush_output()
-    board = PrefixStore(run, store)
-    with _asked_to_stop() as signals, borrowed() as zygote:
-        watch = Watch(zygote, signals, lambda rank, how: board.set(f"lost/{rank}", how))
-        try:
-            for body in bodies:
-                watch.start(body, packed)
-            watch.until_all_ended()
-        finally:
-            watch.close()
-    return judge(watch.outcomes, interrupted=watch.stops > 0)
+    )
 
 
 def count_cores() -> int:
@@ -139,139 +146,3 @@ def _flush_output() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
-
-
-@contextlib.contextmanager
-def _asked_to_stop() -> Iterator[socket.socket]:
-    """A socket that becomes readable, a byte for each time, when Ctrl-C or SIGTERM asks to stop.
-
-    Signals reach the main thread only; a launch from another one goes on. What the caller ignores
-    stays ignored (nohup, background jobs).
-    """
-    ours, theirs = socket.socketpair()
-    theirs.setblocking(False)
-    previous: dict[int, Any] = {}
-
-    def asked(number: int, frame: Any) -> None:
-        with contextlib.suppress(BlockingIOError):
-            theirs.send(b"!")
-
-    with ours, theirs:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    previous[number] = signal.signal(number, asked)
-        try:
-            yield ours
-        finally:
-            while previous:
-                signal.signal(*previous.popitem())
-
-
-class Watch:
-    """Looks after the workers of one launch until all have ended. Nothing here waits for one."""
-
-    def __init__(
-        self, zygote: Zygote, signals: socket.socket, tell_lost: Callable[[int, str], None]
-    ) -> None:
-        self.zygote, self.signals, self.tell_lost = zygote, signals, tell_lost
-        self.outcomes: list[Outcome] = []
-        self.channels: list[Channel] = []
-        self.stops = 0
-        self.deadline: float | None = None
-        self._pids: list[int] = []  # in the order of the forks, which is that of the ranks
-        self._failures = 0
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(zygote.control, selectors.EVENT_READ, self._hear_zygote)
-        self._selector.register(signals, selectors.EVENT_READ, self._stop)
-
-    def start(self, request: bytes, function: bytes) -> None:
-        """Fork the next worker and put its work in line."""
-        channel, outcome = Channel(self.zygote.fork()), Outcome(len(self.outcomes))
-        self.channels.append(channel)
-        self.outcomes.append(outcome)
-        channel.post(request)
-        channel.post(function)
-        self._selector.register(
-            channel.end,
-            selectors.EVENT_READ | selectors.EVENT_WRITE,
-            lambda: self._exchange(channel, outcome),
-        )
-
-    def until_all_ended(self) -> None:
-        while any(outcome.status is None for outcome in self.outcomes):
-            left = None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
-            for key, _ in self._selector.select(left):
-                key.data()
-            if self.deadline is not None and time.monotonic() >= self.deadline:
-                self._kill()
-
-    def close(self) -> None:
-        for channel in self.channels:
-            channel.close()
-        self._selector.close()
-
-    def _exchange(self, channel: Channel, outcome: Outcome) -> None:
-        channel.push()
-        self._take(channel, outcome)
-        if channel.closed:
-            self._selector.unregister(channel.end)
-        elif not channel.has_outgoing:
-            self._selector.modify(
-                channel.end, selectors.EVENT_READ, lambda: self._exchange(channel, outcome)
-            )
-
-    def _take(self, channel: Channel, outcome: Outcome) -> None:
-        from allfuse.launcher.worker import DONE
-
-        for report in channel.pull():
-            if report[:1] == DONE:
-                outcome.result = report[1:]
-            else:
-                outcome.failure = pickle.loads(report[1:])  # noqa: S301  our own worker
-                self._note_failure(outcome)
-
-    def _hear_zygote(self) -> None:
-        answers = self.zygote.hear()
-        if answers is None:
-            raise self.zygote.died()
-        for answer in answers:
-            if "forked" in answer:
-                self._pids.append(answer["forked"])
-            else:
-                rank = self._pids.index(answer["exited"])
-                self._has_ended(self.channels[rank], self.outcomes[rank], answer["status"])
-
-    def _has_ended(self, channel: Channel, outcome: Outcome, status: int) -> None:
-        outcome.status = status
-        self._take(channel, outcome)  # what it had still sent
-        if outcome.result is None and outcome.failure is None:
-            self.tell_lost(outcome.rank, how_it_ended(status))
-            self._note_failure(outcome)
-
-    def _note_failure(self, outcome: Outcome) -> None:
-        """Of the first one: the others notice by themselves, and have a short time for it."""
-        outcome.order = self._failures
-        self._failures += 1
-        failure: Failure | None = outcome.failure
-        as_asked = failure is not None and failure.exit_code == Interrupted.exit_code
-        if self.deadline is None and not (as_asked and self.stops):
-            self.deadline = time.monotonic() + GRACE_S
-
-    def _stop(self) -> None:
-        """Pass on that a person or a supervisor asks to stop; the second time, kill."""
-        from allfuse.launcher.worker import STOP
-
-        self.stops += len(self.signals.recv(16))
-        if self.stops > 1:
-            self._kill()
-            return
-        for channel in self.channels:
-            channel.post(STOP)
-            channel.push()
-
-    def _kill(self) -> None:
-        for outcome in self.outcomes:
-            outcome.killed_here |= outcome.status is None
-        self.deadline = None
-        self.zygote.kill_workers()
