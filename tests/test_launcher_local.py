@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from allfuse.base.errors import PlanError, UserError, WorkerFailed
-from allfuse.launcher import local, zygotes
+from allfuse.launcher import watch, zygotes
 from allfuse.launcher.base import World, current_world
 from allfuse.launcher.local import count_cores, launch_local
 
@@ -322,7 +322,7 @@ def test_an_exception_is_shown_once_with_its_rank_step_and_traceback() -> None:
     assert first == "Traceback (most recent call last):"
     assert "in work" in rest[0]  # nothing of the launcher's own
     assert error.trace.count("ZeroDivisionError: by design") == 1
-    assert seconds < local.GRACE_S + 5
+    assert seconds < watch.GRACE_S + 5
 
 
 @pytest.mark.parametrize("kind", ["python", "held"])
@@ -330,7 +330,7 @@ def test_a_worker_that_ignores_everything_is_killed_soon_after_another_failed(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if kind == "python":  # one with the real grace, one with a short one
-        monkeypatch.setattr(local, "GRACE_S", 0.5)
+        monkeypatch.setattr(watch, "GRACE_S", 0.5)
 
     def work() -> None:
         if rank() == 1:
@@ -346,7 +346,7 @@ def test_a_worker_that_ignores_everything_is_killed_soon_after_another_failed(
 
     error, seconds = failing(work)
     assert str(error) == "rank 1 failed before the first step: ValueError: first"
-    assert seconds < local.GRACE_S + 5
+    assert seconds < watch.GRACE_S + 5
 
 
 @pytest.mark.parametrize(
@@ -361,7 +361,7 @@ def test_a_worker_that_ignores_everything_is_killed_soon_after_another_failed(
 def test_a_worker_that_ends_without_a_word_is_named(
     end: Callable[[], Any], text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "GRACE_S", 0.2)
+    monkeypatch.setattr(watch, "GRACE_S", 0.2)
 
     def work() -> None:
         if rank() == 1:

@@ -98,9 +98,9 @@ def test_without_an_agent_rank_0_holds_the_store_and_the_script_may_use_it_too(
     """
     script = tmp_path / "script.py"
     script.write_text(PREAMBLE + textwrap.dedent(body))
-    from allfuse.launcher.local import _open_store
+    from allfuse.launcher.local import open_store
 
-    port = _open_store().port  # free again when this returns
+    port = open_store().port  # free again when this returns
     started = [
         subprocess.Popen(
             [sys.executable, str(script), str(tmp_path)],

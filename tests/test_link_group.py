@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from allfuse.base.errors import PeerLost, WorkerFailed
-from allfuse.launcher import local
+from allfuse.launcher import watch
 from allfuse.launcher.base import World, current_world
-from allfuse.launcher.local import launch_local
+from allfuse.launcher.local import launch_local, open_store
 from allfuse.link import Link
 from allfuse.link.check import SUMMABLE
 from allfuse.link.group import StoreBoard
@@ -176,7 +176,7 @@ def test_every_rank_names_the_one_that_was_killed(workers: int, victim: int) -> 
 def test_every_rank_names_the_one_that_fell_silent_at_the_deadline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(local, "GRACE_S", 15.0)  # a loaded machine; ends early, see below
+    monkeypatch.setattr(watch, "GRACE_S", 15.0)  # a loaded machine; ends early, see below
     error = failing_and_freed(3, victim=1, timeout_s=1.0)
     check_survivors(error, 3, 1, "gave no answer to the roll call")
     seconds = [float(found) for found in re.findall(r"after ([0-9.]+) s", str(error))]
@@ -345,7 +345,7 @@ def test_if_all_are_there_the_network_is_suspected() -> None:
 
 
 def test_when_the_board_dies_its_host_is_named_and_the_lookout_ends() -> None:
-    store = local._open_store()
+    store = open_store()
     board = StoreBoard(store)
 
     def dead(*anything: object) -> bool:

@@ -39,7 +39,7 @@ class AloneWorld(World):
     def __init__(self) -> None:
         super().__init__()
         self.board = LocalBoard()
-        self._give_back_signals = catch_signals(self)
+        self._give_back_signals = catch_signals(self.ask_to_stop)
 
     def link(self, name: str, members: tuple[int, ...], device: torch.device) -> Link:
         from allfuse.link.lone import LoneLink

@@ -5,24 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import selectors
-import signal
 import socket
 import sys
-import threading
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from allfuse.base.errors import Interrupted, UserError
-from allfuse.launcher.channel import Channel
-from allfuse.launcher.outcome import Failure, Outcome, how_it_ended, judge
-from allfuse.launcher.zygotes import Zygote, borrowed, warm_up
+from allfuse.base.errors import UserError
+from allfuse.launcher.outcome import judge
+from allfuse.launcher.signals import asked_to_stop
+from allfuse.launcher.watch import Watch
+from allfuse.launcher.zygotes import borrowed, warm_up
 
 __all__ = ["count_cores", "launch_local", "warm_up"]
-
-GRACE_S = 4.0  # how long the others may take to end by themselves after the first failure
 
 
 def launch_local(
@@ -50,14 +45,16 @@ def launch_local(
     with asked_to_stop() as signals:
         warm_up()
         packed = _pack_function(function)
-        store, run = _open_store(), uuid.uuid4().hex
+        from allfuse.base.torch_private import PrefixStore  # while the zygote loads torch too
+
+        store, run = open_store(), uuid.uuid4().hex
         threads = threads or max(1, count_cores() // workers)
         requests = [
             _pack_request(rank, workers, store.port, run, plan, threads, timeout_s)
             for rank in range(workers)
         ]
         _flush_output()
-        board = _board(run, store)
+        board = PrefixStore(run, store)
         with borrowed() as zygote:
             watch = Watch(zygote, signals, lambda rank, how: board.set(f"lost/{rank}", how))
             try:
@@ -131,7 +128,7 @@ def _pack_function(function: Callable[[], Any]) -> bytes:
         ) from None
 
 
-def _open_store() -> Any:
+def open_store() -> Any:
     """A store that only this host can reach; by itself torch's would listen on all its networks."""
     from allfuse.base.torch_private import TCPStore
 

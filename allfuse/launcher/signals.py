@@ -1,18 +1,18 @@
-"""Ctrl-C and SIGTERM as requests to a world to stop."""
+"""Ctrl-C and SIGTERM as requests to stop."""
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-from allfuse.launcher.base import World
 
-
-def catch_signals(world: World) -> Callable[[], None]:
-    """Have them ask `world` to stop; call what is returned to give them back.
+def catch_signals(stop: Callable[[], None]) -> Callable[[], None]:
+    """Have them call `stop()`; call what is returned to give them back.
 
     Outside the main thread Python allows no handlers, and what the caller ignores (nohup,
     background jobs) stays ignored.
@@ -20,7 +20,7 @@ def catch_signals(world: World) -> Callable[[], None]:
     previous: dict[int, Any] = {}
 
     def asked(number: int, frame: FrameType | None) -> None:
-        world.ask_to_stop()
+        stop()
 
     def give_back() -> None:
         while previous:
@@ -37,26 +37,20 @@ def catch_signals(world: World) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def asked_to_stop() -> Iterator[socket.socket]:
-    """A socket that becomes readable, a byte for each time, when Ctrl-C or SIGTERM asks to stop.
+    """A socket that becomes readable, a byte for each time that they ask to stop.
 
-    Signals reach the main thread only; a launch from another one goes on. What the caller ignores
-    stays ignored (nohup, background jobs).
+    Unlike a KeyboardInterrupt this cannot be lost in the middle of an import.
     """
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
-    previous: dict[int, Any] = {}
 
-    def asked(number: int, frame: Any) -> None:
+    def note() -> None:
         with contextlib.suppress(BlockingIOError):
             theirs.send(b"!")
 
     with ours, theirs:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    previous[number] = signal.signal(number, asked)
+        give_back = catch_signals(note)
         try:
             yield ours
         finally:
-            while previous:
-                signal.signal(*previous.popitem())
+            give_back()

@@ -72,5 +72,5 @@ def join_torchrun(plan: str | None, timeout_s: float = 300.0) -> StoreWorld:
     world.kind, world.plan = "torchrun", plan
     world.local_rank = environment_number("LOCAL_RANK", rank)
     world.local_size = local_size
-    world.give_back_signals = catch_signals(world)
+    world.give_back_signals = catch_signals(world.ask_to_stop)
     return world

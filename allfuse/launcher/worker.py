@@ -144,7 +144,7 @@ def _pack_result(result: Any, rank: int) -> bytes:
 def _obey(channel: socket.socket, world: StoreWorld) -> None:
     """Stop when the launcher or a signal asks for it; end at once when the launcher has died."""
 
-    catch_signals(world)
+    catch_signals(world.ask_to_stop)
     main = threading.main_thread().ident
     assert main is not None
 
