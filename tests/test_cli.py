@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from allfuse.cli import main
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,22 +37,48 @@ def job(lr=0.1, samples=64, batch_size=8, epochs=1):
 """
 
 
-def allfuse(
-    *arguments: object, cwd: Path, ok: bool | None = None
-) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def allfuse(*arguments: object, cwd: Path, ok: bool | None = None) -> Done:
+    """The command in this process, which saves the seconds that loading torch takes each time."""
+    out, err = io.StringIO(), io.StringIO()
+    code: object = 0
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "WORLD_SIZE"):
+            patch.delenv(name, raising=False)
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", ["allfuse", *map(str, arguments)])
+        patch.setattr(sys, "path", list(sys.path))
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main()
+            except SystemExit as stop:
+                code = stop.code
+    done = Done(code if isinstance(code, int) else int(code is not None), *_texts(out, err))
+    if ok is not None:
+        assert (done.returncode == 0) is ok, done.stdout + done.stderr
+    return done
+
+
+def _texts(*streams: io.StringIO) -> list[str]:
+    return [stream.getvalue() for stream in streams]
+
+
+def allfuse_outside(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The command as a process of its own, as a person starts it."""
+    return subprocess.run(
         [sys.executable, "-m", "allfuse", *map(str, arguments)],
         cwd=cwd,
-        env=environment,
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
-    if ok is not None:
-        assert (done.returncode == 0) is ok, done.stdout + done.stderr
-    return done
 
 
 @pytest.fixture
@@ -58,7 +88,7 @@ def job(tmp_path: Path) -> Path:
     return path
 
 
-def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
+def refused(done: Done, *words: str) -> None:
     """One message of a line or two on standard error, exit code 2, no traceback."""
     assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
     assert "Traceback" not in done.stderr
@@ -223,7 +253,8 @@ def test_run_gives_a_script_its_plan_and_its_arguments(tmp_path: Path) -> None:
         "    s.print('plan', s.plan, 'rank', s.rank, sys.argv[1:], __name__)\n"
     )
     line = "plan data(2) rank 0 ['--epochs', '3'] __main__"
-    done = allfuse("run", script, "--plan", "data(2)", "--", "--epochs", 3, cwd=tmp_path, ok=True)
+    done = allfuse_outside("run", script, "--plan", "data(2)", "--", "--epochs", 3, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert line in done.stdout
     alone = subprocess.run(
         [sys.executable, script, "--epochs", "3"], capture_output=True, text=True, check=True

@@ -198,6 +198,28 @@ def test_training_ends_after_its_step_and_saves(
     assert err == ""
 
 
+@pytest.mark.slow
+def test_a_worker_that_waits_for_one_that_was_interrupted_is_not_waited_for(
+    start: Callable[[str], Script],
+) -> None:
+    script = start(
+        """
+        def work():
+            import torch
+            world = current_world()
+            here(f"ready {world.rank}")
+            if world.rank == 0:
+                world.link("data", (0, 1), torch.device("cpu"))  # in C++, for the other to come
+            time.sleep(600)
+        launch(work)
+        """
+    )
+    script.wait_for("ready 0", "ready 1")
+    script.send(signal.SIGINT)
+    code, out, _ = script.end()
+    assert (code, out) == (130, "Interrupted: interrupted\n")
+
+
 def test_a_second_ctrl_c_kills_at_once_with_all_that_was_started(
     start: Callable[[str], Script],
 ) -> None:

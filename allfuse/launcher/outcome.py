@@ -29,6 +29,11 @@ class Failure:
     step: int | None
     error: bytes | None = None
 
+    @property
+    def was_stopped(self) -> bool:
+        """Whether it ended because it was asked to, by whatever exception."""
+        return self.exit_code == Interrupted.exit_code
+
 
 def describe_failure(error: BaseException, step: int | None) -> Failure:
     """What a worker reports of the exception that ended it, at this optimizer step."""
@@ -117,7 +122,7 @@ def judge(outcomes: Sequence[Outcome], interrupted: bool) -> Any:
     failed = [outcome for outcome in outcomes if outcome.result is None]
     failed.sort(key=lambda outcome: len(outcomes) if outcome.order is None else outcome.order)
     causes = [outcome for outcome in failed if outcome.is_cause]
-    stopped = [outcome for outcome in causes if _was_stopped(outcome)]
+    stopped = [outcome for outcome in causes if outcome.failure and outcome.failure.was_stopped]
     causes = [outcome for outcome in causes if outcome not in stopped] or stopped
     if interrupted and failed and causes == stopped:
         raise Interrupted(_text(stopped[0]) if stopped else "interrupted; the workers were killed")
@@ -138,10 +143,6 @@ def _load_result(packed: bytes | None) -> Any:
             f"what the function returned on rank 0 cannot be read here: {type(error).__name__}: "
             f"{error}; next: return plain values or tensors"
         ) from error
-
-
-def _was_stopped(outcome: Outcome) -> bool:
-    return outcome.failure is not None and outcome.failure.exit_code == Interrupted.exit_code
 
 
 def _text(outcome: Outcome) -> str:

@@ -8,9 +8,8 @@ import socket
 import time
 from collections.abc import Callable
 
-from allfuse.base.errors import Interrupted
 from allfuse.launcher.channel import Channel
-from allfuse.launcher.outcome import Failure, Outcome, how_it_ended
+from allfuse.launcher.outcome import Outcome, how_it_ended
 from allfuse.launcher.zygotes import Zygote
 
 GRACE_S = 4.0  # how long the others may take to end by themselves after the first failure
@@ -98,12 +97,15 @@ class Watch:
             self._note_failure(outcome)
 
     def _note_failure(self, outcome: Outcome) -> None:
-        """Of the first one: the others notice by themselves, and have a short time for it."""
+        """Of the first one: the others notice by themselves, and have a short time for it.
+
+        Not where training ends as it was asked to: one rank may still write the checkpoint.
+        """
         outcome.order = self._failures
         self._failures += 1
-        failure: Failure | None = outcome.failure
-        as_asked = failure is not None and failure.exit_code == Interrupted.exit_code
-        if self.deadline is None and not (as_asked and self.stops):
+        failure = outcome.failure
+        orderly = failure is not None and failure.expected and failure.was_stopped
+        if self.deadline is None and not (orderly and self.stops):
             self.deadline = time.monotonic() + GRACE_S
 
     def _stop(self) -> None:
