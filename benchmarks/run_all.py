@@ -73,6 +73,13 @@ def kept_sections() -> dict[str, str]:
     return {part.split("\n", 1)[0]: f"## {part.rstrip()}\n" for part in parts}
 
 
+def write_results(sections: dict[str, str]) -> None:
+    """After each benchmark, so that a run that is broken off keeps what it has measured."""
+    body = "\n".join(sections[name] for name in BENCHMARKS if name in sections)
+    RESULTS.write_text(f"{HEAD}\n{body}", encoding="utf-8")
+    print(f"\nwritten: {RESULTS.relative_to(harness.ROOT)}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", choices=[*BENCHMARKS, []], metavar="NAME")
@@ -87,10 +94,8 @@ def main() -> int:
             failed.append(name)
         else:
             sections[name] = section(found)
-    if not options.quick:
-        body = "\n".join(sections[name] for name in BENCHMARKS if name in sections)
-        RESULTS.write_text(f"{HEAD}\n{body}", encoding="utf-8")
-        print(f"\nwritten: {RESULTS.relative_to(harness.ROOT)}")
+            if not options.quick:
+                write_results(sections)
     if failed:
         print(f"failed: {', '.join(failed)}")
     return 1 if failed else 0

@@ -64,6 +64,16 @@ def test_launch_returns_what_rank_0_returned() -> None:
     assert launch_local(lambda: None, 1) is None
 
 
+def test_the_public_launch_passes_arguments_and_the_plan() -> None:
+    import allfuse as af
+
+    def work(number: int, *, shift: int) -> Any:
+        return number + shift, world().plan
+
+    assert af.launch(work, 3, workers=2, shift=4) == (7, "data(2)")
+    assert af.launch(work, 3, workers=1, plan="data(1)", shift=4) == (7, "data(1)")
+
+
 def test_each_worker_knows_its_place() -> None:
     def work() -> Any:
         w = world()
@@ -305,7 +315,11 @@ def failing(work: Callable[[], Any], workers: int = 2) -> tuple[WorkerFailed, fl
     return caught.value, time.monotonic() - begin
 
 
-def test_an_exception_is_shown_once_with_its_rank_step_and_traceback() -> None:
+def test_an_exception_is_shown_once_with_its_rank_step_and_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(watch, "GRACE_S", 0.5)
+
     def inner() -> None:
         raise ZeroDivisionError("by design")
 
@@ -325,7 +339,7 @@ def test_an_exception_is_shown_once_with_its_rank_step_and_traceback() -> None:
     assert seconds < watch.GRACE_S + 5
 
 
-@pytest.mark.parametrize("kind", ["python", "held"])
+@pytest.mark.parametrize("kind", ["python", pytest.param("held", marks=pytest.mark.slow)])
 def test_a_worker_that_ignores_everything_is_killed_soon_after_another_failed(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

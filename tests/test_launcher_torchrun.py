@@ -167,7 +167,8 @@ def test_a_rank_that_is_killed_is_named_by_the_other(tmp_path: Path) -> None:
     assert "gave no answer to the roll call" in told
 
 
-@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [True, False])
 def test_a_sigterm_to_torchrun_asks_to_stop(tmp_path: Path, training: bool) -> None:
     body = f"""
     with join() as world:
