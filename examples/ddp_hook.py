@@ -45,8 +45,8 @@ def main():
             optimizer.step()
         if dist.get_rank() == 0:
             print(f"epoch {epoch + 1}  loss of rank 0 {loss.item():.4f}", flush=True)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    dist.destroy_process_group()  # after the model is gone: torch 2.13 may hang the other way round

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from allfuse.base.errors import JobError
 from allfuse.base.tensors import map_nest
+from allfuse.fusion.statistics import GlobalBatchNorm
 from allfuse.job import Metric, MetricFunction
 
 if TYPE_CHECKING:
@@ -90,8 +91,11 @@ def measure(
     model.eval()
     sums: dict[str, Tensor] = {}
     samples = 0
+    norms = [module for module in model.modules() if isinstance(module, GlobalBatchNorm)]
     try:
         for portion in loader.epoch(0):
+            for norm in norms:  # those without running statistics use the batch's
+                norm.weight_of_rows = float(portion.rows > 0)
             batch = to_device(portion.batch, device)
             with autocast():
                 outputs = forward(model, batch)

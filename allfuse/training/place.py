@@ -139,8 +139,9 @@ class Place:
         """What this rank has sent to its peers so far."""
         return sum(link.sent_bytes for link in self.links)
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
+        """Give links and a world of its own back; peers that wait are told of an error."""
         for link in self.links:
             link.close()
         if self._owns_world:
-            self.world.close()
+            self.world.close(error)

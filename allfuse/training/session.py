@@ -513,10 +513,11 @@ class Session:
         with contextlib.ExitStack() as closing:  # the last is called first
             for closer in reversed(self._closers):
                 closing.callback(closer)
-            closing.callback(self.place.close)
+            closing.callback(lambda: self.place.close(error))
             try:
                 if error is None:
                     self._finish()
+                    self.place.world.step = None  # a script that goes on does not train
             except BaseException as failure:
                 error = failure
                 raise
