@@ -96,17 +96,17 @@ def watch(session: Session, watching: Watching) -> None:
         _require("tensorboard", "report")
 
     def open_files(event: Event) -> None:
-        if event.data["out"] is None:
+        folder = session.keeper.folder
+        if folder is None:
             return
         from allfuse.observe import JsonLines, TensorBoard
 
-        folder = Path(event.data["out"])
-        lines = JsonLines(folder / "events.jsonl", append=True, warn=warn)
+        lines = JsonLines(folder.events_path, append=True, warn=warn)
         lines(event)
         session.bus.subscribe(lines)
         session.at_close(lines.close)
         if watching.tensorboard:
-            board = TensorBoard(folder / "tensorboard", warn=warn)
+            board = TensorBoard(folder.tensorboard_path, warn=warn)
             board(event)
             session.bus.subscribe(board)
             session.at_close(board.close)

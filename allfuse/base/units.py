@@ -6,11 +6,11 @@ from __future__ import annotations
 def format_bytes(count: float) -> str:
     """Decimal units, three digits.
 
-    >>> format_bytes(5_000_000)
-    '5 MB'
+    >>> format_bytes(5_000_000), format_bytes(999_700)
+    ('5 MB', '1 MB')
     """
     for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(count) < 1000 or unit == "TB":
+        if abs(count) < 999.5 or unit == "TB":  # three digits would round up to the next unit
             return f"{count:.3g} {unit}"
         count /= 1000
     raise AssertionError("unreachable")
@@ -21,12 +21,12 @@ def format_seconds(seconds: float) -> str:
 
     >>> format_seconds(3725)
     '1 h 02 min'
-    >>> format_seconds(0.0042)
-    '4.2 ms'
+    >>> format_seconds(0.0042), format_seconds(0.9996), format_seconds(59.96)
+    ('4.2 ms', '1 s', '1 min 00 s')
     """
-    if seconds < 1:
+    if seconds < 0.9995:
         return f"{seconds * 1000:.3g} ms"
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
