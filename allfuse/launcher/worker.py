@@ -107,7 +107,8 @@ def _take_over(request: Request) -> None:
     faulthandler.enable()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(line_buffering=True)
+            # whole lines, also under PYTHONUNBUFFERED: workers' lines would run into each other
+            stream.reconfigure(line_buffering=True, write_through=False)
     np.random.seed()  # or all workers of one zygote would draw alike
     torch.set_num_threads(request.threads)
 
