@@ -178,16 +178,21 @@ def test_workers_have_no_input_and_print_where_the_caller_does(
 def test_lines_stay_whole_under_an_unbuffered_python(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
+        "import time\n"
         "from allfuse.launcher.local import launch_local\n"
+        "class Slow:\n"
+        "    def __str__(self):\n"
+        "        time.sleep(0.02)  # the other rank prints meanwhile\n"
+        "        return 'word'\n"
         "def work():\n"
-        "    for _ in range(200):\n"
-        "        print('a' * 20)\n"
+        "    for _ in range(20):\n"
+        "        print('a', Slow())\n"
         "launch_local(work, 2)\n"
     )
     ended = subprocess.run(
         [sys.executable, "-u", str(script)], capture_output=True, text=True, timeout=120, check=True
     )
-    assert ended.stdout.splitlines() == ["a" * 20] * 400
+    assert ended.stdout.splitlines() == ["a word"] * 40
 
 
 def test_workers_do_not_draw_the_same_random_numbers() -> None:
