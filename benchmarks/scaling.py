@@ -15,6 +15,9 @@ from pathlib import Path
 
 import harness
 import models
+import torch
+import torch.distributed as dist
+from step import join
 
 import allfuse as af
 
@@ -36,8 +39,8 @@ def session_rate(seconds: float) -> float:
     return rate
 
 
-def alone_rate(seconds: float, meeting: str, workers: int) -> float:
-    """Runs in each worker: samples per second of this one, which talks to nobody."""
+def alone_rate(seconds: float, meeting: str, workers: int, meets: bool) -> float:
+    """Runs in each worker: samples per second of this one, which tells nobody anything."""
     case = models.CASES["wide"]
     batch = case.share * WORKERS
     loop = models.PlainLoop(models.build(case), case, case.data(), batch, workers, 0)
@@ -45,7 +48,17 @@ def alone_rate(seconds: float, meeting: str, workers: int) -> float:
     os.close(tempfile.mkstemp(dir=meeting)[0])
     while len(list(Path(meeting).iterdir())) < workers:  # begin together
         time.sleep(0.001)
-    return steps_per_second(loop.run, seconds) * (batch // workers)
+    if not meets:
+        return steps_per_second(loop.run, seconds) * (batch // workers)
+    join(f"{meeting}.sum")
+    number = torch.zeros(1)
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            loop.run(1)
+            dist.all_reduce(number)
+
+    return steps_per_second(run, seconds) * (batch // workers)
 
 
 def steps_per_second(run: Callable[[int], None], seconds: float) -> float:
@@ -64,20 +77,24 @@ def turn(name: str, seconds: float) -> float:
         return float(af.launch(session_rate, seconds, workers=workers, threads=1))
     workers = 1 if name == "one process" else 2
     with tempfile.TemporaryDirectory() as folder:
-        rate = af.launch(alone_rate, seconds, folder, workers, workers=workers, threads=1)
+        meeting = str(Path(folder) / "meeting")
+        os.mkdir(meeting)
+        meets = name == "two that meet"
+        rate = af.launch(alone_rate, seconds, meeting, workers, meets, workers=workers, threads=1)
     return float(rate) * workers
 
 
 def main() -> None:
     options = harness.parse_options(__doc__)
     seconds = 0.3 if options.quick else TURN_S
-    names = ["one worker", "two workers", "one process", "two processes"]
+    names = ["one worker", "two workers", "one process", "two processes", "two that meet"]
     rates: dict[str, list[float]] = {name: [] for name in names}
     for number in harness.rounds_for(0.0 if options.quick else SECONDS, least=1):
         for name in names if number % 2 == 0 else reversed(names):
             rates[name].append(turn(name, seconds))
     told = ", ".join(f"{name} {harness.quartiles(rates[name])[1]:.0f}/s" for name in names)
     limit = harness.ratios(rates["two processes"], rates["one process"])
+    lock_step = harness.ratios(rates["two that meet"], rates["one process"])
     scaling = harness.ratios(rates["two workers"], rates["one worker"])
     found = [
         harness.figure(
@@ -85,12 +102,17 @@ def main() -> None:
             scaling,
             target=TARGET,
             better="higher",
-            floor=f"this machine's limit {harness.quartiles(limit)[1]:.3f}; {told}",
+            floor=f"limit in lock-step {harness.quartiles(lock_step)[1]:.3f}; {told}",
         ),
         harness.figure("samples/s of 2 processes that never talk over 1", limit, better="higher"),
         harness.figure(
-            "share of the machine's limit that is reached",
-            harness.ratios(scaling, limit),
+            "samples/s of 2 processes that only meet after each step, over 1",
+            lock_step,
+            better="higher",
+        ),
+        harness.figure(
+            "share of the limit in lock-step that is reached",
+            harness.ratios(scaling, lock_step),
             better="higher",
         ),
     ]

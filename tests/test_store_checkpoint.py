@@ -156,6 +156,30 @@ def test_a_save_waits_for_the_one_before_it(tmp_path: Path) -> None:
         assert checkpoints.read(step)[0]["weight"].eq(step).all()
 
 
+def test_only_the_writing_gives_way_to_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    niceness: dict[str, int] = {}
+
+    def note(place: Any, name: str) -> None:
+        original = getattr(place, name)
+
+        def noted(*arguments: Any) -> Any:
+            thread = threading.get_native_id()
+            niceness[name] = os.getpriority(os.PRIO_PROCESS, thread)
+            return original(*arguments)
+
+        monkeypatch.setattr(place, name, noted)
+
+    note(saving.Staging, "copy")  # a caller may wait for it
+    note(saving, "write_tensors")
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.start(1, {"weight": torch.zeros(10)})
+    checkpoints.close()
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    assert niceness == {"copy": own, "write_tensors": saving.NICENESS}
+
+
 def test_memory_for_copies_is_used_again(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     state = {"weight": torch.zeros(1000)}

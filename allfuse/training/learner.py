@@ -116,7 +116,6 @@ class Learner:
                 "loss computed from the model's outputs; next: look for detach(), no_grad() or "
                 "item() on the way, and for frozen parameters"
             )
-        self.refresh()
         if not self._unfinished:
             if self._spent:
                 self._clear()
@@ -130,7 +129,9 @@ class Learner:
             self._under_way = False
 
     def _clear(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        """As the optimizer's zero_grad, whose record for the profiler costs 50 us in a small step."""
+        for parameter in self.parameters:
+            parameter.grad = None
         self._spent = False
 
     def clear_spent(self) -> None:

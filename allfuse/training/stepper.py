@@ -169,8 +169,8 @@ class Stepper:
         step.count += count
         if learner not in step.differentiated:
             step.differentiated.append(learner)
+        learner.refresh()
         if last:
-            learner.refresh()
             step.pending = self.exchange.start(
                 step.losses, step.count, self._busy_s, self.wishes.own, learner.fusion
             )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,11 +10,10 @@ from torch import Tensor
 from allfuse.base.tensors import map_nest
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Portion:
+class Portion(NamedTuple):
     """A replica's part of the batch of one step.
 
-    Args:
+    Attributes:
         batch: the replica's own samples; when it has none, one sample as a stand-in, so that the
             forward and backward passes and the collectives in them run as on the other replicas.
         rows: how many samples of its own there are; 0 with a stand-in, whose weight is then 0.
