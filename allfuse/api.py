@@ -16,6 +16,7 @@ from allfuse.launcher import current_world
 from allfuse.launcher.torchrun import started_by_torchrun
 from allfuse.plan import Plan, as_plan, check_workers
 from allfuse.plan.plan import PlanLike
+from allfuse.training.keeper import Resume
 from allfuse.training.loop import Result, train_job
 from allfuse.training.session import Session
 from allfuse.training.settings import Settings
@@ -28,7 +29,7 @@ def session(
     plan: PlanLike | None = None,
     *,
     out: str | Path | None = None,
-    resume: bool = False,
+    resume: Resume = False,
     quiet: bool = False,
     **settings: Any,
 ) -> Session:
@@ -37,7 +38,8 @@ def session(
     Args:
         plan: how the job is spread; by default what the launcher was given, else one worker.
         out: the run folder to make (events, checkpoints, model.safetensors), or None.
-        resume: go on with the run in `out`.
+        resume: go on with the run in `out`; "auto": if there is one, else begin it, so that the
+            same script can be started again after anything.
         quiet: show no progress.
         settings: fields of `Settings`: seed, precision, clip, accumulate, compile,
             batch_statistics, device, keep.
@@ -147,7 +149,7 @@ def train(
     plan: PlanLike | None = None,
     *,
     out: str | Path | None = None,
-    resume: bool = False,
+    resume: Resume = False,
     device: str | None = None,
     quiet: bool = False,
     settings: Mapping[str, Any] | None = None,
@@ -158,6 +160,7 @@ def train(
         job: a `Job`, a function that makes one, or the path of a job file.
         plan: text, a Plan, or None for one worker in this process. Several workers are started as
             processes of this machine, unless this process was itself started as one of them.
+        out, resume: as for `session`.
         settings: arguments for the job function.
     """
     chosen = as_plan(plan) if plan is not None else None
@@ -186,7 +189,7 @@ def _train_here(
     plan: Plan | None,
     *,
     out: str | Path | None,
-    resume: bool,
+    resume: Resume,
     device: str | None,
     quiet: bool,
     settings: Mapping[str, Any] | None,

@@ -181,6 +181,7 @@ def test_an_unknown_setting_suggests_the_nearest(tmp_path: Path, job: Path) -> N
         (("--timeout", "0"), ("timeout",)),
         (("--threads", "0", "--workers", "2"), ("threads",)),
         (("--tensorboard",), ("--out",)),
+        (("--auto-resume",), ("--out",)),
     ],
 )
 def test_settings_that_cannot_be_are_refused(
@@ -190,7 +191,8 @@ def test_settings_that_cannot_be_are_refused(
 
 
 def test_train_evaluate_predict_and_resume(tmp_path: Path, job: Path) -> None:
-    done = allfuse("train", job, "--workers", 2, "--out", "out", "--json", cwd=tmp_path, ok=True)
+    begin = ("train", job, "--out", "out", "--auto-resume", "--json")
+    done = allfuse(*begin, "--workers", 2, cwd=tmp_path, ok=True)
     last = json.loads(done.stdout.splitlines()[-1])
     assert last["ok"]
     assert last["steps"] == 8
@@ -202,6 +204,9 @@ def test_train_evaluate_predict_and_resume(tmp_path: Path, job: Path) -> None:
     refused(allfuse("train", job, "--out", "out", cwd=tmp_path), "exists already", "--resume")
     more = allfuse("train", job, "--resume", "out", "--epochs", 2, "--json", cwd=tmp_path, ok=True)
     assert json.loads(more.stdout.splitlines()[-1])["steps"] == 16
+    more = allfuse(*begin, "--epochs", 3, cwd=tmp_path, ok=True)
+    assert json.loads(more.stdout.splitlines()[-1])["steps"] == 24
+    assert json.loads(more.stdout.splitlines()[-1])["plan"] == "data(2)"
 
     one = allfuse("evaluate", "out", "--json", cwd=tmp_path, ok=True)
     two = allfuse("evaluate", "out", "--workers", 2, "--json", cwd=tmp_path, ok=True)

@@ -37,6 +37,7 @@ from allfuse.store import tensorfile
 from allfuse.store.checkpoint import Checkpoints
 from allfuse.store.run import RunFolder
 from allfuse.store.tensorfile import read_model
+from allfuse.training.keeper import Resume
 from allfuse.training.loop import Result, train_job
 
 STEPS = 8  # of batches of 6 from 21 samples: 4 an epoch, the last one of 3
@@ -47,7 +48,7 @@ def stepped(made: Job, steps: int) -> Job:
 
 
 def go(
-    made: Job, plan: str, out: Path, steps: int, resume: bool = False
+    made: Job, plan: str, out: Path, steps: int, resume: Resume = False
 ) -> tuple[list[Result], list[Recorded]]:
     """Train up to so many steps in all; results and events of each rank."""
     recorded: dict[int, Recorded] = {}
@@ -655,6 +656,19 @@ def test_two_runs_at_once_in_one_folder_are_refused(tmp_path: Path) -> None:
 def test_resume_needs_a_folder() -> None:
     with pytest.raises(RunError, match="no run folder was given"):
         train_job(job(), resume=True)
+    assert train_job(job(stop=Stop(steps=1)), resume="auto").steps == 1
+    with pytest.raises(UserError, match="resume='yes': allowed: True, False, or 'auto'"):
+        train_job(job(), resume="yes")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("plan", ["data(1)", "data(2)", "site(2, every=3)"])
+def test_the_same_call_begins_a_run_and_goes_on_with_it(tmp_path: Path, plan: str) -> None:
+    made = job(train=points(21))
+    for steps in (2, 5):
+        _, recorded = go(made, plan, tmp_path / "auto", steps, resume="auto")
+    assert recorded[0].named("start")[0].data["resumed_step"] == 2
+    go(made, plan, tmp_path / "whole", 5)
+    assert states(tmp_path / "auto", 5) == states(tmp_path / "whole", 5)
 
 
 def test_saving_before_training_begins_is_refused(tmp_path: Path) -> None:

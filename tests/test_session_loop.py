@@ -386,7 +386,7 @@ def test_the_events_of_steps_tell_what_was_done() -> None:
                 s.step(batch, mse)
         (end,) = recorded.named("end")
         assert end.data["samples"] == 9
-        assert end.data["reason"] == "1 epochs are done"
+        assert end.data["reason"] == "1 epoch is done"
         return [
             (e.step, e.data["epoch"], e.data["samples"], e.data["shares"])
             for e in recorded.named("step")
@@ -465,7 +465,7 @@ def test_loops_in_a_row_count_their_own_epochs_and_see_orders_of_their_own() -> 
                 s.step(batch, mse)
                 order += batch[1].flatten().tolist()
             orders.append(order)
-            assert s.stop_reason == "1 epochs are done"
+            assert s.stop_reason == "1 epoch is done"
         for batch in s.batches(points(8), 4, steps=3):
             s.step(batch, mse)
         assert s.stop_reason == "3 steps are done"

@@ -30,7 +30,7 @@ def test_training_ends_after_so_many_steps_or_epochs(plan: str) -> None:
     assert set(ends(plan, stop=Stop(steps=5))) == {(5, "5 steps are done")}
     assert set(ends(plan, stop=Stop(epochs=3))) == {(12, "3 epochs are done")}
     assert set(ends(plan, stop=Stop(epochs=3, steps=7))) == {(7, "7 steps are done")}
-    assert set(ends(plan, stop=Stop(epochs=1, steps=7))) == {(4, "1 epochs are done")}
+    assert set(ends(plan, stop=Stop(epochs=1, steps=7))) == {(4, "1 epoch is done")}
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -40,6 +40,10 @@ def train(
         Path | None,
         typer.Option(metavar="FOLDER", help="Go on with this run from its last checkpoint."),
     ] = None,
+    auto_resume: Annotated[
+        bool,
+        typer.Option("--auto-resume", help="With --out: go on with the run there, if any."),
+    ] = False,
     settings: SetOption = None,
     steps: Annotated[int | None, typer.Option(help="Stop after this many steps in all.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Stop after this many epochs in all.")] = None,
@@ -68,11 +72,16 @@ def train(
     ]
     if needs_folder and out is None and resume is None:
         raise UserError(f"{needs_folder[0]} writes into the run folder; next: add --out FOLDER")
+    if auto_resume and out is None:
+        raise UserError("--auto-resume needs the run folder; next: add --out FOLDER")
     held: dict[str, Any] = {}
-    if resume is not None:
-        from allfuse.store.run import RunFolder
+    if resume is not None or auto_resume:
+        from allfuse.store.run import RunFolder, is_run
 
-        held = RunFolder.open(resume).record
+        if out is not None and is_run(out):
+            resume, out = out, None
+        if resume is not None:
+            held = RunFolder.open(resume).record
     chosen = choose_plan(plan, workers, default=held.get("plan"))
     work = functools.partial(
         train_file,

@@ -237,6 +237,11 @@ def _format(record: Mapping[str, Any]) -> bytes:
         ) from error
 
 
+def is_run(path: str | Path) -> bool:
+    """Whether a folder holds a run, whole or not."""
+    return (Path(path) / RECORD).exists()
+
+
 def _read_record(path: Path) -> dict[str, Any]:
     file = path / RECORD
     if not file.is_file():

@@ -114,9 +114,9 @@ class Course:
     def _has_ended(self, epochs: int | None, steps: int | None) -> bool:
         """Whether the loop is over, by its own limits or because training stops."""
         if steps is not None and self.cursor.loop_steps >= steps:
-            self._end_of_loop = f"{steps} steps are done"
+            self._end_of_loop = _are_done(steps, "step")
         elif epochs is not None and self.cursor.loop_epochs >= epochs:
-            self._end_of_loop = f"{epochs} epochs are done"
+            self._end_of_loop = _are_done(epochs, "epoch")
         return self._stop is not None or self._end_of_loop is not None
 
     # Steps.
@@ -199,3 +199,7 @@ class Course:
         self.rounds.samples = state["rounds"]["samples"]
         self.rounds.steps_since = state["rounds"]["steps_since"]
         self.tell_step_number()
+
+
+def _are_done(count: int, what: str) -> str:
+    return f"1 {what} is done" if count == 1 else f"{count} {what}s are done"

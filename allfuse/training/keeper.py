@@ -7,14 +7,14 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from allfuse.base.errors import CheckpointError, RunError
+from allfuse.base.errors import CheckpointError, RunError, UserError
 from allfuse.store.checkpoint import Checkpoints, NotSaved
-from allfuse.store.run import RunFolder, versions
+from allfuse.store.run import RunFolder, is_run, versions
 from allfuse.store.tensorfile import write_model
 
 if TYPE_CHECKING:
@@ -27,6 +27,19 @@ SAME = ("batch_size", "seed", "order", "arguments", "optimizers", "schedulers")
 """What is recorded of a run and must be the same when it is resumed."""
 
 
+Resume: TypeAlias = bool | Literal["auto"]
+"""Whether to go on with the run in a folder; "auto": if it holds one."""
+
+
+def decide_resume(resume: Resume, out: str | Path | None) -> bool:
+    """What "auto" comes to. The same on all ranks: the folder is made once all have asked."""
+    if resume == "auto":
+        return out is not None and is_run(out)
+    if not isinstance(resume, bool):
+        raise UserError(f"resume={resume!r}: allowed: True, False, or 'auto'")
+    return resume
+
+
 class Keeper:
     """The run folder of a session, or nothing to write to when it has none.
 
@@ -35,8 +48,9 @@ class Keeper:
     """
 
     def __init__(
-        self, place: Place, out: str | Path | None, resume: bool, keep: int, bus: Bus
+        self, place: Place, out: str | Path | None, resume: Resume, keep: int, bus: Bus
     ) -> None:
+        resume = decide_resume(resume, out)
         if resume and out is None:
             raise RunError("resume: no run folder was given; next: out='runs/x' with resume=True")
         self.place, self.bus, self.keep, self.resume = place, bus, keep, resume
@@ -56,7 +70,7 @@ class Keeper:
             return
         if self.resume:
             RunFolder.open(self.path)
-        elif self.place.rank == 0 and (self.path / "run.json").exists():
+        elif self.place.rank == 0 and is_run(self.path):
             raise RunError(
                 f"run folder {self.path} exists already; allowed: a new folder; "
                 f"next: --resume {self.path} to go on with it, or another --out"

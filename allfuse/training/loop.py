@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from allfuse.base.errors import DataError, JobError
 from allfuse.job import Job
 from allfuse.plan import Plan
+from allfuse.training.keeper import Resume
 from allfuse.training.session import Session
 from allfuse.training.settings import Settings
 from allfuse.training.stopping import Stopping
@@ -41,7 +42,7 @@ def train_job(
     plan: Plan | str | None = None,
     *,
     out: str | Path | None = None,
-    resume: bool = False,
+    resume: Resume = False,
     device: str | None = None,
     prepare: Callable[[Session], None] | None = None,
 ) -> Result:

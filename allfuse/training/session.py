@@ -21,7 +21,7 @@ from allfuse.plan import Plan
 from allfuse.split.data import Source, Stream, as_source
 from allfuse.split.whole import Whole
 from allfuse.training.course import Course
-from allfuse.training.keeper import Keeper
+from allfuse.training.keeper import Keeper, Resume
 from allfuse.training.learner import Learner, Precision
 from allfuse.training.loading import Order, batch_size_of, make_loader, order_of_all, refuse_unequal
 from allfuse.training.measure import measure, to_device
@@ -58,7 +58,7 @@ class Session:
         plan: Plan | str | None = None,
         *,
         out: str | Path | None = None,
-        resume: bool = False,
+        resume: Resume = False,
         settings: Settings | None = None,
     ) -> None:
         self.settings = settings or Settings()
