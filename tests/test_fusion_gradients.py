@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from allfuse.base.errors import PeerLost, UserError
 from allfuse.fusion import Fusion
+from allfuse.fusion import gradients as gradients_module
 from allfuse.fusion.gradients import GradientFusion
 from allfuse.launcher.base import current_world
 from allfuse.launcher.thread import first_failure, launch_threads
@@ -39,6 +40,13 @@ def run(function: Callable[[], Any], workers: int, **options: Any) -> list[Any]:
     return results
 
 
+@pytest.fixture(autouse=True, params=["one by one", "together"])
+def copied(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small models stand for large ones too, whose gradients are copied one by one."""
+    if request.param == "one by one":
+        monkeypatch.setattr(gradients_module, "SMALL_BYTES", 0)
+
+
 class Peer:
     """One rank's copy of a model, its fusion, and steps over its share of a batch."""
 
@@ -63,6 +71,7 @@ class Peer:
         )
         self.split = Whole()
         self.split.watch(parameters, self.fusion.final)
+        self.fusion.listening = True
 
     def backward(self, x: Tensor, last: bool = True, **options: Any) -> None:
         """Differentiate this rank's rows of the batch, as a part of its mean."""

@@ -9,7 +9,6 @@ import functools
 import json
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -327,7 +326,7 @@ def change_portions(
 
 
 def rows_of(portion: Portion, rows: list[int]) -> Portion:
-    return replace(portion, batch=tuple(leaf[rows] for leaf in portion.batch), rows=len(rows))
+    return portion._replace(batch=tuple(leaf[rows] for leaf in portion.batch), rows=len(rows))
 
 
 @pytest.mark.parametrize("plan", ["data(2)", "site(2, every=2)"])

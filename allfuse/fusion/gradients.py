@@ -13,12 +13,13 @@ from torch.nn import Parameter
 
 from allfuse.base.errors import UserError
 from allfuse.base.tensors import split_buckets
-from allfuse.base.torch_private import storage_users
+from allfuse.base.torch_private import foreach_copy, storage_users
 from allfuse.fusion.base import Fusion
 from allfuse.link import Link, Work
 
 BUCKET_BYTES = 25_000_000
 FIRST_BUCKET_BYTES = 1_000_000  # small, so that the first transfer starts early
+SMALL_BYTES = 32_000  # gradients below are copied together: one call costs more than the bytes
 NUMBERS = 4  # that a rank may tell its peers with the first bucket
 
 
@@ -37,7 +38,9 @@ class Bucket:
         self.names, self.parameters, self._words = names, parameters, words
         self.operation = f"fuse gradients, bucket {number}"
         self.missing = len(parameters)
+        self.large = [parameter.nbytes >= SMALL_BYTES for parameter in parameters]
         self.work: Work | None = None
+        self._small = [place for place, is_large in enumerate(self.large) if not is_large]
         self._has_all = True
         self._begun = False  # whether a gradient of this step is in
         self._allocate()
@@ -67,37 +70,44 @@ class Bucket:
             _count_holders(stale) > self._holders or storage_users(self.flat) > self._users
         )
 
-    def take(self, place: int) -> None:
-        """Copy a gradient in as soon as it is final, while it is still in the cache.
+    def take(self, places: Sequence[int]) -> None:
+        """Copy gradients in: large ones each as soon as it is final, while still in the cache.
 
         What a script keeps of the step before stays as it is. A gradient that is its view already
-        (after zero_grad(set_to_none=False)) stays too.
+        (after zero_grad(set_to_none=False), or taken before) stays too.
         """
         if not self._begun:
             self._begun = True
             if self._is_kept():
                 self._allocate()
-        parameter, view = self.parameters[place], self.views[place]
-        gradient = parameter.grad
-        if gradient is view:
-            return
-        if gradient is None:
-            view.zero_()
-            self._has_all = False
-            return
-        if gradient.layout != torch.strided:
-            raise UserError(
-                f"the gradient of {self.names[place]} is sparse; allowed: dense gradients; next: "
-                "build the embedding with sparse=False"
-            )
-        view.copy_(gradient.detach() if gradient.requires_grad else gradient)
-        parameter.grad = view  # frees what autograd made, for the layers that still come
+        views: list[Tensor] = []
+        gradients: list[Tensor] = []
+        for place in places:
+            parameter, view = self.parameters[place], self.views[place]
+            gradient = parameter.grad
+            if gradient is view:
+                continue
+            if gradient is None:
+                view.zero_()
+                self._has_all = False
+                continue
+            if gradient.layout != torch.strided:
+                raise UserError(
+                    f"the gradient of {self.names[place]} is sparse; allowed: dense gradients; "
+                    "next: build the embedding with sparse=False"
+                )
+            views.append(view)
+            gradients.append(gradient.detach() if gradient.requires_grad else gradient)
+            parameter.grad = view  # frees what autograd made, for the layers that still come
+        if views:
+            foreach_copy(views, gradients)
 
     def fill(self) -> None:
-        """Take what was never said to be final, and say where there are gradients."""
-        if self.missing:
-            for place in range(len(self.parameters)):
-                self.take(place)
+        """Take what is not taken yet, and say where there are gradients."""
+        if self.missing:  # some were never said to be final, small or large
+            self.take(range(len(self.parameters)))
+        elif self._small:
+            self.take(self._small)
         if self._has_all:
             self.flags.fill_(1)
         else:
@@ -108,7 +118,9 @@ class Bucket:
         """Make each `grad` a view into the sums; None where no rank had one."""
         used = None if self._has_all else self.flags.tolist()
         for place, parameter in enumerate(self.parameters):
-            parameter.grad = self.views[place] if used is None or used[place] else None
+            fused = self.views[place] if used is None or used[place] else None
+            if parameter.grad is not fused:
+                parameter.grad = fused
         self.reset()
 
     def reset(self) -> None:
@@ -129,7 +141,8 @@ class GradientFusion:
 
     Phases of one step, for a payload of B bytes on n peers:
       1. `final(i)`: parameter i is final and is copied into its bucket's flat tensor (B read and
-         written once); the sum of a full bucket is started, always in the order of the buckets.
+         written once), a small one together with the others of its bucket; the sum of a full
+         bucket is started, always in the order of the buckets.
          Overlaps with backward. 2 (n-1)/n B bytes sent for each peer with native.
       2. `finish()`: starts what is left (unused parameters count as zero), waits, and makes each
          `grad` a view into the sums. Nothing is copied back. A `grad` that a script keeps beyond
@@ -156,6 +169,7 @@ class GradientFusion:
         self.fusion, self.link = fusion, link
         self.buckets: list[Bucket] = []
         self._home: dict[int, tuple[Bucket, int]] = {}
+        self.listening = False
         self._started = 0
         self._own: Sequence[float] | None = None
         self._is_final = [False] * len(self.parameters)
@@ -230,8 +244,11 @@ class GradientFusion:
         return sum(bucket.flat.nbytes for bucket in self.buckets)
 
     def final(self, index: int) -> None:
-        """The gradient of parameter `index` will not change any more in this step."""
-        if self.link.size == 1:
+        """The gradient of parameter `index` will not change any more in this step.
+
+        Ignored while not `listening`: another learner's backward pass may reach the parameter too.
+        """
+        if not (self.listening and self.buckets):
             return
         if self._is_final[index]:
             raise UserError(
@@ -241,7 +258,8 @@ class GradientFusion:
             )
         self._is_final[index] = True
         bucket, place = self._home[index]
-        bucket.take(place)
+        if bucket.large[place]:
+            bucket.take((place,))
         bucket.missing -= 1
         while self._started < len(self.buckets) and not self.buckets[self._started].missing:
             self._start()

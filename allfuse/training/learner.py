@@ -58,7 +58,6 @@ class Learner:
         self.optimizer, self.precision, self.split = optimizer, precision, split
         self.link, self._fusion_kind, self._name_all = link, fusion, name_all
         self.alone = True
-        self._under_way = False  # a backward pass of this learner
         self._unfinished = False  # gradients of pieces that wait for the last one
         self._fused = False  # gradients that may be stepped with
         self._unscaled = False
@@ -88,15 +87,7 @@ class Learner:
         self.names = [names[id(p)] for p in self.parameters]
         self.fusion = GradientFusion(self.names, self.parameters, self._fusion_kind, self.link)
         if self.link.size > 1:
-            self._watch(self.fusion)
-
-    def _watch(self, fusion: GradientFusion) -> None:
-        def final(index: int) -> None:
-            # Another learner's backward pass may reach these parameters too, and hooks stay.
-            if self._under_way and self.fusion is fusion:
-                fusion.final(index)
-
-        self.split.watch(self.parameters, final)
+            self.split.watch(self.parameters, self.fusion.final)
 
     def _has_changed(self) -> bool:
         """Whether parameters were added or thawed since they were taken."""
@@ -122,11 +113,12 @@ class Learner:
             self._set_aside()
         if self.precision.scaler is not None:
             loss = self.precision.scaler.scale(loss)
-        self._under_way, self._unscaled, self._unfinished = True, False, True
+        self._unscaled, self._unfinished = False, True
+        self.fusion.listening = True
         try:
             self.split.backward(loss, () if self.alone else self.parameters, last)
         finally:
-            self._under_way = False
+            self.fusion.listening = False
 
     def _clear(self) -> None:
         """What zero_grad does, without its record for the profiler: 50 us in a small step."""
