@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from allfuse.base.errors import PeerLost, UserError
-from allfuse.fusion import Fusion
+from allfuse.fusion import Fuser, Fusion
 from allfuse.fusion import gradients as gradients_module
 from allfuse.fusion.gradients import GradientFusion
 from allfuse.launcher.base import current_world
@@ -64,8 +64,7 @@ class Peer:
         self.fusion = GradientFusion(
             names,
             parameters,
-            Fusion(),
-            link,
+            Fuser(Fusion(), link),
             bucket_bytes=bucket_bytes,
             first_bucket_bytes=bucket_bytes,
         )
@@ -370,7 +369,7 @@ def test_sparse_and_complex_gradients_are_refused() -> None:
 
     def build() -> None:
         odd = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
-        GradientFusion(["odd"], [odd], Fusion(), open_link())
+        GradientFusion(["odd"], [odd], Fuser(Fusion(), open_link()))
 
     error = first_failure(launch_threads(build, 2))
     assert isinstance(error, UserError)
@@ -446,7 +445,7 @@ def test_without_peers_gradients_stay_as_they_are() -> None:
 
 def test_nothing_to_fuse_is_fine() -> None:
     def work() -> None:
-        fusion = GradientFusion([], [], Fusion(), open_link())
+        fusion = GradientFusion([], [], Fuser(Fusion(), open_link()))
         fusion.finish()
         fusion.forget()
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from allfuse.base.errors import PlanError, UserError
-from allfuse.fusion import Fusion, choose
+from allfuse.fusion import Fuser, Fusion, choose
 from allfuse.fusion.hook import comm_hook
 from allfuse.fusion.weights import WeightFusion
 from allfuse.launcher.base import current_world
@@ -56,7 +56,7 @@ def test_it_is_the_weighted_mean_and_the_same_on_all_sites(workers: int, total: 
 
     def work() -> tuple[list[Tensor], int, int]:
         link, tensors = open_link(), tensors_of(current_world().rank)  # type: ignore[union-attr]
-        fusion = WeightFusion(tensors, Fusion(), link)
+        fusion = WeightFusion(tensors, Fuser(Fusion(), link))
         fusion.fuse(samples[link.rank] * scale, total)
         return [tensor.detach() for tensor in tensors], link.sent_bytes, fusion.payload_bytes
 
@@ -80,7 +80,7 @@ def test_a_round_repeats_and_leaves_the_graph_alone() -> None:
     def work() -> Tensor:
         link = open_link()
         weight = nn.Parameter(torch.full((3,), float(link.rank)))
-        fusion = WeightFusion([weight], Fusion(), link)
+        fusion = WeightFusion([weight], Fuser(Fusion(), link))
         for _ in range(3):
             fusion.fuse(0.5, 1.0)
         assert weight.grad_fn is None

@@ -17,7 +17,7 @@ from allfuse.plan.axes import OUTERS
 from allfuse.plan.parse import MAX_CHARACTERS, Call, read_call
 from allfuse.rule import RULES
 from allfuse.sync import SYNCS
-from allfuse.topology import TOPOLOGIES, Topology
+from allfuse.topology import TOPOLOGIES, Native
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Largest(Codec):
 
 
 @dataclass(frozen=True)
-class Star(Topology):
+class Star(Native):
     """A topology with keywords of every kind of value."""
 
     name: ClassVar[str] = "star"
@@ -46,9 +46,6 @@ class Star(Topology):
     servers: int = 1
     graph: str = "plain"
     offset: float = 0.0
-
-    def bytes_per_peer(self, peers: int, payload_bytes: int) -> int:
-        return payload_bytes
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
 
 import allfuse as af
 from allfuse.base.errors import JobError, NonFiniteLoss, PlanError, UserError
-from allfuse.fusion import Fusion
+from allfuse.fusion import Fuser
 from allfuse.fusion.gradients import GradientFusion
 from allfuse.fusion.weights import WeightFusion
 from allfuse.launcher import current_world
@@ -266,12 +266,12 @@ def test_a_missing_division_by_n_is_found(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_skipped_bucket_is_found_and_its_tensors_named(
     monkeypatch: pytest.MonkeyPatch, small_buckets: None
 ) -> None:
-    start = Fusion.start_sum
+    start = Fuser.start
 
-    def skip(self: Fusion, block: Tensor, link: Any, operation: str) -> Any:
-        return Done() if operation.endswith("bucket 1") else start(self, block, link, operation)
+    def skip(self: Fuser, block: Tensor, operation: str, round: int = 0) -> Any:
+        return Done() if operation.endswith("bucket 1") else start(self, block, operation, round)
 
-    monkeypatch.setattr(Fusion, "start_sum", skip)
+    monkeypatch.setattr(Fuser, "start", skip)
     report = check("data(2)")
     assert report.first is not None
     assert (report.first.what, report.first.step) == ("gradient norm", 1)
@@ -360,7 +360,7 @@ def test_sites_averaged_with_wrong_weights_are_found(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(
         WeightFusion,
         "fuse",
-        lambda self, weight, total: fuse(self, 1.0 / self.link.size, total),
+        lambda self, weight, total, round: fuse(self, 1.0 / self.fuser.link.size, total, round),
     )
     report = check("site(3, every=2)")  # 10 samples are 3, 3 and 4
     assert report.first is not None
@@ -370,7 +370,7 @@ def test_sites_averaged_with_wrong_weights_are_found(monkeypatch: pytest.MonkeyP
 
 
 def test_a_last_round_that_is_left_out_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(WeightFusion, "fuse", lambda self, weight, total: None)
+    monkeypatch.setattr(WeightFusion, "fuse", lambda *arguments: None)
     report = check("site(2, every=end)")
     assert [row.moment for row in report.rows if row.wrong] == ["end"]
     assert not report.ok

@@ -110,9 +110,9 @@ def tell_job(
     for axis in plan.axes:
         topology = getattr(axis, "topology", None)
         if axis.divides_batch and axis.n > 1:
-            from allfuse.topology import Native
+            from allfuse.topology import Layout, Native
 
-            sent = (topology or Native()).bytes_per_peer(axis.n, payload)
+            sent = round((topology or Native()).bytes_per_peer(Layout.of(axis.n), payload))
             lines.append(f"  {axis.name:<11} a fusion sends {format_bytes(sent)} from each worker")
             facts[f"{axis.name}_bytes_per_fusion"] = sent
     return lines, facts

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from allfuse.fusion.base import Fusion, choose
+from allfuse.fusion.fuser import Fuser
 
-__all__ = ["Fusion", "choose"]
+__all__ = ["Fuser", "Fusion", "choose"]

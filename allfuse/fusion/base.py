@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from allfuse.base.errors import PlanError
 from allfuse.codec import Codec, Identity
 from allfuse.rule import Mean, Rule, SumRule
 from allfuse.sync import Bsp, Sync
 from allfuse.topology import Native, Topology
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from allfuse.link import Link, Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +25,12 @@ class Fusion:
     codec: Codec = field(default_factory=Identity)
 
     def __post_init__(self) -> None:
+        if not self.topology.exact and not isinstance(self.rule, Mean):
+            raise PlanError(
+                f"rule={self.rule}, topology={self.topology}",
+                f"{self.topology} mixes by weights of its own, which make a mean",
+                "rule=mean",
+            )
         if not isinstance(self.rule, SumRule):
             raise PlanError(
                 f"rule={self.rule}, topology={self.topology}",
@@ -42,10 +42,6 @@ class Fusion:
     def sum_rule(self) -> SumRule:
         assert isinstance(self.rule, SumRule)  # what __post_init__ made sure of
         return self.rule
-
-    def start_sum(self, block: Tensor, link: Link, operation: str) -> Work:
-        """Start to sum a contiguous block over the link's peers, in place."""
-        return link.all_reduce(block, operation)
 
 
 def choose(

@@ -14,8 +14,8 @@ from torch.nn import Parameter
 from allfuse.base.errors import UserError
 from allfuse.base.tensors import split_buckets
 from allfuse.base.torch_private import foreach_copy, storage_users
-from allfuse.fusion.base import Fusion
-from allfuse.link import Link, Work
+from allfuse.fusion.fuser import Fuser
+from allfuse.link import Work
 
 BUCKET_BYTES = 25_000_000
 FIRST_BUCKET_BYTES = 1_000_000  # small, so that the first transfer starts early
@@ -159,21 +159,20 @@ class GradientFusion:
         self,
         names: Sequence[str],
         parameters: Sequence[Parameter],
-        fusion: Fusion,
-        link: Link,
+        fuser: Fuser,
         *,
         bucket_bytes: int = BUCKET_BYTES,
         first_bucket_bytes: int = FIRST_BUCKET_BYTES,
     ) -> None:
         self.names, self.parameters = list(names), list(parameters)
-        self.fusion, self.link = fusion, link
+        self.fuser, self.link = fuser, fuser.link
         self.buckets: list[Bucket] = []
         self._home: dict[int, tuple[Bucket, int]] = {}
         self.listening = False
         self._started = 0
         self._own: Sequence[float] | None = None
         self._is_final = [False] * len(self.parameters)
-        if link.size > 1:
+        if self.link.size > 1:
             self._build(bucket_bytes, first_bucket_bytes)
 
     def _build(self, bucket_bytes: int, first_bucket_bytes: int) -> None:
@@ -271,7 +270,7 @@ class GradientFusion:
             bucket.fill()
         if self._started == 0 and self.carries:
             self._write_words(bucket.words)
-        bucket.work = self.fusion.start_sum(bucket.flat, self.link, bucket.operation)
+        bucket.work = self.fuser.start(bucket.flat, bucket.operation)
         self._started += 1
 
     def _start_rest(self, fill: bool = True) -> None:

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from allfuse.base.tensors import split_buckets
 from allfuse.base.torch_private import foreach_copy
-from allfuse.fusion.base import Fusion
+from allfuse.fusion.fuser import Fuser
 from allfuse.fusion.gradients import BUCKET_BYTES
-from allfuse.link import Link
 
 
 class WeightFusion:
@@ -25,9 +24,9 @@ class WeightFusion:
     Tensors that are not floating point (counters of batches) stay local.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], fusion: Fusion, link: Link) -> None:
+    def __init__(self, tensors: Sequence[Tensor], fuser: Fuser) -> None:
         self.tensors = [tensor for tensor in tensors if tensor.is_floating_point()]
-        self.fusion, self.link = fusion, link
+        self.fuser = fuser
         self.groups: list[list[Tensor]] = []
         kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for tensor in self.tensors:
@@ -42,20 +41,25 @@ class WeightFusion:
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @torch.no_grad()
-    def fuse(self, weight: float, total_weight: float) -> None:
-        """One round, in place. `weight` is this peer's share of `total_weight`."""
-        if self.link.size == 1:
+    def fuse(self, weight: float, total_weight: float, round: int = 0) -> None:
+        """One round, in place. `weight` is this peer's share of `total_weight`.
+
+        A topology that mixes brings weights of its own, in which all peers count alike.
+        """
+        if self.fuser.link.size == 1:
             return
-        rule = self.fusion.sum_rule
+        rule, mixes = self.fuser.fusion.sum_rule, self.fuser.mixes
         under_way = []
         for number, group in enumerate(self.groups):
             flat = torch.cat([tensor.reshape(-1) for tensor in group])
-            rule.prepare(flat, weight)
-            operation = f"fuse weights, bucket {number}"
-            under_way.append((group, flat, self.fusion.start_sum(flat, self.link, operation)))
+            if not mixes:
+                rule.prepare(flat, weight)
+            work = self.fuser.start(flat, f"fuse weights, bucket {number}", round)
+            under_way.append((group, flat, work))
         for group, flat, work in under_way:
             work.wait()
-            rule.finish(flat, total_weight)
+            if not mixes:
+                rule.finish(flat, total_weight)
             pieces = flat.split([tensor.numel() for tensor in group])
             views = [piece.view_as(tensor) for piece, tensor in zip(pieces, group, strict=True)]
             foreach_copy(group, views)

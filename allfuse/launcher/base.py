@@ -9,6 +9,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from allfuse.base.errors import PeerLost
+from allfuse.launcher.host import host_identity
+
 if TYPE_CHECKING:
     import torch
 
@@ -44,6 +47,7 @@ class World(ABC):
 
     def __init__(self) -> None:
         self.stop_requested = threading.Event()
+        self._hosts: tuple[str, ...] = ()
 
     @abstractmethod
     def link(self, name: str, members: tuple[int, ...], device: torch.device) -> Link:
@@ -52,6 +56,36 @@ class World(ABC):
     @abstractmethod
     def form_replica(self, replica: tuple[int, ...], backend: str) -> None:
         """Make the default process group over the ranks of one replica."""
+
+    def hosts(self) -> tuple[str, ...]:
+        """The host of each rank, by any name. All ranks must ask when one does.
+
+        Raises:
+            PeerLost: a rank did not say within the deadline.
+        """
+        if self.local_size == self.size:
+            return ("here",) * self.size
+        if not self._hosts:
+            self.board.set(f"host/{self.rank}", self.host_identity().encode())
+            self._hosts = tuple(map(self._host_of, range(self.size)))
+        return self._hosts
+
+    def host_identity(self) -> str:
+        """The host of this rank."""
+        return host_identity()
+
+    def _host_of(self, rank: int) -> str:
+        try:
+            return self.board.wait(f"host/{rank}", self.timeout_s).decode()
+        except TimeoutError:
+            raise PeerLost(
+                "did not say which host it is on",
+                rank=self.rank,
+                peer=rank,
+                operation="find the hosts",
+                step=None,
+                seconds=self.timeout_s,
+            ) from None
 
     @property
     def heeds_stop(self) -> bool:

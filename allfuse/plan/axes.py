@@ -85,14 +85,19 @@ class Data(Axis):
     codec: Option[Codec] = Option(CODECS, Identity())
     rule: Option[Rule] = Option(RULES, Mean())
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.topology is not None and not self.topology.exact:
+            raise PlanError(
+                f"{self.name}({clip(repr(self.n), 20)}, topology={self.topology})",
+                "replicas that share each batch must end each step with the same gradient, and "
+                f"{self.topology.name} only mixes",
+                f"site({_nearest_size(self.n)}, topology={self.topology})",
+            )
+
     @property
     def promise(self) -> Promise:
-        exact = (
-            (self.topology is None or self.topology.exact)
-            and self.sync.bound == 0
-            and self.codec.lossless
-            and isinstance(self.rule, Mean)
-        )
+        exact = self.sync.bound == 0 and self.codec.lossless and isinstance(self.rule, Mean)
         return "exact" if exact else "replayed"
 
     def explain(self) -> str:

@@ -6,18 +6,27 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from allfuse.topology.base import Topology
+from allfuse.topology.layout import Layout
+from allfuse.topology.ring import Ring
+from allfuse.topology.schedule import Schedule
 
 
 @dataclass(frozen=True)
 class Native(Topology):
     """Hands the whole fusion to the link's own all-reduce (gloo, NCCL).
 
-    The declared bytes are those of a bandwidth-optimal all-reduce, 2 (n-1)/n times the payload,
-    which gloo's ring and NCCL's ring both send (Patarasuk and Yuan 2009, section 4).
+    What it declares is a ring's: gloo and NCCL send as few bytes, 2 (n-1)/n of the payload
+    (Patarasuk and Yuan 2009, section 4).
     """
 
     name: ClassVar[str] = "native"
     exact: ClassVar[bool] = True
 
-    def bytes_per_peer(self, peers: int, payload_bytes: int) -> int:
-        return 2 * (peers - 1) * payload_bytes // peers
+    def schedule(self, layout: Layout, round: int = 0, seed: int = 0) -> Schedule:
+        return Ring().schedule(layout, round, seed)
+
+    def bytes_per_peer(self, layout: Layout, payload_bytes: float) -> float:
+        return Ring().bytes_per_peer(layout, payload_bytes)
+
+    def phases(self, layout: Layout) -> int:
+        return Ring().phases(layout)

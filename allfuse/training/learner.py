@@ -15,8 +15,7 @@ from allfuse.base.torch_private import foreach_multiply
 from allfuse.fusion.gradients import GradientFusion
 
 if TYPE_CHECKING:
-    from allfuse.fusion import Fusion
-    from allfuse.link import Link
+    from allfuse.fusion import Fuser
     from allfuse.split.base import Split
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -51,12 +50,11 @@ class Learner:
         name_all: Callable[[], Mapping[int, str]],
         *,
         split: Split,
-        fusion: Fusion,
-        link: Link,
+        fuser: Fuser,
         precision: Precision,
     ) -> None:
         self.optimizer, self.precision, self.split = optimizer, precision, split
-        self.link, self._fusion_kind, self._name_all = link, fusion, name_all
+        self.link, self._fuser, self._name_all = fuser.link, fuser, name_all
         self.alone = True
         self._unfinished = False  # gradients of pieces that wait for the last one
         self._fused = False  # gradients that may be stepped with
@@ -85,7 +83,7 @@ class Learner:
             if id(parameter) not in known:  # what others left there was never fused
                 parameter.grad = None
         self.names = [names[id(p)] for p in self.parameters]
-        self.fusion = GradientFusion(self.names, self.parameters, self._fusion_kind, self.link)
+        self.fusion = GradientFusion(self.names, self.parameters, self._fuser)
         if self.link.size > 1:
             self.split.watch(self.parameters, self.fusion.final)
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from allfuse.base.errors import PlanError, UserError
-from allfuse.fusion import Fusion, choose
+from allfuse.fusion import Fuser, Fusion, choose
 from allfuse.launcher import World, current_world
 from allfuse.plan import Data, Plan, Site, as_plan, check_workers
+from allfuse.topology import Layout, Native
 
 if TYPE_CHECKING:
     from allfuse.link import Link
@@ -60,20 +61,21 @@ class Place:
 
     Attributes:
         data, site: links to the peers on those axes (a lone link where the plan has no such axis).
+        data_fuser, site_fuser: what fuses over them.
         replicas: a link to the same coordinates of all replicas that divide the batch.
         index, parts: which of the replicas that divide the batch this rank belongs to.
     """
 
-    def __init__(self, plan: Plan | str | None, device: str | None) -> None:
+    def __init__(self, plan: Plan | str | None, device: str | None, seed: int = 0) -> None:
         asked = None if plan is None else as_plan(plan)
         self.world, self._owns_world = find_world(None if asked is None else str(asked))
         try:
-            self._take_place(asked, device)
+            self._take_place(asked, device, seed)
         except BaseException:
             self.close()
             raise
 
-    def _take_place(self, asked: Plan | None, device: str | None) -> None:
+    def _take_place(self, asked: Plan | None, device: str | None, seed: int) -> None:
         world = self.world
         told = None if world.plan is None else as_plan(world.plan)
         if asked is not None and told is not None and asked != told:
@@ -86,15 +88,11 @@ class Place:
         self.device = choose_device(device, world)
         self.rank, self.coordinates = world.rank, self.plan.coordinates(world.rank)
         self.index, self.parts = self.plan.replica_index(world.rank), self.plan.replicas
-        self.data_fusion, self.chosen = self._fusion("data")
-        self.site_fusion, site_chosen = self._fusion("site")
-        self.choices = {
-            f"topology of {name}": why
-            for name, why in (("data", self.chosen), ("site", site_chosen))
-            if why is not None and getattr(self.plan.axis(name), "n", 1) > 1
-        }
+        self.choices: dict[str, str] = {}
         self.data = self._link("data", "data")
         self.site = self._link("site", "site")
+        self.data_fuser = self._fuser("data", self.data, seed)
+        self.site_fuser = self._fuser("site", self.site, seed)
         both = self.data.size > 1 and self.site.size > 1
         only = self.data if self.data.size > 1 else self.site
         self.replicas = self._link_of_replicas() if both else only
@@ -102,11 +100,19 @@ class Place:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             world.form_replica(self.plan.replica(self.rank), backend)
 
-    def _fusion(self, name: str) -> tuple[Fusion, str | None]:
+    def _fuser(self, name: str, link: Link, seed: int) -> Fuser:
+        """What fuses over an axis. A schedule has a link of its own: it runs in its own thread."""
         axis = self.plan.axis(name)
-        if not isinstance(axis, Data | Site):
-            return Fusion(), None
-        return choose(axis.rule, axis.topology, axis.sync, axis.codec)
+        if not isinstance(axis, Data | Site) or link.size == 1:
+            return Fuser(Fusion(), link)
+        fusion, why = choose(axis.rule, axis.topology, axis.sync, axis.codec)
+        if why is not None:
+            self.choices[f"topology of {name}"] = why
+        if isinstance(fusion.topology, Native):
+            return Fuser(fusion, link)
+        hosts = self.world.hosts()
+        layout = Layout(tuple(hosts[member] for member in link.members))
+        return Fuser(fusion, self._link(name, f"fuse {name}"), layout, seed)
 
     def _link_of_replicas(self) -> Link:
         """To all ranks that differ from this one on the axes that divide the batch."""
@@ -132,7 +138,13 @@ class Place:
         """The links that there are by now, each once."""
         names = ("data", "site", "replicas", "statistics")
         made = [self.__dict__[name] for name in names if name in self.__dict__]
+        made += [fuser.link for fuser in self.fusers]
         return list({id(link): link for link in made}.values())
+
+    @property
+    def fusers(self) -> list[Fuser]:
+        names = ("data_fuser", "site_fuser")
+        return [self.__dict__[name] for name in names if name in self.__dict__]
 
     @property
     def sent_bytes(self) -> int:
@@ -141,6 +153,8 @@ class Place:
 
     def close(self, error: BaseException | None = None) -> None:
         """Give links and a world of its own back; peers that wait are told of an error."""
+        for fuser in self.fusers:
+            fuser.close()
         for link in self.links:
             link.close()
         if self._owns_world:

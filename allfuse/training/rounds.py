@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from allfuse.base.torch_private import foreach_copy
+from allfuse.fusion import Fuser, Fusion
 from allfuse.fusion.weights import WeightFusion
 from allfuse.plan import Site
 
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
 class Rounds:
     """Fuses weights and floating-point buffers over the sites. Optimizer state stays local.
 
-    A site weighs as much as the samples that it has learned from since the last round. `settle` is
-    called before weights change.
+    A site weighs as much as the samples that it has learned from since the last round. Over a
+    topology that only mixes all sites weigh alike, and the exact mean is taken where one model is
+    asked for: to measure, to export and at the end. `settle` is called before weights change.
     """
 
     def __init__(self, place: Place, bus: Bus, settle: Callable[[], None]) -> None:
@@ -32,12 +34,22 @@ class Rounds:
         self.every = axis.every if isinstance(axis, Site) and place.site.size > 1 else None
         self.samples = 0.0
         self.steps_since = 0
-        self._fusion: WeightFusion | None = None
+        self._is_mean = False  # the weights here, since the last step
         self._held: list[int] = []
+        self._fusions: list[WeightFusion] = []
 
     @property
     def active(self) -> bool:
         return self.place.site.size > 1
+
+    @property
+    def mixes(self) -> bool:
+        return self.place.site_fuser.mixes
+
+    @property
+    def equal(self) -> bool:
+        """Whether all sites hold the same weights now."""
+        return self._is_mean or (self.steps_since == 0 and not self.mixes)
 
     def due(self, steps: int) -> bool:
         return isinstance(self.every, int) and steps % self.every == 0
@@ -46,43 +58,57 @@ class Rounds:
         """Count a step on so many samples; a round where one is due."""
         self.samples += samples
         self.steps_since += 1
-        if self.due(steps):
-            self.fuse(models)
+        self._is_mean = False
+        if isinstance(self.every, int) and self.due(steps):
+            self._round(models, exact=not self.mixes, number=steps // self.every - 1)
 
-    def fuse(self, models: Iterable[nn.Module]) -> None:
-        """One round: exchange the samples of each site, then the weighted mean, in place."""
+    def finish(self, models: Iterable[nn.Module]) -> None:
+        """The last round, after which all sites are equal."""
+        if self.active and not self.equal:
+            self._round(models, exact=True)
+
+    def _round(self, models: Iterable[nn.Module], exact: bool, number: int = 0) -> None:
         begin = time.perf_counter()
-        fusion = self._fuse_by(self.samples, models)
-        self.samples, self.steps_since = 0.0, 0
+        fusion = self._fuse(models, exact, number)
+        self.samples, self.steps_since, self._is_mean = 0.0, 0, exact
         seconds = time.perf_counter() - begin
         self.bus.emit("round", axis="site", bytes=fusion.payload_bytes, seconds=seconds)
 
-    def _fuse_by(self, samples: float, models: Iterable[nn.Module]) -> WeightFusion:
+    def _fuse(self, models: Iterable[nn.Module], exact: bool, number: int = 0) -> WeightFusion:
+        """The exact mean over the sites, or what the topology mixes in its round `number`."""
         self._settle()
         tensors = [t for m in models for t in (*m.parameters(), *m.buffers())]
         held = [id(tensor) for tensor in tensors]
-        if self._fusion is None or held != self._held:  # a model was added
-            self._fusion = WeightFusion(tensors, self.place.site_fusion, self.place.site)
+        if held != self._held:  # a model was added
+            fusers = [self.place.site_fuser]
+            fusers += [Fuser(Fusion(), self.place.site)] if self.mixes else []
+            self._fusions = [WeightFusion(tensors, fuser) for fuser in fusers]
             self._held = held
+        fusion = self._fusions[-1 if exact else 0]
+        fusion.fuse(self._weight(), 1.0, number)
+        return fusion
+
+    def _weight(self) -> float:
+        """This site's share of the samples since the last round: the sites tell each other."""
         site = self.place.site
+        if self.mixes:
+            return 1.0 / site.size
         slots = torch.zeros(site.size, dtype=torch.float64, device=self.place.device)
-        slots[site.rank] = samples
+        slots[site.rank] = self.samples
         site.all_reduce(slots, "exchange samples of sites").wait()
         total = float(slots.sum())
-        weight = samples / total if total else 1.0 / site.size
-        self._fusion.fuse(weight, 1.0)
-        return self._fusion
+        return self.samples / total if total else 1.0 / site.size
 
     @contextlib.contextmanager
     def fused_for_a_moment(self, models: Iterable[nn.Module]) -> Iterator[None]:
-        """The weights that a round would give now, to be measured or exported; then one's own."""
-        if not self.active or self.steps_since == 0:
+        """The exact mean of the sites' weights, to be measured or exported; then one's own."""
+        if not self.active or self.equal:
             yield
             return
         models = list(models)
         held = [t for m in models for t in (*m.parameters(), *m.buffers()) if t.is_floating_point()]
         own = [tensor.detach().clone() for tensor in held]
-        self._fuse_by(self.samples, models)
+        self._fuse(models, exact=True)
         try:
             yield
         finally:

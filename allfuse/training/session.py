@@ -62,7 +62,7 @@ class Session:
         settings: Settings | None = None,
     ) -> None:
         self.settings = settings or Settings()
-        self.place = Place(plan, self.settings.device)
+        self.place = Place(plan, self.settings.device, self.settings.seed)
         self.bus = Bus(self.place.rank)
         try:
             self.keeper = Keeper(self.place, out, resume, self.settings.keep, self.bus)
@@ -175,8 +175,7 @@ class Session:
             optimizer,
             self.state.names,
             split=self.split,
-            fusion=self.place.data_fusion,
-            link=self.place.data,
+            fuser=self.place.data_fuser,
             precision=self.precision,
         )
         optimizer.register_step_pre_hook(lambda *_: self._before_step_of(learner))
@@ -283,8 +282,7 @@ class Session:
         does what it would have done at once.
         """
         self.save()
-        if self.rounds.active and self.rounds.steps_since:
-            self.rounds.fuse(self.models.values())
+        self.rounds.finish(self.models.values())
 
     def step(
         self,

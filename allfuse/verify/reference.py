@@ -3,7 +3,8 @@
 It shares with the code under test the job, the first weights, the order of samples (samples.py) and
 the rule that cuts n rows into even shares. Everything else is plain PyTorch: no session, no links,
 no fusions. An exact plan is one model that learns from whole batches; a plan with k sites is k
-models, each with its own optimizer, that become their weighted mean now and then.
+models, each with its own optimizer, that become their weighted mean now and then, or mix by the
+weights of a gossip's schedule.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from allfuse.base.errors import NonFiniteLoss
 from allfuse.base.tensors import map_nest, share
 from allfuse.job import Job, default_forward
 from allfuse.plan import Plan, Site
+from allfuse.topology import Layout, Schedule
 from allfuse.training.start import build_model
 from allfuse.verify.record import Recorder
 from allfuse.verify.samples import read_batches
@@ -89,6 +91,8 @@ def run_reference(
     """
     axis = plan.axis("site")
     sites, every = (axis.n, axis.every) if isinstance(axis, Site) else (1, "end")
+    topology = axis.topology if isinstance(axis, Site) else None
+    mixing = topology if topology is not None and not topology.exact and sites > 1 else None
     each = plan.replicas // sites  # the replicas of a site stand side by side
     model = build_model(job.model, job.seed).to(device)
     models = [model] + [copy.deepcopy(model) for _ in range(sites - 1)]
@@ -108,9 +112,15 @@ def run_reference(
             figures.append(learner.learn(pieces) if pieces else None)
             learner.end_step(batch.last)
         if every != "end" and step % every == 0:
-            average(learners)
+            if mixing is None:
+                average(learners)
+            else:
+                mix(learners, mixing.schedule(Layout.of(sites), step // every - 1, job.seed))
         recorder.step(figures, time.perf_counter() - begin)
         recorder.keep(str(step), models)
+    if mixing is not None:
+        for learner in learners:
+            learner.samples = 1  # all count alike
     average(learners)
     recorder.keep("end", models)
     return model
@@ -129,6 +139,23 @@ def average(learners: list[Learner]) -> None:
             mean = sum(tensor * (learner.samples / total) for tensor, learner in pairs)
             for tensor in tensors:
                 tensor.copy_(mean)
+    for learner in learners:
+        learner.samples = 0
+
+
+@torch.no_grad()
+def mix(learners: list[Learner], schedule: Schedule) -> None:
+    """A round of gossip: each value becomes its own share of itself and that of what it hears."""
+    held = [[*each.model.parameters(), *each.model.buffers()] for each in learners]
+    for phase in schedule.phases:
+        for tensors in zip(*held, strict=True):
+            if not tensors[0].is_floating_point():
+                continue
+            before = [tensor.clone() for tensor in tensors]
+            for site, tensor in enumerate(tensors):
+                heard = [(before[t.src], t.weight) for t in phase if t.dst == site]
+                own = 1 - sum(weight for _, weight in heard)
+                tensor.copy_(before[site] * own + sum(value * weight for value, weight in heard))
     for learner in learners:
         learner.samples = 0
 

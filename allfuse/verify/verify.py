@@ -115,9 +115,8 @@ def check_plan(plan: Plan) -> None:
 
 
 def is_plain(axis: Data | Site) -> bool:
-    """Whether an axis fuses by the mean, at once and without loss."""
-    exact = axis.topology is None or axis.topology.exact
-    plain = exact and axis.sync.bound == 0 and axis.codec.lossless and isinstance(axis.rule, Mean)
+    """Whether an axis fuses by the mean, or mixes, at once and without loss."""
+    plain = axis.sync.bound == 0 and axis.codec.lossless and isinstance(axis.rule, Mean)
     return plain and (isinstance(axis, Data) or isinstance(axis.outer, Average))
 
 

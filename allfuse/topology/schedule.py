@@ -1,0 +1,82 @@
+"""Who sends what to whom, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias
+
+Op: TypeAlias = Literal["copy", "add", "mix", "collect"]
+"""What a receiver does with what arrives: take it instead of its own, add it to its own, take the
+weighted mean of both, or keep it beside its own until it has that of every peer."""
+
+
+class Transfer(NamedTuple):
+    """Chunks `start` to `stop` of one block go from one peer to another.
+
+    weight: of what arrives, with `mix`; the receiver's own weight is what is left of 1.
+    """
+
+    src: int
+    dst: int
+    start: int
+    stop: int
+    op: Op
+    weight: float = 1.0
+
+
+Phase: TypeAlias = tuple[Transfer, ...]
+"""Transfers that can go at once: each sends what its peer held before the phase. What arrives at a
+peer is taken in the order in which it is listed here."""
+
+
+class Piece(NamedTuple):
+    """One peer's side of a transfer: chunks `start` to `stop`, to or from `peer`."""
+
+    peer: int
+    start: int
+    stop: int
+    op: Op
+    weight: float
+
+
+class Turn(NamedTuple):
+    """What one peer does in one phase."""
+
+    sends: tuple[Piece, ...]
+    receives: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The phases in which `peers` fuse a block that is cut into so many equal chunks.
+
+    >>> Schedule(2, 1, ((Transfer(1, 0, 0, 1, "add"),),)).bytes_sent(100)
+    [0, 100]
+    """
+
+    peers: int
+    chunks: int
+    phases: tuple[Phase, ...]
+
+    def turns(self, peer: int) -> tuple[Turn, ...]:
+        """This peer's part, phase by phase."""
+        return tuple(
+            Turn(
+                tuple(Piece(t.dst, *t[2:]) for t in phase if t.src == peer),
+                tuple(Piece(t.src, *t[2:]) for t in phase if t.dst == peer),
+            )
+            for phase in self.phases
+        )
+
+    def bytes_sent(self, payload_bytes: float) -> list[float]:
+        """Bytes that each peer sends for a payload that the chunks cut evenly."""
+        sent = [0.0] * self.peers
+        for phase in self.phases:
+            for transfer in phase:
+                sent[transfer.src] += (transfer.stop - transfer.start) * payload_bytes / self.chunks
+        return sent
+
+
+def owners(count: int, chunks: int) -> list[tuple[int, int]]:
+    """The chunks that each of `count` parts holds when they are dealt out evenly."""
+    return [(chunks * part // count, chunks * (part + 1) // count) for part in range(count)]
