@@ -88,7 +88,9 @@ def watch(session: Session, watching: Watching) -> None:
     def warn(text: str) -> None:
         session.bus.emit("warning", text=text)
 
-    if not watching.quiet:
+    if watching.quiet:
+        session.bus.subscribe(_tell_trouble, ["warning", "not_saved"])
+    else:
         from allfuse.observe import Console
 
         console = Console(sys.stderr if watching.to_stderr else sys.stdout)
@@ -114,6 +116,12 @@ def watch(session: Session, watching: Watching) -> None:
             session.at_close(board.close)
 
     session.bus.subscribe(open_files, ["start"])
+
+
+def _tell_trouble(event: Event) -> None:
+    """What also a quiet run has to say."""
+    text = event.data.get("text") or f"step {event.data.get('step')}: {event.data.get('reason')}"
+    print(f"allfuse: {event.name.replace('_', ' ')}: {text}", file=sys.stderr, flush=True)
 
 
 def _profile(session: Session, steps: str) -> None:

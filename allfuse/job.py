@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import inspect
 import math
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -151,7 +152,8 @@ class Job:
         forward: `forward(model, batch)` -> outputs; by default the first item of a tuple or list is
             the input, the keys of a dict that the model's forward names are keyword arguments.
         scheduler: `scheduler(optimizer)` -> a learning-rate scheduler, stepped as
-            `scheduler_every` says ("step", "epoch" or "evaluation", with the monitored value).
+            `scheduler_every` says ("step", "epoch" or "evaluation", with the monitored value). If
+            it takes a second argument, that is how often it will step: `(optimizer, steps)`.
         validation, test: samples like `train`; never shuffled.
         metrics: name -> `f(outputs, batch)` returning a mean over samples, one value for each
             sample, (sum, count), or a `Metric`.
@@ -177,7 +179,7 @@ class Job:
     loss: Loss
     optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer]
     forward: Callable[[nn.Module, Any], Any] | None = None
-    scheduler: Callable[[torch.optim.Optimizer], Any] | None = None
+    scheduler: Callable[..., Any] | None = None
     scheduler_every: str = "step"
     validation: Any = None
     test: Any = None
@@ -336,11 +338,21 @@ def make_job(function: Callable[..., Job], arguments: Mapping[str, Any], path: s
             made = function(**arguments)
     except JobError:
         raise
-    except Exception:
+    except Exception as error:
+        unknown = re.fullmatch(r"Job.__init__\(\) got an unexpected .*'(\w+)'", str(error))
+        if unknown:
+            raise _no_such_field(unknown[1]) from None
         raise JobError(f"{path}: job() raised an error\n{_trace_from(path)}") from None
     if not isinstance(made, Job):
         raise JobError(f"{path}: job() returned {type(made).__name__}; allowed: af.Job")
     return made
+
+
+def _no_such_field(name: str) -> JobError:
+    allowed = list(Job.__dataclass_fields__)
+    of_stop = f" (Stop has one: stop=af.Stop({name}=...))" if hasattr(Stop, name) else ""
+    hint = of_stop or nearest(name, allowed)
+    return JobError(f"Job({name}=...): there is no such field{hint}; allowed: {', '.join(allowed)}")
 
 
 def as_job(job: Job | Callable[..., Job] | str | Path, settings: Mapping[str, Any]) -> Job:

@@ -179,6 +179,10 @@ def test_an_unknown_setting_suggests_the_nearest(tmp_path: Path, job: Path) -> N
         (("--epochs", "0"), ("epochs",)),
         (("--device", "tpu"), ("tpu",)),
         (("--timeout", "0"), ("timeout",)),
+        (("--timeout", "nan"), ("timeout",)),
+        (("--threads", "100000"), ("threads", "1024")),
+        (("--set", "=3"), ("received no name",)),
+        (("--out", "x" * 300), ("name too long",)),
         (("--threads", "0", "--workers", "2"), ("threads",)),
         (("--tensorboard",), ("--out",)),
         (("--auto-resume",), ("--out",)),
@@ -208,6 +212,8 @@ def test_train_evaluate_predict_and_resume(tmp_path: Path, job: Path) -> None:
     assert json.loads(more.stdout.splitlines()[-1])["steps"] == 24
     assert json.loads(more.stdout.splitlines()[-1])["plan"] == "data(2)"
 
+    best = allfuse("evaluate", "out", "--best", cwd=tmp_path, ok=True)
+    assert "the best of the run" in best.stdout
     one = allfuse("evaluate", "out", "--json", cwd=tmp_path, ok=True)
     two = allfuse("evaluate", "out", "--workers", 2, "--json", cwd=tmp_path, ok=True)
     figures = [json.loads(d.stdout.splitlines()[-1])["metrics"]["loss"] for d in (one, two)]
@@ -218,6 +224,9 @@ def test_train_evaluate_predict_and_resume(tmp_path: Path, job: Path) -> None:
     options = ("--input", rows, "--output", "answers.csv")
     allfuse("predict", "out", *options, "--workers", 2, cwd=tmp_path, ok=True)
     assert len((tmp_path / "answers.csv").read_text().splitlines()) == 21
+    onto_itself = ("--input", rows, "--output", rows, "--overwrite")
+    refused(allfuse("predict", "out", *onto_itself, cwd=tmp_path), "is the input")
+    allfuse("predict", "out", *options, "--overwrite", "--best", cwd=tmp_path, ok=True)
 
     job.write_text(JOB.replace("lr=0.1", "lr=0.2"))
     refused(allfuse("train", job, "--resume", "out", cwd=tmp_path), "fingerprint of the job")
@@ -274,3 +283,52 @@ def test_plan_says_what_it_would_do_without_starting_anything(tmp_path: Path, jo
     refused(allfuse("plan", job, "--plan", "data(9)", cwd=tmp_path), "batch_size=8")
     done = allfuse("plan", "data(2) * tensor(2)", cwd=tmp_path)
     refused(done, "tensor")
+
+
+def test_the_version_is_told() -> None:
+    assert allfuse("--version", cwd=ROOT, ok=True).stdout.startswith("allfuse 0.")
+
+
+def test_a_plan_twice_is_refused(tmp_path: Path) -> None:
+    for other in (("--workers", 3), ("--plan", "data(3)")):
+        refused(allfuse("plan", "data(2)", *other, cwd=tmp_path), "one plan")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("torch.nn.Linear(3, 1)", "torch.nn.LazyLinear(1)"), ("weight", "lazy")),
+        (("torch.optim.SGD(parameters, lr=lr)", "torch.optim.LBFGS(parameters)"), ("LBFGS",)),
+        (("stop=af.Stop(epochs=epochs)", "epochs=epochs"), ("no such field", "af.Stop(epochs=")),
+        (("stop=af.Stop", "stoop=af.Stop"), ("no such field", "'stop'")),
+        (("batch[1])", "batch[1]) * (1 + 1j)"), ("complex64",)),
+    ],
+)
+def test_jobs_that_cannot_be_trained_are_refused(
+    change: tuple[str, str], words: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "odd.py").write_text(JOB.replace(*change))
+    refused(allfuse("train", "odd.py", "--out", "out", cwd=tmp_path), *words)
+    assert change[0].startswith("batch") or not (tmp_path / "out").exists()
+
+
+def test_models_that_differ_between_ranks_are_refused(tmp_path: Path) -> None:
+    odd = JOB.replace("torch.nn.Linear(3, 1)", "torch.nn.Linear(3, 1 + int(os.environ['RANK']))")
+    (tmp_path / "odd.py").write_text("import os\n" + odd)
+    refused(allfuse("train", "odd.py", "-w", 2, cwd=tmp_path), "the model of rank 1 is not that")
+
+
+def test_a_quiet_run_says_what_went_wrong(tmp_path: Path, job: Path) -> None:
+    job.write_text(JOB.replace("import torch", "import shutil, torch", 1) + SHUT)
+    done = allfuse("train", job, "--out", "out", "-q", cwd=tmp_path, ok=True)
+    assert "was removed or renamed" in done.stderr
+
+
+SHUT = """
+make = job
+def job():
+    from dataclasses import replace
+    def remove(session, event):
+        shutil.rmtree("out", ignore_errors=True)
+    return replace(make(), hooks=[af.on("step", remove)])
+"""

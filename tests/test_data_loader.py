@@ -257,3 +257,17 @@ MODULES = [module.name for module in pkgutil.iter_modules(allfuse.split.data.__p
 def test_the_examples_in_the_docstrings_are_true(name: str) -> None:
     module = importlib.import_module(f"allfuse.split.data.{name}")
     assert doctest.testmod(module).failed == 0
+
+
+@pytest.mark.parametrize("error", [StopIteration, KeyboardInterrupt, SystemExit])
+def test_a_loader_process_cannot_end_an_epoch_early(error: type[BaseException]) -> None:
+    def make(index: int) -> int:
+        if index == 5:
+            raise error("a reader is empty")
+        return index
+
+    source = MapSource(Items(8, make))
+    loader = Loader(source, BatchPlan(8, 2, seed=0, shuffle=False), parts=1, index=0, processes=1)
+    with closing(loader), pytest.raises(DataError, match=error.__name__):
+        for _ in loader.epoch(0):
+            pass

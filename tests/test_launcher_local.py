@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import io
+import multiprocessing.util
 import os
 import random
 import signal
@@ -24,6 +25,7 @@ from allfuse.base.errors import PlanError, UserError, WorkerFailed
 from allfuse.launcher import watch, zygotes
 from allfuse.launcher.base import World, current_world
 from allfuse.launcher.local import count_cores, launch_local
+from allfuse.launcher.scratch import use_scratch
 
 
 def world() -> World:
@@ -193,6 +195,46 @@ def test_lines_stay_whole_under_an_unbuffered_python(tmp_path: Path) -> None:
         [sys.executable, "-u", str(script)], capture_output=True, text=True, timeout=120, check=True
     )
     assert ended.stdout.splitlines() == ["a word"] * 40
+
+
+def test_a_thread_that_user_code_left_does_not_hold_up_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(watch, "LINGER_S", 0.3)
+
+    def work() -> int:
+        threading.Thread(target=time.sleep, args=(1000,)).start()
+        return rank() + 7
+
+    assert launch_local(work, 2) == 7
+
+
+def test_a_zygote_that_stands_still_does_not_hold_up_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(watch, "LINGER_S", 0.3)
+    monkeypatch.setattr(watch, "GRACE_S", 0.3)
+
+    def work() -> int:
+        os.kill(os.getppid(), signal.SIGSTOP)
+        return 7
+
+    assert launch_local(work, 1) == 7
+    assert launch_local(os.getpid, 1)  # another zygote
+
+
+def test_nothing_is_left_of_the_sockets_of_loader_processes(tmp_path: Path) -> None:
+    def work() -> None:
+        use_scratch()
+        folder = Path(multiprocessing.util.get_temp_dir())
+        (folder / "listener").write_text("")
+        (tmp_path / "where").write_text(str(folder))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(WorkerFailed):
+        launch_local(work, 1)
+    assert "allfuse-" in (tmp_path / "where").read_text()
+    assert not Path((tmp_path / "where").read_text()).exists()
 
 
 def test_workers_do_not_draw_the_same_random_numbers() -> None:

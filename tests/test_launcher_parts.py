@@ -314,6 +314,17 @@ def test_a_world_of_one_answers_to_signals_only_while_it_is_open() -> None:
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
+def test_a_terminal_that_closes_asks_once_however_often_it_is_said() -> None:
+    world = AloneWorld()
+    world.step = 3
+    signal.raise_signal(signal.SIGHUP)
+    signal.raise_signal(signal.SIGHUP)
+    assert world.stop_requested.is_set()
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGTERM)
+    world.close()
+
+
 def test_what_the_caller_ignores_stays_ignored_and_others_handlers_stay() -> None:
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:

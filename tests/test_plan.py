@@ -162,7 +162,7 @@ def test_auto_topology_is_none_and_not_written(given):
 def test_option_refuses_what_is_not_in_its_table(given):
     with pytest.raises(PlanError, match="there is no such codec") as caught:
         data(2, codec=given)
-    assert caught.value.nearest == ", ".join(CODECS)
+    assert caught.value.allowed == ", ".join(CODECS)
 
 
 def test_option_refuses_a_choice_that_no_table_lists():

@@ -609,7 +609,7 @@ def test_resuming_with_other_arguments_or_another_job_file_is_refused(tmp_path: 
 
     run(False, {"lr": 0.1}, "one")
     run(True, {"lr": 0.1}, "one")
-    with pytest.raises(RunError, match=r"arguments was {'lr': 0.1} and is {'lr': 0.2}"):
+    with pytest.raises(RunError, match=r"arguments: lr was 0.1 and is 0.2 now"):
         run(True, {"lr": 0.2}, "one")
     with pytest.raises(RunError, match="fingerprint of the job was one and is two"):
         run(True, {"lr": 0.1}, "two")

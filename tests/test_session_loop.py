@@ -604,3 +604,17 @@ def test_printing_is_for_the_first_rank(capsys: pytest.CaptureFixture[str]) -> N
 
     assert under("data(2)", say) == [True, False]
     assert capsys.readouterr().out == "hello 2\n"
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_gradients_that_did_not_come_through_the_session_are_refused(plan: str) -> None:
+    def work() -> None:
+        with session() as s:
+            net = s.model(network)
+            optimizer = s.optimizer(adam(net.parameters()))
+            for batch in s.batches(points(8), 4, 1):
+                mse(net(batch[0]), batch).backward()
+                with pytest.raises(UserError, match=r"s\.backward\(loss\) instead"):
+                    optimizer.step()
+
+    under(plan, work)

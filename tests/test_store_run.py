@@ -165,3 +165,18 @@ def test_versions_are_found_without_importing_the_packages() -> None:
     assert json.loads(found.stdout) == versions()
     assert list(versions()) == ["python", "allfuse", "torch", "numpy"]
     assert versions()["torch"][0].isdigit()
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+def test_a_run_that_cannot_be_created_leaves_nothing(tmp_path: Path, is_new: bool) -> None:
+    path = tmp_path / "runs" / "x"
+    path.parent.mkdir()
+    if not is_new:
+        path.mkdir()
+    with pytest.raises(RunError, match=r"job\.py"):
+        RunFolder.create(path, RECORD, tmp_path / "absent.py")
+    assert path.exists() != is_new
+    assert is_new or not list(path.iterdir())
+    (tmp_path / "job.py").write_text("x = 1")
+    with RunFolder.create(path, RECORD, tmp_path / "job.py") as run:
+        assert run.job_path.read_text() == "x = 1"

@@ -74,7 +74,8 @@ def build(
     call = f"{kind} {name}"
     if cls is None:
         hint = nearest(name, table)
-        raise PlanError(call, f"there is no {kind} of that name{hint}", ", ".join(table))
+        why = f"there is no {kind} of that name{hint}"
+        raise PlanError(call, why, allowed=", ".join(table))
     specs = fields(cls)
     names = [spec.name for spec in specs]
     positional = [spec.name for spec in specs if not spec.kw_only]
@@ -82,24 +83,31 @@ def build(
         raise PlanError(
             call,
             f"takes at most {len(positional)} arguments without a name, got {len(args)}",
-            signature(cls),
+            allowed=signature(cls),
         )
     values = dict(zip(positional, args, strict=False))
     for key, value in kwargs.items():
         if key not in names:
-            hint = nearest(key, names)
-            raise PlanError(call, f"has no argument {key!r}{hint}", signature(cls))
+            hint = nearest(key, names) or _who_has(key, table)
+            raise PlanError(call, f"has no argument {key!r}{hint}", allowed=signature(cls))
         if key in values:
-            raise PlanError(call, f"got {key!r} twice", signature(cls))
+            raise PlanError(call, f"got {key!r} twice", allowed=signature(cls))
         values[key] = value
     for spec in specs:
         required = spec.default is MISSING and spec.default_factory is MISSING
         if required and spec.name not in values:
-            raise PlanError(call, f"needs its argument {spec.name!r}", signature(cls))
+            raise PlanError(call, f"needs its argument {spec.name!r}", allowed=signature(cls))
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:  # a value of a wrong kind is bad input, not a bug
-        raise PlanError(call, f"does not take these arguments: {error}", signature(cls)) from error
+        why = f"does not take these arguments: {error}"
+        raise PlanError(call, why, allowed=signature(cls)) from error
+
+
+def _who_has(key: str, table: Mapping[str, type[C]]) -> str:
+    """Which other choices take an argument of that name, for messages."""
+    found = [name for name, cls in table.items() if key in (spec.name for spec in fields(cls))]
+    return f" ({', '.join(found)} {'has' if len(found) == 1 else 'have'} one)" if found else ""
 
 
 def signature(cls: type[Choice]) -> str:

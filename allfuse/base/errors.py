@@ -42,15 +42,17 @@ class PlanError(UserError):
     Args:
         given: the plan or the part of it that was received.
         why: why it has no meaning.
-        nearest: the nearest plan that can be, or what is allowed there.
+        nearest: the nearest plan that can be.
+        allowed: what is allowed there, where no plan is nearer than others.
     """
 
-    def __init__(self, given: str, why: str, nearest: str) -> None:
-        super().__init__(f"{given}: {why}; nearest that can: {nearest}")
-        self.given, self.why, self.nearest = given, why, nearest
+    def __init__(self, given: str, why: str, nearest: str = "", allowed: str = "") -> None:
+        what = f"allowed: {allowed}" if allowed else f"nearest that can: {nearest}"
+        super().__init__(f"{given}: {why}; {what}")
+        self.given, self.why, self.nearest, self.allowed = given, why, nearest, allowed
 
-    def __reduce__(self) -> tuple[type[PlanError], tuple[str, str, str]]:
-        return type(self), (self.given, self.why, self.nearest)
+    def __reduce__(self) -> tuple[type[PlanError], tuple[str, str, str, str]]:
+        return type(self), (self.given, self.why, self.nearest, self.allowed)
 
 
 class JobError(UserError):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import sys
+from typing import Annotated
 
 import typer
 
@@ -20,6 +24,30 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
+
+
+def print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"allfuse {version('allfuse')}")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Train one PyTorch model on all the machines you have, fuse what they learn, and predict with
+    the result.
+    """
+
+
 app.command("train", no_args_is_help=True)(train.train)
 app.command("run", no_args_is_help=True)(run.run)
 app.command("verify", no_args_is_help=True)(verify.verify)
@@ -47,3 +75,9 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EIO) or error.filename is not None:
+            raise
+        with contextlib.suppress(OSError):
+            print(f"allfuse: the output cannot be written: {error}", file=sys.stderr)
+        os._exit(1)  # Python would try to write it again

@@ -12,6 +12,10 @@ import typer
 from allfuse.base.errors import UserError
 from allfuse.plan import Plan, as_plan, check_workers
 
+MOST_THREADS = 1024  # OpenMP dies without a word where the system has no more
+BestOption = Annotated[
+    bool, typer.Option("--best", help="Take the best checkpoint's weights, not the last ones.")
+]
 PlanOption = Annotated[
     str | None,
     typer.Option(
@@ -76,7 +80,8 @@ def parse_settings(pairs: list[str] | None) -> dict[str, str]:
     for pair in pairs or []:
         name, equals, value = pair.partition("=")
         if not equals or not name.strip():
-            raise UserError(f"--set {pair}: received no '='; allowed: --set NAME=VALUE")
+            missing = "'='" if not equals else "name"
+            raise UserError(f"--set {pair}: received no {missing}; allowed: --set NAME=VALUE")
         settings[name.strip()] = value
     return settings
 
@@ -93,10 +98,10 @@ def run_under(
     Here, when torchrun started this process or the plan needs one worker; else in worker processes
     of this machine. Under torchrun ranks other than 0 return what they got themselves.
     """
-    if timeout_s <= 0:
+    if not 0 < timeout_s < math.inf:
         raise UserError(f"--timeout {timeout_s}: allowed: more than 0 seconds")
-    if threads is not None and threads < 1:
-        raise UserError(f"--threads {threads}: allowed: 1 or more")
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise UserError(f"--threads {threads}: allowed: 1 to {MOST_THREADS}")
     from allfuse.launcher.torchrun import join_torchrun, started_by_torchrun
 
     if started_by_torchrun():

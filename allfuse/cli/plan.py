@@ -36,7 +36,12 @@ def plan(
     """
     if plan is not None and workers is not None:
         raise UserError(f"--plan {plan!r} and --workers {workers}: allowed: one of the two")
-    if plan is None and workers is None and job is not None and not job.endswith(".py"):
+    if job is not None and not job.endswith(".py") and not Path(job).exists():
+        if plan is not None or workers is not None:
+            other = f"--plan {plan!r}" if plan is not None else f"--workers {workers}"
+            raise UserError(
+                f"{job} and {other}: allowed: a job file (.py), and one plan; next: leave one out"
+            )
         job, plan = None, job
     text = f"data({workers})" if workers is not None else plan
     if text is None:

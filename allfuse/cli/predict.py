@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from allfuse.cli.options import (
+    BestOption,
     DebugOption,
     DeviceOption,
     JsonOption,
@@ -36,6 +37,7 @@ def predict(
     batch_size: Annotated[
         int | None, typer.Option(metavar="N", help="Rows that the model sees at once.")
     ] = None,
+    best: BestOption = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output file if it exists.")
     ] = False,
@@ -53,6 +55,7 @@ def predict(
     options = {
         "keep": tuple(keep or ()),
         "batch_size": batch_size,
+        "best": best,
         "overwrite": overwrite,
         "device": device,
     }

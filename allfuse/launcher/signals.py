@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as requests to stop."""
+"""Ctrl-C, SIGTERM and SIGHUP (a terminal that closes) as requests to stop."""
 
 from __future__ import annotations
 
@@ -18,8 +18,13 @@ def catch_signals(stop: Callable[[], None]) -> Callable[[], None]:
     background jobs) stays ignored.
     """
     previous: dict[int, Any] = {}
+    hung_up = False
 
     def asked(number: int, frame: FrameType | None) -> None:
+        nonlocal hung_up
+        if number == signal.SIGHUP and hung_up:
+            return  # both the kernel and the shell say that the terminal closes: that is once
+        hung_up |= number == signal.SIGHUP
         stop()
 
     def give_back() -> None:
@@ -29,7 +34,7 @@ def catch_signals(stop: Callable[[], None]) -> Callable[[], None]:
                 signal.signal(number, handler)
 
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 previous[number] = signal.signal(number, asked)
     return give_back

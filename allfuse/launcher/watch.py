@@ -13,6 +13,7 @@ from allfuse.launcher.outcome import Outcome, how_it_ended
 from allfuse.launcher.zygotes import Zygote
 
 GRACE_S = 4.0  # how long the others may take to end by themselves after the first failure
+LINGER_S = 30.0  # how long threads that user code has started may go on after all work is done
 
 
 class Watch:
@@ -28,6 +29,7 @@ class Watch:
         self.deadline: float | None = None
         self._pids: list[int] = []  # in the order of the forks, which is that of the ranks
         self._failures = 0
+        self._killed = False
         self._selector = selectors.DefaultSelector()
         self._selector.register(zygote.control, selectors.EVENT_READ, self._hear_zygote)
         self._selector.register(signals, selectors.EVENT_READ, self._stop)
@@ -50,8 +52,25 @@ class Watch:
             left = None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
             for key, _ in self._selector.select(left):
                 key.data()
+            if self.deadline is None and self._all_reported:
+                self.deadline = time.monotonic() + LINGER_S
             if self.deadline is not None and time.monotonic() >= self.deadline:
+                if self._killed:
+                    self._give_up()
                 self._kill()
+
+    @property
+    def _all_reported(self) -> bool:
+        return all(outcome.result is not None or outcome.failure for outcome in self.outcomes)
+
+    def _give_up(self) -> None:
+        """The zygote does not do what it is told: end it, which ends its workers."""
+        self.zygote.process.kill()
+        self.zygote.process.wait()
+        if not self._all_reported:
+            raise self.zygote.died()
+        for outcome in self.outcomes:
+            outcome.status = 0 if outcome.status is None else outcome.status
 
     def close(self) -> None:
         for channel in self.channels:
@@ -123,5 +142,5 @@ class Watch:
     def _kill(self) -> None:
         for outcome in self.outcomes:
             outcome.killed_here |= outcome.status is None
-        self.deadline = None
+        self._killed, self.deadline = True, time.monotonic() + GRACE_S
         self.zygote.kill_workers()

@@ -162,5 +162,5 @@ def _obey(channel: socket.socket, world: StoreWorld) -> None:
 
 def _ignore_stops() -> None:
     """Nothing is left to stop, and the report must be sent whole."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

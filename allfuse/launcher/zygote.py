@@ -23,6 +23,8 @@ import sys
 import warnings
 from typing import Any
 
+from allfuse.launcher.scratch import become_owner, remove_scratch, scratch_of
+
 FORK, KILL = b"f", b"k"
 PR_SET_PDEATHSIG = 1
 PRELOAD = ("torch", "numpy", "safetensors.torch", "allfuse.launcher.worker", "allfuse.link.group")
@@ -72,6 +74,7 @@ class Nursery:
             pid = os.fork()
         if pid == 0:
             self._become_worker(zygote)
+            become_owner(scratch_of(zygote, os.getpid()))
             channel, out, err = handles
             os.dup2(out, 1)
             os.dup2(err, 2)
@@ -108,6 +111,7 @@ class Nursery:
                 return
             pid = ended.si_pid
             _kill_group(pid)  # what the worker started and left; its id is not free before waitpid
+            remove_scratch(scratch_of(os.getpid(), pid))
             _, status = os.waitpid(pid, 0)
             self.workers.discard(pid)
             self._answer({"exited": pid, "status": os.waitstatus_to_exitcode(status)})
@@ -121,6 +125,7 @@ class Nursery:
         self._kill()
         for pid in self.workers:
             os.waitpid(pid, 0)
+            remove_scratch(scratch_of(os.getpid(), pid))
         self.control.close()
 
 

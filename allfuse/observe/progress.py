@@ -52,6 +52,7 @@ class Progress:
 
     def __init__(self) -> None:
         self.curve = Curve()
+        self.first_loss: float | None = None  # of the run, or since it was resumed
         self._handlers: dict[str, Callable[[Event], None]] = {
             "start": self._start,
             "step": self._step,
@@ -158,6 +159,7 @@ class Progress:
             before = loss if self.smooth_loss is None else self.smooth_loss
             self.smooth_loss = keep * before + (1 - keep) * loss
             self.curve.add(event.step, loss)
+            self.first_loss = loss if self.first_loss is None else self.first_loss
 
     def _round(self, event: Event) -> None:
         self.rounds += 1

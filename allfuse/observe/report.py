@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,8 @@ def _training_rows(progress: Progress) -> list[Row]:
         return []
     steps = format_count(progress.step)
     if progress.start.get("resumed_step"):
+        if not progress.steps:
+            return [("steps", f"{steps}, nothing was left to do")]
         steps += f", {format_count(progress.steps)} of them since it was resumed"
     seconds = end.get("seconds", progress.elapsed_seconds)
     samples = end.get("samples", progress.samples)
@@ -107,9 +110,10 @@ def _training_rows(progress: Progress) -> list[Row]:
     rows = [("steps", steps), ("time", duration(seconds))]
     rows.append(("speed", f"{rate(speed)}, {format_count(samples)} samples"))
     loss = end.get("loss", progress.loss)
-    first = progress.curve.points()[:1]
-    fell = f", from {figure(first[0][1])} at the start" if first and progress.steps > 1 else ""
-    rows.append(("loss", figure(loss) + fell))
+    first = progress.first_loss
+    fell = f", from {figure(first)} at the start" if first and progress.steps > 1 else ""
+    if loss is not None and math.isfinite(loss):
+        rows.append(("loss", figure(loss) + fell))
     return rows
 
 
@@ -120,7 +124,7 @@ def _metrics_at(step: int, data: Mapping[str, Any]) -> str:
 def _traffic_rows(progress: Progress) -> list[Row]:
     fused = progress.end.get("fused_bytes", progress.fused_bytes)
     rows = []
-    if fused:
+    if fused and progress.steps:
         each = size(fused / max(progress.steps, 1))
         rows.append(("fused", f"{size(fused)} sent by each worker, {each} per step"))
     if progress.rounds:

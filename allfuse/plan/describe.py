@@ -7,19 +7,21 @@ from allfuse.plan.plan import Plan
 
 PROMISES = {
     "exact": (
-        "the numbers equal those of one process, to rounding. `allfuse verify` trains on the same "
-        "batches in one process and compares loss, gradient norm and every weight, step by step"
+        "the numbers equal those of one process, to rounding",
+        "trains on the same batches in one process and compares loss, gradient norm and every "
+        "weight, step by step",
     ),
     "replayed": (
         "the numbers equal those of the same plan executed serially in one process, the recorded "
-        "order of events included. `allfuse verify` executes that and compares loss, gradient norm "
-        "and every weight, step by step"
+        "order of events included",
+        "executes that and compares loss, gradient norm and every weight, step by step",
     ),
     "statistical": (
-        "the loss at equal samples lies within a stated distance of plain training. "
-        "`allfuse verify` trains both over several seeds and compares the losses with their spread"
+        "the loss at equal samples lies within a stated distance of plain training",
+        "trains both over several seeds and compares the losses with their spread",
     ),
 }
+"""What each promise says, and how it is checked."""
 
 
 def describe(plan: Plan) -> list[str]:
@@ -30,17 +32,20 @@ def describe(plan: Plan) -> list[str]:
     member(2): 2 models of the same kind, each trained on all th
     data(1): one replica takes each batch; there are no other gr
     Batches: each batch is worked on whole; every member sees al
-    Promise: exact; the numbers equal those of one process, to r
+    Promise, once it runs: exact; the numbers equal those of one
     Not yet: this version cannot run member yet; the nearest pla
     """
     lines = [f"{plan}: {_ranks(plan)}."]
     lines += [f"{axis}: {axis.explain()}." for axis in plan.axes]
     lines.append(f"Batches: {_batches(plan)}.")
-    lines.append(f"Promise: {plan.promise}; {PROMISES[plan.promise]}.")
+    meaning, check = PROMISES[plan.promise]
     try:
         plan.validate_executable()
     except PlanError as error:
+        lines.append(f"Promise, once it runs: {plan.promise}; {meaning}.")
         lines.append(f"Not yet: {error.why}; the nearest plan that it can is {error.nearest}.")
+    else:
+        lines.append(f"Promise: {plan.promise}; {meaning}. `allfuse verify` {check}.")
     return lines
 
 

@@ -91,9 +91,19 @@ class Reader:
             with _parsing:
                 self.body = ast.parse(self.text, mode="eval").body
         except SyntaxError as error:
-            raise PlanError(clip(text), f"is not a plan: {error.msg}", EXAMPLE) from None
+            raise PlanError(clip(text), f"is not a plan: {error.msg}", self.repaired()) from None
         except (ValueError, RecursionError, MemoryError):  # not text, or chains of operators
             raise PlanError(clip(text), "is not a plan: it cannot be read", EXAMPLE) from None
+
+    def repaired(self) -> str:
+        """The text with the brackets closed that it left open, if that makes it an expression."""
+        closed = self.text + ")" * (self.text.count("(") - self.text.count(")"))
+        try:
+            with _parsing:
+                ast.parse(closed, mode="eval")
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return EXAMPLE
+        return clip(closed)
 
     def check_depth(self) -> None:
         """Refuse deep nesting before the parser sees it, which would use up its stack."""

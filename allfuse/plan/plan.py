@@ -52,7 +52,7 @@ class Plan:
         object.__setattr__(self, "axes", tuple(self.axes))
         for axis in self.axes:
             if not isinstance(axis, Axis):
-                raise PlanError(clip(repr(axis)), "is not an axis", ", ".join(AXES))
+                raise PlanError(clip(repr(axis)), "is not an axis", allowed=", ".join(AXES))
         if not self.axes:
             raise PlanError("a plan without axes", "a plan names at least one", "data(1)")
         names = [axis.name for axis in self.axes]

@@ -40,6 +40,7 @@ def evaluate_run(
     *,
     plan: Plan | str | None = None,
     data: str = "test",
+    best: bool = False,
     device: str | None = None,
 ) -> Evaluation:
     """Measure a trained run in the ranks that are here already; every rank of the plan calls it.
@@ -51,6 +52,7 @@ def evaluate_run(
         path: a run folder.
         data: "test", "validation" or "train". Without test data the validation data is taken, and
             a note says so.
+        best: take the weights of the best checkpoint instead of the last ones.
 
     Raises:
         RunError, JobError, CheckpointError: as `open_run`; JobError without data to measure on.
@@ -61,7 +63,7 @@ def evaluate_run(
     begin = time.perf_counter()
     try:
         with contextlib.closing(Place(plan, device)) as place:
-            restored = open_run(path)
+            restored = open_run(path, best=best)
             name, samples = choose_data(restored.job, data)
             figures, count = _measure_here(restored.job, restored.model, samples, place)
     except KeyboardInterrupt:

@@ -33,11 +33,12 @@ class Restored:
     notes: list[str] = field(default_factory=list)
 
 
-def open_run(path: str | Path) -> Restored:
+def open_run(path: str | Path, *, best: bool = False) -> Restored:
     """The job of a run and its model with the trained weights.
 
-    The weights are those of model.safetensors, or of the newest whole checkpoint where training
-    was interrupted before it wrote that file.
+    The weights are those of model.safetensors, which are the last ones, or of the newest whole
+    checkpoint where training was interrupted before it wrote that file; with `best` those of the
+    checkpoint with the best monitored value.
 
     Raises:
         RunError: no run, a run of a script (no job file), no weights yet, or weights of another
@@ -55,7 +56,7 @@ def open_run(path: str | Path) -> Restored:
     record = folder.record
     job = load_job(folder.job_path, record.get("arguments", {}), record.get("job_file"))
     model = build_model(job.model, job.seed)
-    weights, source, notes = read_weights(folder)
+    weights, source, notes = read_best(folder) if best else read_weights(folder)
     load_weights(model, weights, source)
     return Restored(job=job, model=model, record=record, folder=folder, notes=notes)
 
@@ -76,17 +77,39 @@ def read_weights(folder: RunFolder) -> tuple[dict[str, Any], str, list[str]]:
             f"run folder {folder.path} holds neither {folder.model_path.name} nor a whole "
             f"checkpoint: there are no weights yet; next: train on with --resume {folder.path}"
         )
+    weights, source = _only_model(folder, step)
+    notes.append(
+        f"training was interrupted before it wrote {folder.model_path.name}: the weights are those "
+        f"of {source}"
+    )
+    return weights, source, notes
+
+
+def read_best(folder: RunFolder) -> tuple[dict[str, Any], str, list[str]]:
+    """The weights of the best checkpoint, where they are from, and a note on that.
+
+    Raises:
+        RunError: no checkpoint has a score.
+        CheckpointError: it is damaged.
+    """
+    step = Checkpoints(folder.checkpoints).best()
+    if step is None:
+        raise RunError(
+            f"--best: no checkpoint in {folder.path} has a score; allowed: runs of jobs with "
+            "validation data; next: leave --best out for the last weights"
+        )
+    weights, source = _only_model(folder, step)
+    return weights, source, [f"the weights are those of {source}, the best of the run"]
+
+
+def _only_model(folder: RunFolder, step: int) -> tuple[dict[str, Any], str]:
     models, source = _checkpoint_models(folder, step), f"the checkpoint of step {step}"
     if len(models) != 1:
         raise RunError(
             f"{source} in {folder.path} holds {len(models)} models ({', '.join(models)}); allowed: "
             "the one model of a job"
         )
-    notes.append(
-        f"training was interrupted before it wrote {folder.model_path.name}: the weights are those "
-        f"of {source}"
-    )
-    return next(iter(models.values())), source, notes
+    return next(iter(models.values())), source
 
 
 def _checkpoint_models(folder: RunFolder, step: int) -> dict[str, dict[str, Any]]:

@@ -48,6 +48,7 @@ def predict_file(
     device: str | None = None,
     batch_size: int | None = None,
     keep: Sequence[str] = (),
+    best: bool = False,
     overwrite: bool = False,
     on_event: OnEvent | None = None,
 ) -> Summary:
@@ -62,6 +63,7 @@ def predict_file(
     Args:
         batch_size: rows of one forward pass; by default the job's, at least 256.
         keep: columns of the input that the output repeats.
+        best: take the weights of the best checkpoint instead of the last ones.
         overwrite: replace an existing output file, instead of refusing it.
         on_event: `on_event("scored", rows, total_rows, rows_per_s, seconds_left, shares)`, called
             on rank 0 at most twice a second and at the end.
@@ -76,6 +78,8 @@ def predict_file(
     source, target = Path(input_path), Path(output_path)
     require_csv(source, "input")
     require_csv(target, "output")
+    if target.exists() and source.exists() and target.samefile(source):
+        raise UserError(f"--output {target} is the input; allowed: another file")
     if batch_size is not None and batch_size < 1:
         raise UserError(f"--batch-size {batch_size}: allowed: a whole number from 1")
     try:
@@ -88,7 +92,7 @@ def predict_file(
                 output = OutputFile(target, overwrite=overwrite) if place.rank == 0 else None
                 if output is not None:
                     stack.callback(output.close)
-                restored = open_run(run_path)
+                restored = open_run(run_path, best=best)
                 table = Table(source, require_inputs(restored.job), keep)
                 stack.callback(table.close)
                 return Scoring(

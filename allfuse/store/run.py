@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import fcntl
 import hashlib
 import importlib.metadata
@@ -45,8 +46,10 @@ class RunFolder:
         self._lock = lock
 
     @classmethod
-    def create(cls, path: str | Path, record: Mapping[str, Any]) -> RunFolder:
-        """A new run with this record, which is plain data.
+    def create(
+        cls, path: str | Path, record: Mapping[str, Any], job_file: Path | None = None
+    ) -> RunFolder:
+        """A new run with this record, which is plain data, and a copy of its job file.
 
         Raises:
             RunError: the folder holds a run or other files, another run is at work in it, or it
@@ -56,12 +59,19 @@ class RunFolder:
         _refuse_used(path)
         _format(record)
         try:
+            is_new = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
             lock = _hold(path)
             run = cls(path, record, lock)
             try:
                 _refuse_used(path)  # again, now that nobody else can write
-                run._write(run.record)
+                try:
+                    if job_file is not None:
+                        run.copy_job(job_file)
+                    run._write(run.record)  # last: a folder with a record holds a run
+                except BaseException:
+                    run._take_back(is_new)
+                    raise
             except BaseException:
                 run.close()
                 raise
@@ -134,6 +144,14 @@ class RunFolder:
             replace_bytes(self.job_path, Path(job_file).read_bytes())
         except OSError as error:
             raise RunError(explain(error, self.job_path)) from error
+
+    def _take_back(self, is_new: bool) -> None:
+        """Remove what was written of a run that could not be created."""
+        with contextlib.suppress(OSError):
+            for name in (self.job_path.name, RECORD, LOCK):
+                (self.path / name).unlink(missing_ok=True)
+            if is_new:
+                self.path.rmdir()
 
     def close(self) -> None:
         """Let other runs write here."""
@@ -238,8 +256,15 @@ def _format(record: Mapping[str, Any]) -> bytes:
 
 
 def is_run(path: str | Path) -> bool:
-    """Whether a folder holds a run, whole or not."""
-    return (Path(path) / RECORD).exists()
+    """Whether a folder holds a run, whole or not.
+
+    Raises:
+        RunError: the path cannot be one of a folder.
+    """
+    try:
+        return (Path(path) / RECORD).exists()
+    except OSError as error:
+        raise RunError(explain(error, Path(path))) from None
 
 
 def _read_record(path: Path) -> dict[str, Any]:

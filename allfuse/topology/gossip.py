@@ -36,7 +36,8 @@ class Gossip(Topology):
     def __post_init__(self) -> None:
         if self.graph not in GRAPHS:
             hint = nearest(self.graph, GRAPHS)
-            raise PlanError(str(self), f"there is no graph of that name{hint}", ", ".join(GRAPHS))
+            why = f"there is no graph of that name{hint}"
+            raise PlanError(str(self), why, allowed=", ".join(GRAPHS))
 
     def schedule(self, layout: Layout, round: int = 0, seed: int = 0) -> Schedule:
         n = layout.size

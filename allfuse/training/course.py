@@ -114,9 +114,9 @@ class Course:
     def _has_ended(self, epochs: int | None, steps: int | None) -> bool:
         """Whether the loop is over, by its own limits or because training stops."""
         if steps is not None and self.cursor.loop_steps >= steps:
-            self._end_of_loop = _are_done(steps, "step")
+            self._end_of_loop = _are_done(self.cursor.loop_steps, steps, "step")
         elif epochs is not None and self.cursor.loop_epochs >= epochs:
-            self._end_of_loop = _are_done(epochs, "epoch")
+            self._end_of_loop = _are_done(self.cursor.loop_epochs, epochs, "epoch")
         return self._stop is not None or self._end_of_loop is not None
 
     # Steps.
@@ -201,5 +201,6 @@ class Course:
         self.tell_step_number()
 
 
-def _are_done(count: int, what: str) -> str:
-    return f"1 {what} is done" if count == 1 else f"{count} {what}s are done"
+def _are_done(done: int, limit: int, what: str) -> str:
+    told = "1 {} is done" if done == 1 else f"{done} {{}}s are done"
+    return told.format(what) + (f", and {limit} were asked for" if done > limit else "")

@@ -62,6 +62,7 @@ class Keeper:
         self.facts: dict[str, Any] = {}
         self.fingerprints: dict[str, str] = {}
         self._asked: int | None = None
+        self._is_gone = False
         self._refuse_early()
 
     def _refuse_early(self) -> None:
@@ -112,9 +113,7 @@ class Keeper:
             if self.place.rank == 0 and self.folder.record.get("plan") != record["plan"]:
                 self.folder.update(plan=record["plan"], command=record["command"])
         elif self.place.rank == 0:
-            self.folder = RunFolder.create(self.path, record)
-            if self.job_file is not None:
-                self.folder.copy_job(self.job_file)
+            self.folder = RunFolder.create(self.path, record, self.job_file)
         several = len(self.writers) > 1
         self.checkpoints = Checkpoints(
             self.path / "checkpoints",
@@ -210,6 +209,14 @@ class Keeper:
                 self.bus.emit("not_saved", step=outcome.step, reason=outcome.reason)
             else:
                 self.bus.emit("saved", **{**asdict(outcome), "path": str(outcome.path)})
+                self._warn_if_gone()
+
+    def _warn_if_gone(self) -> None:
+        """Someone may remove or rename the folder; what is saved then is not part of a run."""
+        if self.path is not None and not self._is_gone and not is_run(self.path):
+            self._is_gone = True
+            text = f"the run folder {self.path} was removed or renamed: it cannot be resumed"
+            self.bus.emit("warning", text=text)
 
     def export(self, models: Mapping[str, nn.Module]) -> None:
         """Write model.safetensors (or <name>.safetensors, of several) with the plain names."""
@@ -280,9 +287,18 @@ def _refuse_other(
     for what, before, after in pairs:
         if before != after:
             raise RunError(
-                f"resume {folder.path}: the {what} was {before} and is {after} now; allowed: the "
-                "same job, data, order of samples and arguments; next: a new --out for a new run"
+                f"resume {folder.path}: {_difference(what, before, after)}; allowed: the same job, "
+                "data, order of samples and arguments; next: a new --out for a new run"
             )
+
+
+def _difference(what: str, before: Any, after: Any) -> str:
+    """What was recorded and what it is now, of a dict only the entries that differ."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        names = [n for n in {**before, **after} if before.get(n) != after.get(n)]
+        told = [f"{name} was {before.get(name)} and is {after.get(name)} now" for name in names]
+        return f"{what}: {', '.join(told)}"
+    return f"the {what} was {before} and is {after} now"
 
 
 def mean_of_sites(states: list[dict[str, Any]]) -> dict[str, Any]:

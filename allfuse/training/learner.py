@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -198,11 +199,11 @@ class Learner:
                 "optimizer.step() was called while gradients wait for the last piece of the batch; "
                 "next: pass last=True (the default) to the last s.backward(...) before the step"
             )
-        if self.link.size > 1 and not self._fused and self.gradients():
+        if not self._fused and self.gradients():  # alone too: the script is to run under any plan
             raise UserError(
-                "optimizer.step() was called with gradients that were not fused with those of the "
-                "other workers; next: s.backward(loss) instead of loss.backward(), once before "
-                "each step"
+                "optimizer.step() was called with gradients that did not come through the session, "
+                "which fuses them with those of other workers; next: s.backward(loss) instead of "
+                "loss.backward(), once before each step"
             )
 
     def stepped(self) -> None:
@@ -212,3 +213,9 @@ class Learner:
     @property
     def learning_rate(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
+
+
+def needs_closure(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its step cannot do without a function that computes the loss again (LBFGS)."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty

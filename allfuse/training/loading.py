@@ -104,24 +104,30 @@ def refuse_small(batch_size: int, place: Place) -> None:
         )
 
 
-def refuse_unequal(fingerprint: str, place: Place) -> None:
-    """Refuse data that differs from rank to rank: shares of different data are no batch of any.
+DATA_DIFFERS = (
+    "the training data of rank {other} is not that of rank {first}; allowed: the same samples in "
+    "the same order on every rank, of which allfuse gives each its share; next: seed what the "
+    "script draws, and leave sharding to allfuse"
+)
+MODEL_DIFFERS = (
+    "the model of rank {other} is not that of rank {first}; allowed: parameters and buffers of the "
+    "same names, shapes and types on every rank; next: build it the same way everywhere"
+)
+
+
+def refuse_unequal(fingerprint: str, place: Place, message: str) -> None:
+    """Refuse what differs from rank to rank.
 
     Raises:
         DataError: on all ranks alike.
     """
     slots = torch.zeros(place.replicas.size, dtype=torch.int64, device=place.device)
     slots[place.replicas.rank] = zlib.crc32(fingerprint.encode())
-    place.replicas.all_reduce(slots, "compare the data of all ranks").wait()
+    place.replicas.all_reduce(slots, "compare all ranks").wait()
     seen = slots.tolist()
     for rank, value in zip(place.replicas.members, seen, strict=True):
         if value != seen[0]:
-            raise DataError(
-                f"the training data of rank {rank} is not that of rank "
-                f"{place.replicas.members[0]}; allowed: the same samples in the same order on "
-                "every rank, of which allfuse gives each its share; next: seed what the script "
-                "draws, and leave sharding to allfuse"
-            )
+            raise DataError(message.format(other=rank, first=place.replicas.members[0]))
 
 
 def agree_on_rows(rows: int, place: Place) -> tuple[int, ...]:

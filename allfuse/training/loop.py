@@ -14,6 +14,7 @@ from allfuse.base.errors import DataError, JobError
 from allfuse.job import Job
 from allfuse.plan import Plan
 from allfuse.training.keeper import Resume
+from allfuse.training.schedule import make_scheduler
 from allfuse.training.session import Session
 from allfuse.training.settings import Settings
 from allfuse.training.stopping import Stopping
@@ -59,7 +60,7 @@ def train_job(
         model = s.model(job.model)
         optimizer = s.optimizer(make_optimizer(job, model))
         if job.scheduler is not None:
-            s.scheduler(job.scheduler(optimizer), job.scheduler_every)
+            s.scheduler(make_scheduler(job, optimizer), job.scheduler_every)
         stopping = s.remember("stopping", Stopping(job))
         s.on("start", lambda *_: stop_where_due(s, stopping))  # a run that was done stays done
 

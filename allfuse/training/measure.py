@@ -51,14 +51,15 @@ def sum_and_count(value: Any, rows: int, name: str) -> tuple[Tensor, float, floa
 
 def _as_float(value: Any, name: str) -> Tensor:
     """A tensor in which sums keep their digits: float32 or wider."""
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and not value.is_complex():
         short = value.dtype in (torch.bfloat16, torch.float16)
         return value.float() if short or not value.is_floating_point() else value
     if isinstance(value, bool | int | float | np.generic | np.ndarray):
         return torch.as_tensor(value).double()
+    kind = f"a {value.dtype} tensor" if isinstance(value, Tensor) else f"a {type(value).__name__}"
     raise JobError(
-        f"{name} returned {'None' if value is None else f'a {type(value).__name__}'}; allowed: a "
-        "tensor or number, or (sum, count)"
+        f"{name} returned {'None' if value is None else kind}; allowed: a real tensor or number, "
+        "or (sum, count)"
     )
 
 

@@ -22,13 +22,21 @@ from allfuse.split.data import Source, Stream, as_source
 from allfuse.split.whole import Whole
 from allfuse.training.course import Course
 from allfuse.training.keeper import Keeper, Resume
-from allfuse.training.learner import Learner, Precision
-from allfuse.training.loading import Order, batch_size_of, make_loader, order_of_all, refuse_unequal
+from allfuse.training.learner import Learner, Precision, needs_closure
+from allfuse.training.loading import (
+    DATA_DIFFERS,
+    MODEL_DIFFERS,
+    Order,
+    batch_size_of,
+    make_loader,
+    order_of_all,
+    refuse_unequal,
+)
 from allfuse.training.measure import measure, to_device
 from allfuse.training.place import Place
 from allfuse.training.rounds import Rounds
 from allfuse.training.settings import Settings
-from allfuse.training.start import build_model, spread
+from allfuse.training.start import build_model, refuse_lazy, shape_of, spread
 from allfuse.training.state import Scheduler, State
 from allfuse.training.stepper import Step, Stepper
 from allfuse.training.telling import Teller
@@ -156,6 +164,9 @@ class Session:
         """
         number = len(self.models)
         module = build_model(build, self.settings.seed + number).to(self.device)
+        refuse_lazy(module)
+        if self.plan.workers > 1:
+            refuse_unequal(shape_of(module), self.place, MODEL_DIFFERS)
         spread([*module.parameters(), *module.buffers()], self.place.replicas)
         shared = self.place.data.size > 1 and self.settings.batch_statistics == "global"
         if shared and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
@@ -170,6 +181,11 @@ class Session:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise UserError(
                 f"the optimizer is a {type(optimizer).__name__}; allowed: a torch.optim.Optimizer"
+            )
+        if needs_closure(optimizer):
+            raise UserError(
+                f"{type(optimizer).__name__} evaluates the loss several times in a step, which no "
+                "plan can share out; allowed: optimizers whose step() needs no closure"
             )
         learner = Learner(
             optimizer,
@@ -390,7 +406,7 @@ class Session:
         size = batch_size_of(loader)
         if self.plan.workers > 1 or self.keeper.path is not None:
             data = source.fingerprint()
-            refuse_unequal(data, self.place)
+            refuse_unequal(data, self.place, DATA_DIFFERS)
         if self.keeper.path is not None:
             facts = {
                 "batch_size": size,
@@ -520,5 +536,7 @@ class Session:
                 error = failure
                 raise
             finally:
+                with contextlib.suppress(Exception):
+                    self.keeper.tell_outcomes()
                 closing.callback(self.keeper.close, abandon=error is not None)
                 self.teller.end(error)

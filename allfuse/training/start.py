@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from allfuse.base.errors import JobError
 from allfuse.split.data.generators import seed_generators
@@ -63,3 +64,18 @@ def spread(tensors: Iterable[Tensor], link: Link) -> None:
         link.broadcast(as_bytes, "spread the first weights").wait()
         for tensor, piece in zip(group, flat.split([t.numel() for t in group]), strict=True):
             tensor.detach().copy_(piece.view_as(tensor))
+
+
+def refuse_lazy(module: nn.Module) -> None:
+    for name, parameter in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(parameter):
+            raise JobError(
+                f"the model's {name} has no shape before a first batch (a lazy module); allowed: "
+                "modules of known sizes; next: give the sizes, or run one batch while building it"
+            )
+
+
+def shape_of(module: nn.Module) -> str:
+    """Names, shapes and types of all parameters and buffers, as text."""
+    held = (*module.named_parameters(), *module.named_buffers())
+    return " ".join(f"{name}{tuple(value.shape)}{value.dtype}" for name, value in held)

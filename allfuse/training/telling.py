@@ -50,7 +50,7 @@ class Teller:
             samples=source.size,
             batch_size=batch_size,
             steps_per_epoch=per_epoch,
-            total_steps=min(limits, default=None),
+            total_steps=max(min(limits), session.steps) if limits else None,
             parameters=sum(p.numel() for m in session.models.values() for p in m.parameters()),
             resumed_step=session.steps,
             out=None if out is None else str(out),
@@ -79,7 +79,7 @@ class Teller:
             samples=sum(shares),
             seconds=seconds,
             shares=list(shares),
-            busy=[min(1.0, value / max(seconds, 1e-9)) for value in busy],
+            busy=[min(1.0, value / max(seconds, 1e-9)) if value else None for value in busy],
             fused_bytes=fused,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from allfuse.base.tensors import map_nest
 from allfuse.job import Job, Stop, default_forward
+from allfuse.training.schedule import make_scheduler
 
 DROPOUTS = (
     nn.Dropout,
@@ -62,6 +64,7 @@ def make_subject(job: Job, *, steps: int, double: bool) -> tuple[Job, list[str]]
         loss=_double_loss(job) if double else job.loss,
         precision="fp32" if double else job.precision,
         stop=Stop(steps=steps),
+        scheduler=None if job.scheduler is None else functools.partial(make_scheduler, job),
         compile=False,
         hooks=(),
         validation=None,

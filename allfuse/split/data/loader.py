@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from allfuse.base.errors import DataError, UserError
 from allfuse.base.tensors import share
+from allfuse.launcher.scratch import use_scratch
 from allfuse.split.data.base import Source
 from allfuse.split.data.batches import Batches
 from allfuse.split.data.permutation import Indices
@@ -131,6 +132,11 @@ class _Reader(Dataset[Any]):
             return self._source.fetch(indices, epoch, self._seed)
         except UserError as error:
             return _Failure(error)
+        except (StopIteration, KeyboardInterrupt, SystemExit) as error:
+            # These would end the loop over batches, or this process, without a word.
+            name = type(error).__name__
+            text = f"reading samples {indices.tolist()[:8]} of the data set raised {name}: {error}"
+            return _Failure(DataError(f"{text}; next: look at its __getitem__"))
 
 
 class _Workers:
@@ -140,6 +146,7 @@ class _Workers:
         self._requests: Iterator[_Request] = iter(())
         self._asked: deque[_Request] = deque()
         self._stream: Any = None
+        use_scratch()
         self._loader: DataLoader[Any] | None = DataLoader(
             _Reader(source, seed),
             batch_size=None,
