@@ -11,10 +11,11 @@ from test_topology import ALL, EXACT, GOSSIP, mixing
 from torch import Tensor
 
 from allfuse.base.errors import DistributedError, PeerLost
-from allfuse.execute import Runner, plot, run, segments_of
+from allfuse.execute import plot, run, segments_of
 from allfuse.launcher.base import current_world
 from allfuse.launcher.thread import first_failure, launch_threads
 from allfuse.link import Link
+from allfuse.link.runner import Runner
 from allfuse.link.thread import Script
 from allfuse.topology import Layout, Topology
 from allfuse.topology.ring import Ring

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from allfuse.execute import Runner, plot, run, segments_of
+from allfuse.execute import plot, run, segments_of
 from allfuse.fusion.base import Fusion
+from allfuse.link.runner import Runner
 from allfuse.topology import Layout, Native
 
 if TYPE_CHECKING:

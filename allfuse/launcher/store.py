@@ -55,9 +55,11 @@ class StoreWorld(World):
 
             return LoneLink(members[0])
         from allfuse.link.group import GroupLink
+        from allfuse.link.shared import AVAILABLE, SharedLink
 
         self._links[name, members] += 1  # a second session must not meet the first one's traces
-        return GroupLink(
+        shares = AVAILABLE and self._loopback and device.type == "cpu"
+        return (SharedLink if shares else GroupLink)(
             self.store_board,
             self._lookout,
             f"{name}/{self._links[name, members]}",

@@ -63,7 +63,7 @@ class Option(Generic[V]):
         raise PlanError(
             f"{self.name}={clip(repr(value))}",
             f"there is no such {self.name}{hint}",
-            ", ".join(names),
+            allowed=", ".join(names),
         )
 
 
