@@ -51,4 +51,4 @@ def choose(
     if topology is not None:
         return Fusion(rule=rule, topology=topology, sync=sync, codec=codec), None
     fusion = Fusion(rule=rule, topology=Native(), sync=sync, codec=codec)
-    return fusion, "native: the process group's own all-reduce is the one topology there is"
+    return fusion, "native: the link's own all-reduce"

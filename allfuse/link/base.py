@@ -39,6 +39,7 @@ class Link(ABC):
     sums take floating point, int64, int32, int8 and uint8, other transfers any type.
     """
 
+    kind: str = "none"  # what moves the bytes of sums, for people
     rank: int
     members: tuple[int, ...]
     timeout_s: float

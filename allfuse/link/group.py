@@ -117,6 +117,7 @@ class GroupLink(Link):
         self.name, self.members, self.timeout_s = name, members, timeout_s
         self.rank = members.index(lookout.rank)
         self.device, self.lookout = device, lookout
+        self.kind = "nccl" if device.type == "cuda" else "gloo"
         self._under_way: deque[Any] = deque()
         prefix = f"link/{name}/{'-'.join(map(str, members))}"
         store = PrefixStore(prefix, torch_private.clone_store(board.store))

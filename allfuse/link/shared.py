@@ -49,6 +49,7 @@ class SharedLink(GroupLink):
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
+        self.kind = "shared memory"
         self._runner = Runner(f"allfuse-shared-{self.name}")
         self._closed = threading.Event()
         operation, begin = f"form link {self.name}", time.monotonic()

@@ -150,6 +150,8 @@ class ThreadLink(Link):
     `name` must be new to these members: two links of one name would meet each other.
     """
 
+    kind = "thread"
+
     def __init__(
         self, hub: Hub, name: str, members: tuple[int, ...], member: int, timeout_s: float = 30.0
     ) -> None:

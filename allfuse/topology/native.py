@@ -1,4 +1,4 @@
-"""The process group's own all-reduce."""
+"""The link's own all-reduce."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from allfuse.topology.schedule import Schedule
 
 @dataclass(frozen=True)
 class Native(Topology):
-    """Hands the whole fusion to the link's own all-reduce (gloo, NCCL).
+    """Hands the whole fusion to the link's own all-reduce (shared memory, gloo, NCCL).
 
-    What it declares is a ring's: gloo and NCCL send as few bytes, 2 (n-1)/n of the payload
+    What it declares is a ring's: these move as few bytes between peers, 2 (n-1)/n of the payload
     (Patarasuk and Yuan 2009, section 4).
     """
 

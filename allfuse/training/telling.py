@@ -45,7 +45,7 @@ class Teller:
             promise=session.plan.promise,
             workers=session.plan.workers,
             device=str(session.device),
-            link=link_name(session),
+            link=session.place.replicas.kind,
             threads=torch.get_num_threads(),
             samples=source.size,
             batch_size=batch_size,
@@ -102,12 +102,3 @@ class Teller:
             "loss": self.loss,
         }
         session.bus.emit("end", **data)
-
-
-def link_name(session: Session) -> str:
-    """What moves bytes between the ranks."""
-    if session.plan.workers == 1:
-        return "none"
-    if not session.place.world.has_process_groups:
-        return "thread"
-    return "nccl" if session.device.type == "cuda" else "gloo"
