@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -32,6 +33,9 @@ def segments_of(topology: Topology, block_bytes: int) -> int:
     return max(1, min(MOST_SEGMENTS, block_bytes // size))
 
 
+Gather: TypeAlias = Callable[[Tensor], Tensor]
+
+
 class Plot(NamedTuple):
     """This peer's part of a schedule."""
 
@@ -46,12 +50,20 @@ def plot(topology: Topology, layout: Layout, peer: int, round: int, seed: int) -
     return Plot(schedule.chunks, schedule.turns(peer))
 
 
-def run(plot: Plot, link: Link, block: Tensor, operation: str, segments: int = 1) -> None:
+def run(
+    plot: Plot,
+    link: Link,
+    block: Tensor,
+    operation: str,
+    segments: int = 1,
+    gather: Gather | None = None,
+) -> None:
     """Fuse a contiguous block over the link's peers, in place. Returns when this peer is done.
 
     Segment s does phase p in tick s + p: all transfers of a tick go at once, and sums are taken as
-    they arrive. All peers must call it with equal sizes and segments. Memory: what arrives in a
-    tick to be added or mixed.
+    they arrive. With `gather` what would be summed is collected, and `gather(values)` makes one of
+    the values (n, k) of all peers. All peers must call it with equal sizes and segments. Memory:
+    what arrives in a tick to be added, collected or mixed.
 
     Raises:
         PeerLost, BadMessage: from the link.
@@ -73,7 +85,28 @@ def run(plot: Plot, link: Link, block: Tensor, operation: str, segments: int = 1
                 source = _cut(parts[s], piece, plot.chunks)
                 if source.numel():
                     sends.append(link.send(source, piece.peer, operation))
+        if gather is not None:
+            arrivals = _gather(arrivals, link, gather)
         _take_in(arrivals, sends)
+
+
+def _gather(arrivals: list[Arrival], link: Link, gather: Gather) -> list[Arrival]:
+    """Fuse what came to be collected; the other arrivals are left."""
+    places: dict[int, list[Arrival]] = {}
+    left: list[Arrival] = []
+    for arrival in arrivals:
+        if arrival.piece.op == "add":
+            places.setdefault(arrival.target.data_ptr(), []).append(arrival)
+        else:
+            left.append(arrival)
+    for collected in places.values():
+        target = collected[0].target
+        values = {link.rank: target}
+        for arrival in collected:
+            arrival.work.wait()
+            values[arrival.piece.peer] = arrival.arrived
+        target.copy_(gather(torch.stack([values[rank] for rank in range(link.size)])))
+    return left
 
 
 def _cut(part: Tensor, piece: Piece, chunks: int) -> Tensor:

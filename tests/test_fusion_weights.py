@@ -17,6 +17,7 @@ from allfuse.launcher.base import current_world
 from allfuse.launcher.local import launch_local
 from allfuse.launcher.thread import first_failure, launch_threads
 from allfuse.link import Link
+from allfuse.rule.median import Median
 
 CPU = torch.device("cpu")
 
@@ -57,7 +58,7 @@ def test_it_is_the_weighted_mean_and_the_same_on_all_sites(workers: int, total: 
     def work() -> tuple[list[Tensor], int, int]:
         link, tensors = open_link(), tensors_of(current_world().rank)  # type: ignore[union-attr]
         fusion = WeightFusion(tensors, Fuser(Fusion(), link))
-        fusion.fuse(samples[link.rank] * scale, total)
+        fusion.fuse([count * scale for count in samples])
         return [tensor.detach() for tensor in tensors], link.sent_bytes, fusion.payload_bytes
 
     outcomes = run(work, workers)
@@ -82,7 +83,7 @@ def test_a_round_repeats_and_leaves_the_graph_alone() -> None:
         weight = nn.Parameter(torch.full((3,), float(link.rank)))
         fusion = WeightFusion([weight], Fuser(Fusion(), link))
         for _ in range(3):
-            fusion.fuse(0.5, 1.0)
+            fusion.fuse([0.5, 0.5])
         assert weight.grad_fn is None
         assert weight.requires_grad
         return weight.detach()
@@ -92,11 +93,6 @@ def test_a_round_repeats_and_leaves_the_graph_alone() -> None:
 
 
 def test_pairings_without_meaning_are_refused_and_what_is_left_open_is_chosen() -> None:
-    from allfuse.rule import Rule
-
-    class Median(Rule):
-        name = "median"
-
     with pytest.raises(PlanError, match="median needs every peer's value at once"):
         Fusion(rule=Median())
     plain = Fusion()

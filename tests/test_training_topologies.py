@@ -125,3 +125,16 @@ def test_processes_train_alike() -> None:
     for several in launch_local(lambda: [*map(weights_of, plans)], 3):
         for name, value in one.items():
             torch.testing.assert_close(torch.tensor(several[name]), torch.tensor(value))
+
+
+@pytest.mark.parametrize("rule", ["median", "trimmed(0.3)"])
+def test_sites_train_by_rules_that_gather(rule: str, tmp_path: Path) -> None:
+    plan = f"site(3, every=2, rule={rule}) * data(2)"
+    results = train(job(), plan)
+    for result in results:
+        assert_equal(result.weights, results[0].weights, exact=True)
+    for steps in (3, 8):
+        resumed = train(job(stop=Stop(steps=steps)), plan, out=tmp_path / "run", resume="auto")
+    assert_equal(resumed[0].weights, results[0].weights, exact=True)
+    with pytest.raises(PlanError, match="verify cannot replay"):
+        verify_job(job, plan, steps=2, threads=True)

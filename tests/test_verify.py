@@ -360,7 +360,7 @@ def test_sites_averaged_with_wrong_weights_are_found(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(
         WeightFusion,
         "fuse",
-        lambda self, weight, total, round: fuse(self, 1.0 / self.fuser.link.size, total, round),
+        lambda self, weights, round: fuse(self, [1.0 / len(weights)] * len(weights), round),
     )
     report = check("site(3, every=2)")  # 10 samples are 3, 3 and 4
     assert report.first is not None

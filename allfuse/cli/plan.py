@@ -47,7 +47,7 @@ def plan(
     if text is None:
         raise UserError('no plan was given; next: allfuse plan JOB --plan "data(2)"')
     chosen = as_plan(text)
-    lines = [*describe(chosen), "", *layout(chosen)]
+    lines = [*describe(chosen), "", *layout(chosen), *draw_topologies(chosen)]
     facts: dict[str, object] = {}
     if job is not None:
         told, facts = tell_job(Path(job), parse_settings(settings), chosen)
@@ -67,6 +67,20 @@ def plan(
                 "job": facts,
             }
         )
+
+
+def draw_topologies(plan: Plan) -> list[str]:
+    """Who sends what to whom, for each axis that names its topology; peers on one host."""
+    from allfuse.topology import Layout
+    from allfuse.topology.draw import draw
+
+    lines: list[str] = []
+    for axis in plan.axes:
+        topology = getattr(axis, "topology", None)
+        if topology is not None and axis.n > 1:
+            lines += ["", f"{axis.name}: {draw(topology, Layout.of(axis.n))[0]}"]
+            lines += draw(topology, Layout.of(axis.n))[1:]
+    return lines
 
 
 def tell_job(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from allfuse.base.errors import PlanError
 from allfuse.codec import Codec, Identity
-from allfuse.rule import Mean, Rule, SumRule
+from allfuse.plan.pairing import refuse_pairing
+from allfuse.rule import GatherRule, Mean, Rule
 from allfuse.sync import Bsp, Sync
 from allfuse.topology import Native, Topology
+from allfuse.topology.central import Central
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,23 +26,7 @@ class Fusion:
     codec: Codec = field(default_factory=Identity)
 
     def __post_init__(self) -> None:
-        if not self.topology.exact and not isinstance(self.rule, Mean):
-            raise PlanError(
-                f"rule={self.rule}, topology={self.topology}",
-                f"{self.topology} mixes by weights of its own, which make a mean",
-                "rule=mean",
-            )
-        if not isinstance(self.rule, SumRule):
-            raise PlanError(
-                f"rule={self.rule}, topology={self.topology}",
-                f"{self.rule} needs every peer's value at once and {self.topology} only sums",
-                "rule=mean",
-            )
-
-    @property
-    def sum_rule(self) -> SumRule:
-        assert isinstance(self.rule, SumRule)  # what __post_init__ made sure of
-        return self.rule
+        refuse_pairing(self.rule, self.topology)
 
 
 def choose(
@@ -50,5 +35,8 @@ def choose(
     """The fusion of an axis, and why its topology was taken when the plan left it open (auto)."""
     if topology is not None:
         return Fusion(rule=rule, topology=topology, sync=sync, codec=codec), None
+    if isinstance(rule, GatherRule):
+        fusion = Fusion(rule=rule, topology=Central(), sync=sync, codec=codec)
+        return fusion, f"central: {rule} needs every peer's value at once"
     fusion = Fusion(rule=rule, topology=Native(), sync=sync, codec=codec)
     return fusion, "native: the link's own all-reduce"

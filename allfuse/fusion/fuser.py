@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+import torch
 
 from allfuse.execute import plot, run, segments_of
 from allfuse.fusion.base import Fusion
 from allfuse.link.runner import Runner
+from allfuse.rule import GatherRule
 from allfuse.topology import Layout, Native
 
 if TYPE_CHECKING:
@@ -40,17 +45,25 @@ class Fuser:
         """Whether peers come closer only, and do not end equal."""
         return not self.fusion.topology.exact
 
-    def start(self, block: Tensor, operation: str, round: int = 0) -> Work:
+    def start(
+        self, block: Tensor, operation: str, round: int = 0, weights: Sequence[float] = ()
+    ) -> Work:
         """Start to sum a contiguous block over the peers, in place; or to mix it.
 
-        2 (n-1)/n of its bytes are sent by each peer with native; see each topology for its own.
+        A rule that gathers fuses it with the peers' `weights` (all alike if there are none). 2
+        (n-1)/n of its bytes are sent by each peer with native; see each topology for its own.
         """
         topology, link = self.fusion.topology, self.link
         if link.size == 1 or isinstance(topology, Native):
             return link.all_reduce(block, operation)
         mine = plot(topology, self.layout, link.rank, round, self.seed)
         segments = segments_of(topology, block.nbytes)
-        return self._runner.start(lambda: run(mine, link, block, operation, segments))
+        gather = None
+        if isinstance(rule := self.fusion.rule, GatherRule):
+            exact = torch.promote_types(block.dtype, torch.float32)
+            shares = torch.tensor(weights or [1.0] * link.size, dtype=exact, device=block.device)
+            gather = functools.partial(rule.fuse, weights=shares)
+        return self._runner.start(lambda: run(mine, link, block, operation, segments, gather))
 
     def close(self) -> None:
         """Waits for nobody."""

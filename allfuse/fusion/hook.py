@@ -13,6 +13,8 @@ from allfuse.base.errors import PlanError, UserError
 from allfuse.fusion.base import choose
 from allfuse.plan import Data, as_plan
 from allfuse.plan.plan import PlanLike
+from allfuse.rule import Mean
+from allfuse.topology import Native
 
 Hook = Callable[[object, Any], torch.futures.Future[Tensor]]
 
@@ -53,7 +55,13 @@ def comm_hook(plan: PlanLike, group: dist.ProcessGroup | None = None) -> Hook:
             f"comm_hook({str(chosen)!r})", f"the process group has {size} ranks", f"data({size})"
         )
     fusion, _ = choose(axis.rule, axis.topology, axis.sync, axis.codec)
-    rule = fusion.sum_rule
+    rule = fusion.rule
+    if not isinstance(fusion.topology, Native) or not isinstance(rule, Mean):
+        raise PlanError(
+            f"comm_hook({str(chosen)!r})",
+            "this version's hook fuses by the mean over the group's own all-reduce only",
+            f"data({size})",
+        )
 
     def fuse(state: object, bucket: Any) -> torch.futures.Future[Tensor]:
         flat = rule.prepare(bucket.buffer(), 1.0 / size)

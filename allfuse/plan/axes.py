@@ -17,6 +17,7 @@ from allfuse.base.choice import Choice
 from allfuse.base.errors import PlanError
 from allfuse.codec import CODECS, Codec, Identity
 from allfuse.plan.option import Option
+from allfuse.plan.pairing import refuse_pairing
 from allfuse.plan.parse import clip
 from allfuse.rule import RULES, Mean, Rule
 from allfuse.sync import SYNCS, Bsp, Sync
@@ -87,6 +88,7 @@ class Data(Axis):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        refuse_pairing(self.rule, self.topology)
         if self.topology is not None and not self.topology.exact:
             raise PlanError(
                 f"{self.name}({clip(repr(self.n), 20)}, topology={self.topology})",
@@ -134,6 +136,7 @@ class Site(Axis):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        refuse_pairing(self.rule, self.topology)
         every: object = self.every
         if every == "end" or (type(every) is int and every >= 1):
             return

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from allfuse.rule.base import Rule, SumRule
+from allfuse.rule.base import GatherRule, Rule, SumRule
 from allfuse.rule.mean import Mean
+from allfuse.rule.median import Median
+from allfuse.rule.trimmed import Trimmed
 
-RULES: dict[str, type[Rule]] = {"mean": Mean}
+RULES: dict[str, type[Rule]] = {"mean": Mean, "median": Median, "trimmed": Trimmed}
 
-__all__ = ["RULES", "Mean", "Rule", "SumRule"]
+__all__ = ["RULES", "GatherRule", "Mean", "Rule", "SumRule"]

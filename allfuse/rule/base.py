@@ -31,3 +31,15 @@ class SumRule(Rule):
     @abstractmethod
     def finish(self, total: Tensor, weight: float) -> Tensor:
         """The fused value from the sum and the sum of weights. Works in place on `total`."""
+
+
+@dataclass(frozen=True)
+class GatherRule(Rule):
+    """A rule that needs every peer's value of an element at once.
+
+    It travels only where a topology brings them together (`Topology.gathers`).
+    """
+
+    @abstractmethod
+    def fuse(self, values: Tensor, weights: Tensor) -> Tensor:
+        """The fused value (k,) of those of n peers: values (n, k), their weights (n,)."""

@@ -85,19 +85,20 @@ class Rounds:
             self._fusions = [WeightFusion(tensors, fuser) for fuser in fusers]
             self._held = held
         fusion = self._fusions[-1 if exact else 0]
-        fusion.fuse(self._weight(), 1.0, number)
+        fusion.fuse(self._weights(), number)
         return fusion
 
-    def _weight(self) -> float:
-        """This site's share of the samples since the last round: the sites tell each other."""
+    def _weights(self) -> list[float]:
+        """Each site's share of the samples since the last round: the sites tell each other."""
         site = self.place.site
+        alike = [1.0 / site.size] * site.size
         if self.mixes:
-            return 1.0 / site.size
+            return alike
         slots = torch.zeros(site.size, dtype=torch.float64, device=self.place.device)
         slots[site.rank] = self.samples
         site.all_reduce(slots, "exchange samples of sites").wait()
         total = float(slots.sum())
-        return self.samples / total if total else 1.0 / site.size
+        return [samples / total for samples in slots.tolist()] if total else alike
 
     @contextlib.contextmanager
     def fused_for_a_moment(self, models: Iterable[nn.Module]) -> Iterator[None]:

@@ -1,0 +1,56 @@
+"""A topology as text: who sends what to whom, phase by phase."""
+
+from __future__ import annotations
+
+from allfuse.base.units import format_bytes
+from allfuse.topology.base import Topology
+from allfuse.topology.layout import Layout
+from allfuse.topology.schedule import Phase
+
+WIDTH = 96  # characters of a line
+PHASES = 24  # that are shown
+
+
+def draw(topology: Topology, layout: Layout, payload_bytes: float | None = None) -> list[str]:
+    """A head line, and a line or more for each phase. Without a payload bytes are parts of it.
+
+    >>> from allfuse.topology.ring import Ring
+    >>> for line in draw(Ring(), Layout.of(2), 1000): print(line)
+    ring, 2 peers: 2 phases, 2 chunks; the busiest peer sends 1 kB
+      1 add   0>1 [0]  1>0 [1]
+      2 copy  0>1 [1]  1>0 [0]
+    """
+    schedule = topology.schedule(layout)
+    parts = topology.bytes_per_peer(layout, 1.0)
+    sent = f"{parts:.3g} x the payload"
+    if payload_bytes is not None:
+        sent = format_bytes(round(parts * payload_bytes))
+    hosts = len(layout.by_host)
+    where = f"{layout.size} peers" + (f" on {hosts} hosts" if hosts > 1 else "")
+    lines = [
+        f"{topology}, {where}: {_count(len(schedule.phases), 'phase')}, "
+        f"{_count(schedule.chunks, 'chunk')}; the busiest peer sends {sent}"
+    ]
+    for number, phase in enumerate(schedule.phases[:PHASES], start=1):
+        lines += _draw_phase(number, phase)
+    if len(schedule.phases) > PHASES:
+        lines.append(f"  and {len(schedule.phases) - PHASES} more phases")
+    return lines
+
+
+def _draw_phase(number: int, phase: Phase) -> list[str]:
+    """The transfers of a phase, as many to a line as fit."""
+    head = f"{number:3} {phase[0].op:<4}"
+    lines = [head]
+    for src, dst, start, stop, _, weight in phase:
+        chunks = f"[{start}]" if stop == start + 1 else f"[{start}-{stop - 1}]"
+        share = f" x {weight:.3g}" if phase[0].op == "mix" else f" {chunks}"
+        text = f"  {src}>{dst}{share}"
+        if len(lines[-1]) + len(text) > WIDTH:
+            lines.append(" " * len(head))
+        lines[-1] += text
+    return lines
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
