@@ -184,3 +184,21 @@ def test_closed_links_give_their_memory_back() -> None:
         return gather(count())
 
     assert launch_local(work, 2) == ["0", "0"]
+
+
+def test_where_one_rank_may_not_share_memory_all_take_the_process_group() -> None:
+    def work() -> list[str]:
+        if world().rank == 1:
+            os.memfd_create = _refuse
+        link = open_link()
+        block = torch.full((10,), float(link.rank))
+        link.all_reduce(block, "sum").wait()
+        assert block.eq(1).all()
+        link.close()
+        return gather(link.kind)
+
+    assert launch_local(work, 2) == ["'gloo'", "'gloo'"]
+
+
+def _refuse(*arguments: Any) -> int:
+    raise PermissionError("by design")

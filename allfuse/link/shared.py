@@ -26,6 +26,7 @@ from allfuse.link.runner import Runner
 SLOT_BYTES = 1 << 21  # what travels between two meetings: it stays in the caches
 SLOTS = 2
 ADDRESS_BYTES = 12
+NOWHERE = bytes(ADDRESS_BYTES)  # of a rank that may not share memory
 TOKEN = struct.Struct("<II")  # number of the meeting, and what it is about
 
 AVAILABLE = sys.platform == "linux" and hasattr(os, "memfd_create")
@@ -49,17 +50,19 @@ class SharedLink(GroupLink):
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
-        self.kind = "shared memory"
         self._runner = Runner(f"allfuse-shared-{self.name}")
         self._closed = threading.Event()
         operation, begin = f"form link {self.name}", time.monotonic()
         try:
-            self._room = Room(self)
+            self._room = open_room(self)
+            self.kind = "gloo" if self._room is None else "shared memory"
             self.sent_bytes = 0  # what it took to meet does not count
         except (OSError, EOFError, TimeoutError) as error:
             raise self.lost(operation, time.monotonic() - begin, error) from None
 
     def all_reduce(self, tensor: Tensor, operation: str) -> Work:
+        if self._room is None:
+            return super().all_reduce(tensor, operation)
         check_summable(tensor, operation)
         self.sent_bytes += 2 * (self.size - 1) * tensor.nbytes // self.size
         step = self.step
@@ -68,6 +71,7 @@ class SharedLink(GroupLink):
     def _sum(self, tensor: Tensor, operation: str, step: int | None) -> None:
         begin, doing = time.monotonic(), self.lookout.doing
         doing.update(operation=operation, step=step)
+        assert self._room is not None
         try:
             self._room.sum(tensor.detach().reshape(-1), operation)
         except (OSError, EOFError, TimeoutError) as error:
@@ -82,8 +86,32 @@ class SharedLink(GroupLink):
 
     def close(self) -> None:
         self._closed.set()
-        self._runner.close(self._room.close)
+        self._runner.close(self._room.close if self._room is not None else lambda: None)
         super().close()
+
+
+def open_room(link: SharedLink) -> Room | None:
+    """Where the ranks of a link meet; None, on all ranks alike, where one may not share memory."""
+    own = secrets.token_bytes(ADDRESS_BYTES)
+    handle = listener = None
+    try:
+        handle = os.memfd_create("allfuse")
+        os.ftruncate(handle, SLOTS * SLOT_BYTES)
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(_name(own))
+        listener.listen(link.size)
+    except OSError:
+        own = NOWHERE
+    try:
+        addresses = _exchange(link, own)
+        if handle is None or listener is None or NOWHERE in addresses:
+            return None
+        return Room(link, handle, listener, addresses)
+    finally:
+        if handle is not None:
+            os.close(handle)
+        if listener is not None:
+            listener.close()
 
 
 def _name(address: bytes) -> str:
@@ -91,62 +119,61 @@ def _name(address: bytes) -> str:
     return f"\0allfuse-{address.hex()}"
 
 
+def _exchange(link: SharedLink, own: bytes) -> list[bytes]:
+    """The addresses of all ranks, through the process group: it notices who is lost."""
+    table = torch.zeros(link.size, ADDRESS_BYTES, dtype=torch.uint8)
+    table[link.rank] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
+    GroupLink.all_reduce(link, table, f"form link {link.name}").wait()
+    return [bytes(row.tolist()) for row in table]
+
+
 class Room:
     """Where the ranks of a link meet: the memory of each, and a socket to each."""
 
-    def __init__(self, link: SharedLink) -> None:
+    def __init__(
+        self, link: SharedLink, handle: int, listener: socket.socket, addresses: list[bytes]
+    ) -> None:
         self.link, self.rank, self.size = link, link.rank, link.size
         self._meetings = 0
         self._slot = 0
-        handle = os.memfd_create("allfuse")
-        try:
-            os.ftruncate(handle, SLOTS * SLOT_BYTES)
-            self.peers, handles = self._find_peers(handle)
-            self.memories = [
-                torch.frombuffer(mmap.mmap(found, SLOTS * SLOT_BYTES), dtype=torch.uint8)
-                for _, found in sorted({**handles, self.rank: handle}.items())
-            ]
-        finally:
-            os.close(handle)
+        self.peers = self._find_peers(listener, addresses)
+        handles = self._swap_memories(handle)
+        self.memories = [
+            torch.frombuffer(mmap.mmap(found, SLOTS * SLOT_BYTES), dtype=torch.uint8)
+            for _, found in sorted({**handles, self.rank: handle}.items())
+        ]
         for found in handles.values():
             os.close(found)
 
-    def _find_peers(self, handle: int) -> tuple[dict[int, socket.socket], dict[int, int]]:
-        """A socket to each peer, and its memory. The higher rank of a pair calls the lower one."""
+    def _find_peers(
+        self, listener: socket.socket, addresses: list[bytes]
+    ) -> dict[int, socket.socket]:
+        """A socket to each peer. The higher rank of a pair calls the lower one."""
         peers: dict[int, socket.socket] = {}
+        deadline = time.monotonic() + self.link.timeout_s
+        for rank in range(self.rank):
+            peers[rank] = socket.socket(socket.AF_UNIX)
+            peers[rank].settimeout(SLICE_S)
+            peers[rank].connect(_name(addresses[rank]))
+            peers[rank].sendall(self.rank.to_bytes(4, "little"))
+        while len(peers) < self.size - 1:
+            peer = self._accept(listener, deadline)
+            peers[int.from_bytes(self._receive(peer, 4, deadline), "little")] = peer
+        return peers
+
+    def _swap_memories(self, handle: int) -> dict[int, int]:
+        """The memory of each peer, as a file descriptor."""
+        for peer in self.peers.values():
+            socket.send_fds(peer, [b"m"], [handle])
         handles: dict[int, int] = {}
-        with socket.socket(socket.AF_UNIX) as listener:
-            own = secrets.token_bytes(ADDRESS_BYTES)
-            listener.bind(_name(own))
-            listener.listen(self.size)
-            addresses = self._exchange(own)
-            deadline = time.monotonic() + self.link.timeout_s
-            for rank in range(self.rank):
-                peers[rank] = socket.socket(socket.AF_UNIX)
-                peers[rank].connect(_name(addresses[rank]))
-            while len(peers) < self.size - 1:
-                peer = self._accept(listener, deadline)
-                rank = int.from_bytes(self._receive(peer, 4, deadline), "little")
-                peers[rank] = peer
-        for rank in sorted(peers):
-            if rank < self.rank:
-                peers[rank].sendall(self.rank.to_bytes(4, "little"))
-            socket.send_fds(peers[rank], [b"m"], [handle])
-        for rank, peer in peers.items():
-            peer.settimeout(max(0.001, deadline - time.monotonic()))
+        for rank, peer in self.peers.items():
+            peer.settimeout(self.link.timeout_s)
             said, found, _, _ = socket.recv_fds(peer, 1, 1)
             if not said:
                 raise EOFError(f"rank {self.link.members[rank]} hung up")
             handles[rank] = found[0]
             peer.settimeout(SLICE_S)
-        return peers, handles
-
-    def _exchange(self, own: bytes) -> list[bytes]:
-        """The addresses of all ranks, through the process group: it notices who is lost."""
-        table = torch.zeros(self.size, ADDRESS_BYTES, dtype=torch.uint8)
-        table[self.rank] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
-        GroupLink.all_reduce(self.link, table, f"form link {self.link.name}").wait()
-        return [bytes(row.tolist()) for row in table]
+        return handles
 
     def _accept(self, listener: socket.socket, deadline: float) -> socket.socket:
         """The next peer; others than this user's processes are sent away."""
