@@ -332,3 +332,24 @@ def job():
         shutil.rmtree("out", ignore_errors=True)
     return replace(make(), hooks=[af.on("step", remove)])
 """
+
+
+def test_an_output_that_cannot_be_written_is_one_message() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "allfuse", "plan", "data(2)"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith("allfuse: the output cannot be written")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_topology_that_is_named_is_drawn(tmp_path: Path) -> None:
+    drawn = allfuse("plan", "site(2) * data(3, topology=ring)", cwd=tmp_path, ok=True).stdout
+    assert "data: ring, 3 peers: 4 phases, 3 chunks; the busiest peer sends 1.33 x" in drawn
+    assert "  4 copy  0>1 [0]  1>2 [1]  2>0 [2]" in drawn
+    assert "site:" not in drawn.split("rank", 1)[1]  # it names none

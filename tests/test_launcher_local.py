@@ -180,15 +180,19 @@ def test_workers_have_no_input_and_print_where_the_caller_does(
 def test_lines_stay_whole_under_an_unbuffered_python(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
-        "import time\n"
+        "from allfuse.launcher.base import current_world\n"
         "from allfuse.launcher.local import launch_local\n"
-        "class Slow:\n"
+        "class Meeting:\n"
+        "    def __init__(self, line):\n"
+        "        self.line = line\n"
         "    def __str__(self):\n"
-        "        time.sleep(0.02)  # the other rank prints meanwhile\n"
+        "        world = current_world()  # both ranks are in the middle of a line now\n"
+        "        world.board.set(f'{self.line}/{world.rank}', b'')\n"
+        "        world.board.wait(f'{self.line}/{1 - world.rank}', 60)\n"
         "        return 'word'\n"
         "def work():\n"
-        "    for _ in range(20):\n"
-        "        print('a', Slow())\n"
+        "    for line in range(20):\n"
+        "        print('a', Meeting(line))\n"
         "launch_local(work, 2)\n"
     )
     ended = subprocess.run(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -206,3 +208,10 @@ def test_arguments_that_make_no_sense_are_refused() -> None:
         with pytest.raises(PlanError):
             as_plan(f"site(4, topology={text})")
     assert str(as_plan("site(4, topology=gossip(ring))")) == "site(4, topology=gossip(graph=ring))"
+
+
+@pytest.mark.parametrize("name", ["draw", "layout", "schedule"])
+def test_the_examples_in_docstrings_are_true(name: str) -> None:
+    found = doctest.testmod(importlib.import_module(f"allfuse.topology.{name}"))
+    assert found.failed == 0
+    assert found.attempted > 0

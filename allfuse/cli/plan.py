@@ -78,8 +78,8 @@ def draw_topologies(plan: Plan) -> list[str]:
     for axis in plan.axes:
         topology = getattr(axis, "topology", None)
         if topology is not None and axis.n > 1:
-            lines += ["", f"{axis.name}: {draw(topology, Layout.of(axis.n))[0]}"]
-            lines += draw(topology, Layout.of(axis.n))[1:]
+            head, *phases = draw(topology, Layout.of(axis.n))
+            lines += ["", f"{axis.name}: {head}", *phases]
     return lines
 
 

@@ -56,7 +56,8 @@ class Fuser:
         topology, link = self.fusion.topology, self.link
         if link.size == 1 or isinstance(topology, Native):
             return link.all_reduce(block, operation)
-        mine = plot(topology, self.layout, link.rank, round, self.seed)
+        number = round if self.mixes else 0  # the others do the same in every round
+        mine = plot(topology, self.layout, link.rank, number, self.seed)
         segments = segments_of(topology, block.nbytes)
         gather = None
         if isinstance(rule := self.fusion.rule, GatherRule):

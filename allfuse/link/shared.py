@@ -65,12 +65,11 @@ class SharedLink(GroupLink):
             return super().all_reduce(tensor, operation)
         check_summable(tensor, operation)
         self.sent_bytes += 2 * (self.size - 1) * tensor.nbytes // self.size
-        step = self.step
-        return self._runner.start(lambda: self._sum(tensor, operation, step))
+        return self._runner.start(lambda: self._sum(tensor, operation))
 
-    def _sum(self, tensor: Tensor, operation: str, step: int | None) -> None:
+    def _sum(self, tensor: Tensor, operation: str) -> None:
         begin, doing = time.monotonic(), self.lookout.doing
-        doing.update(operation=operation, step=step)
+        doing.update(operation=operation, step=self.step)
         assert self._room is not None
         try:
             self._room.sum(tensor.detach().reshape(-1), operation)

@@ -16,8 +16,8 @@ class Central(Topology):
     """A parameter server in its collective form: peers are servers too, each of one slice.
 
     2 phases. With a server on every peer (the default) each sends 2 (n-1)/n of the payload, as a
-    ring does, in fewer phases and more transfers: the direct exchange of Thakur et al. 2005,
-    section 4.1. With fewer a server sends (n-1)/k of it, the others at most all of it.
+    ring does, in fewer phases and more transfers. With k servers each of them sends (n + k - 2)/k
+    of it, and the others send all of it (Li et al. 2014, the parameter server, in lock-step).
     """
 
     name: ClassVar[str] = "central"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from allfuse.base.units import format_bytes
 from allfuse.topology.base import Topology
 from allfuse.topology.layout import Layout
 from allfuse.topology.schedule import Phase
@@ -11,25 +10,22 @@ WIDTH = 96  # characters of a line
 PHASES = 24  # that are shown
 
 
-def draw(topology: Topology, layout: Layout, payload_bytes: float | None = None) -> list[str]:
-    """A head line, and a line or more for each phase. Without a payload bytes are parts of it.
+def draw(topology: Topology, layout: Layout) -> list[str]:
+    """A head line, and a line or more for each phase.
 
     >>> from allfuse.topology.ring import Ring
-    >>> for line in draw(Ring(), Layout.of(2), 1000): print(line)
-    ring, 2 peers: 2 phases, 2 chunks; the busiest peer sends 1 kB
+    >>> for line in draw(Ring(), Layout.of(2)): print(line)
+    ring, 2 peers: 2 phases, 2 chunks; the busiest peer sends 1 x the payload
       1 add   0>1 [0]  1>0 [1]
       2 copy  0>1 [1]  1>0 [0]
     """
     schedule = topology.schedule(layout)
-    parts = topology.bytes_per_peer(layout, 1.0)
-    sent = f"{parts:.3g} x the payload"
-    if payload_bytes is not None:
-        sent = format_bytes(round(parts * payload_bytes))
+    sent = topology.bytes_per_peer(layout, 1.0)
     hosts = len(layout.by_host)
     where = f"{layout.size} peers" + (f" on {hosts} hosts" if hosts > 1 else "")
     lines = [
         f"{topology}, {where}: {_count(len(schedule.phases), 'phase')}, "
-        f"{_count(schedule.chunks, 'chunk')}; the busiest peer sends {sent}"
+        f"{_count(schedule.chunks, 'chunk')}; the busiest peer sends {sent:.3g} x the payload"
     ]
     for number, phase in enumerate(schedule.phases[:PHASES], start=1):
         lines += _draw_phase(number, phase)

@@ -22,11 +22,11 @@ class Gossip(Topology):
     """One phase: a peer's value becomes the mean of its own and those that it hears.
 
     The mean over all peers stays what it was; the distance from it shrinks by the second largest
-    singular value of the mixing matrix in each round (Boyd et al. 2006, theorem 3). Graphs:
+    singular value of the mixing matrix in each round (Xiao and Boyd 2004). Graphs:
 
     ring: both neighbours. exponential: the peers at distances 1, 2, 4, ... one_peer: one of those
-    in turn, exact after log2 n rounds for n a power of two (Ying et al. 2021, arXiv:2110.13363,
-    theorem 2). matching: pairs drawn at random in each round. full: everybody.
+    in turn, exact after log2 n rounds for n a power of two (Ying et al. 2021,
+    arXiv:2110.13363). matching: pairs drawn at random in each round. full: everybody.
     """
 
     name: ClassVar[str] = "gossip"

@@ -15,9 +15,9 @@ class Halving(Topology):
     """Few phases and few bytes: partners at half the distance exchange half the block each time.
 
     For n a power of two, 2 log2 n phases and 2 (n-1)/n of the payload sent by each peer
-    (Rabenseifner 2004; Thakur et al. 2005, section 4.5). Else each peer beyond the largest power of
-    two p first hands its value to a partner and at last receives the result: 2 phases more, in
-    which the partner sends the payload once more.
+    (Rabenseifner 2004; Thakur, Rabenseifner and Gropp 2005). Else each peer beyond the largest
+    power of two p first hands its value to a partner and at last receives the result: 2 phases
+    more, in which the partner sends the payload once more.
     """
 
     name: ClassVar[str] = "halving"

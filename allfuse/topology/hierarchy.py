@@ -18,8 +18,8 @@ class Hierarchy(Topology):
     With m peers on the smallest of h hosts, m of each host's peers fuse a slice of the block each:
     they take it from the others of their host, fuse it in a ring with their like on the other
     hosts, and hand it out. A host sends 2 (h-1)/h of the payload to others, where a ring through
-    all n peers sends 2 (n-1)/n of it, and h * m times as much if neighbours sit on other hosts.
-    Two levels, as in Jia et al. 2018 (arXiv:1807.11205), section 3.2.
+    all n peers sends 2 (n-1)/n of it, and m times that if all neighbours sit on other hosts.
+    Levels as in Jia et al. 2018 (arXiv:1807.11205).
     """
 
     name: ClassVar[str] = "hierarchy"

@@ -16,7 +16,7 @@ class Native(Topology):
     """Hands the whole fusion to the link's own all-reduce (shared memory, gloo, NCCL).
 
     What it declares is a ring's: these move as few bytes between peers, 2 (n-1)/n of the payload
-    (Patarasuk and Yuan 2009, section 4).
+    (Patarasuk and Yuan 2009).
     """
 
     name: ClassVar[str] = "native"

@@ -14,8 +14,8 @@ from allfuse.topology.schedule import Op, Phase, Schedule, Transfer
 class Ring(Topology):
     """Each peer talks to its two neighbours only, and sends as little as any exact fusion can.
 
-    2 (n-1) phases, 2 (n-1)/n of the payload sent by each peer (Patarasuk and Yuan 2009, sections
-    3 and 4). Neighbours are taken host by host, so that each host has one stream out and one in.
+    2 (n-1) phases, 2 (n-1)/n of the payload sent by each peer (Patarasuk and Yuan 2009). Neighbours
+    are taken host by host, so that each host has one stream out and one in.
     """
 
     name: ClassVar[str] = "ring"

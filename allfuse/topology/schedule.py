@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
-Op: TypeAlias = Literal["copy", "add", "mix", "collect"]
-"""What a receiver does with what arrives: take it instead of its own, add it to its own, take the
-weighted mean of both, or keep it beside its own until it has that of every peer."""
+Op: TypeAlias = Literal["copy", "add", "mix"]
+"""What a receiver does with what arrives: take it instead of its own, add it to its own, or take
+the weighted mean of both. Under a rule that gathers, what would be added is kept until all is
+there."""
 
 
 class Transfer(NamedTuple):
@@ -51,7 +52,7 @@ class Schedule:
     """The phases in which `peers` fuse a block that is cut into so many equal chunks.
 
     >>> Schedule(2, 1, ((Transfer(1, 0, 0, 1, "add"),),)).bytes_sent(100)
-    [0, 100]
+    [0.0, 100.0]
     """
 
     peers: int
@@ -75,8 +76,3 @@ class Schedule:
             for transfer in phase:
                 sent[transfer.src] += (transfer.stop - transfer.start) * payload_bytes / self.chunks
         return sent
-
-
-def owners(count: int, chunks: int) -> list[tuple[int, int]]:
-    """The chunks that each of `count` parts holds when they are dealt out evenly."""
-    return [(chunks * part // count, chunks * (part + 1) // count) for part in range(count)]

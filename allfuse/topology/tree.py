@@ -22,7 +22,7 @@ class Tree(Topology):
     2 ceil(log2 n) phases: the fewest there can be. binomial: the root sends the payload
     ceil(log2 n) times. double: a peer inside one tree is a leaf of the other, so that all links are
     busy in both directions and a peer sends the payload twice at most (Sanders, Speck and Träff
-    2009, section 3, in the shape that NCCL gives it).
+    2009, in the shape that NCCL gives it).
     """
 
     name: ClassVar[str] = "tree"
