@@ -8,8 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from allfuse.base.keys import mix
 from allfuse.split.data import Permutation
-from allfuse.split.data.keys import mix
 
 
 def whole(size: int, seed: int = 0, epoch: int = 0) -> np.ndarray:

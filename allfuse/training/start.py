@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from allfuse.base.errors import JobError
+from allfuse.base.keys import mix
 from allfuse.split.data.generators import seed_generators
-from allfuse.split.data.keys import mix
 
 if TYPE_CHECKING:
     from allfuse.link import Link

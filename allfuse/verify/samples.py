@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from allfuse.base.errors import DataError
+from allfuse.base.keys import mix
 from allfuse.base.tensors import share
 from allfuse.job import Job
 from allfuse.split.data import Source, Stream, as_source, plan_batches
-from allfuse.split.data.keys import mix
 
 T = TypeVar("T")
 

@@ -12,9 +12,9 @@ import torch
 from torch.utils.data import BatchSampler
 
 from allfuse.base.errors import DataError
+from allfuse.base.keys import mix
 from allfuse.split.data.base import Source
 from allfuse.split.data.generators import KeyedStream
-from allfuse.split.data.keys import mix
 from allfuse.split.data.permutation import Indices, Permutation
 
 _AHEAD = 16_384  # indices computed at once: 0.4 ms and 128 KiB

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from allfuse.base.errors import DataError
+from allfuse.base.keys import mix
 from allfuse.base.tensors import share
 from allfuse.split.data.generators import KeyedStream
-from allfuse.split.data.keys import mix
 from allfuse.split.data.portion import Portion, pin
 from allfuse.split.data.stream import Stream
 

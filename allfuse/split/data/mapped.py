@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from allfuse.base.errors import DataError
+from allfuse.base.keys import mix
 from allfuse.split.data.base import Collate, Settings, Source
 from allfuse.split.data.collate import collate_samples
 from allfuse.split.data.generators import Keyed, isolated, seed_generators
-from allfuse.split.data.keys import mix
 from allfuse.split.data.permutation import Indices
 
 

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from allfuse.split.data.keys import mix
+from allfuse.base.keys import mix
 
 Indices: TypeAlias = NDArray[np.int64]
 Words: TypeAlias = NDArray[np.uint32]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from allfuse.base.keys import mix
 from allfuse.split.data.base import Collate, Settings
 from allfuse.split.data.collate import collate_samples
 from allfuse.split.data.generators import KeyedStream, isolated
-from allfuse.split.data.keys import mix
 
 
 class Stream:
