@@ -1,18 +1,23 @@
 #!/bin/bash
-# Several emulated hosts on one machine, each a network namespace whose sending is limited.
+# Several emulated hosts on one machine: network namespaces on a bridge, each behind a cable that is
+# limited in both directions.
 #
 #   benchmarks/netlab.sh up HOSTS RATE     make them; RATE as tc writes it, such as 100mbit or 1gbit
 #   benchmarks/netlab.sh run HOST COMMAND  run a command on host 0, 1, ...
 #   benchmarks/netlab.sh down              remove them, and all that this script made
 #
-# Host i is 10.83.0.(i+1) with the interface eth0; this machine is 10.83.0.254. Only the rate is
-# limited: no latency is added. Needs root and iproute2 (`ip` and `tc`). `up` that fails halfway
-# leaves nothing behind.
+# Host i is 10.83.0.(i+1) with the interface eth0, and its name stands for that address there; this
+# machine is 10.83.0.254. Only the rate is limited: no latency is added. Needs root and iproute2
+# (`ip` and `tc`). `up` that fails or is broken off leaves nothing behind.
 set -Eeuo pipefail
 
 PREFIX=afnet
 BRIDGE=afnet-bridge
 NETWORK=10.83.0
+FILES=/etc/netns  # where `ip netns exec` looks for a host's own /etc/hosts
+# What may go at once after a pause: small, so that small messages take their time too.
+# The queue holds more than senders put on the way, so that nothing is dropped.
+LIMIT="burst 4kb latency 800ms"
 
 refuse() {
     echo "netlab: $1" >&2
@@ -39,7 +44,9 @@ down() {
     done
     for host in $(hosts); do
         ip netns delete "$host"
+        rm -rf "${FILES:?}/$host"
     done
+    if [ -d "$FILES" ]; then rmdir --ignore-fail-on-non-empty "$FILES"; fi
     ip link delete "$BRIDGE" 2> /dev/null || true
 }
 
@@ -51,7 +58,12 @@ add_host() {
     ip -n "$host" address add "$NETWORK.$(($1 + 1))/24" dev eth0
     ip -n "$host" link set lo up
     ip -n "$host" link set eth0 up
-    ip netns exec "$host" tc qdisc add dev eth0 root tbf rate "$rate" burst 128kb latency 100ms
+    # shellcheck disable=SC2086  # words of their own
+    ip netns exec "$host" tc qdisc add dev eth0 root tbf rate "$rate" $LIMIT
+    # shellcheck disable=SC2086
+    tc qdisc add dev "$cable" root tbf rate "$rate" $LIMIT
+    mkdir -p "$FILES/$host"
+    printf '127.0.0.1 localhost\n%s %s\n' "$NETWORK.$(($1 + 1))" "$(uname -n)" > "$FILES/$host/hosts"
 }
 
 up() {
@@ -61,14 +73,15 @@ up() {
     [[ "$rate" =~ ^[0-9.]+[kmgt]?(bit|bps)$ ]] ||
         refuse "RATE: received '$rate'; allowed: a rate such as 100mbit"
     [ -z "$(hosts)" ] || refuse "there are hosts already; next: $0 down"
-    trap 'echo "netlab: could not be set up; what was made is removed" >&2; down' ERR
+    trap 'trap - ERR; echo "netlab: could not be set up; what was made is removed" >&2; down; exit 1' \
+        ERR INT TERM HUP
     ip link add "$BRIDGE" type bridge
     ip address add "$NETWORK.254/24" dev "$BRIDGE"
     ip link set "$BRIDGE" up
     for ((number = 0; number < count; number++)); do
         add_host "$number" "$rate"
     done
-    trap - ERR
+    trap - ERR INT TERM HUP
     echo "$count hosts at $rate: $NETWORK.1 to $NETWORK.$count; run on the first: $0 run 0 COMMAND"
 }
 
