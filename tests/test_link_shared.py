@@ -16,7 +16,8 @@ from allfuse.base.errors import AllfuseError, BadMessage, PeerLost, WorkerFailed
 from allfuse.launcher.base import World, current_world
 from allfuse.launcher.local import launch_local
 from allfuse.link import shared
-from allfuse.link.shared import SLOT_BYTES, SharedLink
+from allfuse.link.meeting import SLOT_BYTES
+from allfuse.link.shared import SharedLink
 
 pytestmark = pytest.mark.skipif(not shared.AVAILABLE, reason="no shared memory without names here")
 
