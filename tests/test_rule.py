@@ -15,6 +15,7 @@ from allfuse.fusion.weights import WeightFusion
 from allfuse.launcher.thread import launch_threads
 from allfuse.plan import as_plan
 from allfuse.rule import RULES, GatherRule, Mean, Rule
+from allfuse.rule.clipped import Clipped
 from allfuse.rule.median import Median
 from allfuse.rule.trimmed import Trimmed
 from allfuse.topology.central import Central
@@ -111,7 +112,12 @@ def test_between_peers_it_is_the_same_and_all_end_equal(
         torch.testing.assert_close(result, expected)
 
 
-@pytest.mark.parametrize("rule", [rule() for rule in RULES.values()], ids=str)
+def variants() -> list[Rule]:
+    """Every rule of the table."""
+    return [rule(1.0) if rule is Clipped else rule() for rule in RULES.values()]
+
+
+@pytest.mark.parametrize("rule", [r for r in variants() if r.fuses_weights], ids=str)
 def test_rules_that_gather_travel_only_where_values_meet(rule: Rule) -> None:
     chosen, why = choose(rule, None, Fusion().sync, Fusion().codec)
     assert why is not None
@@ -123,10 +129,14 @@ def test_rules_that_gather_travel_only_where_values_meet(rule: Rule) -> None:
         else:
             with pytest.raises(PlanError, match="topology=central"):
                 as_plan(text)
-    plan = as_plan(f"data(3, rule={rule})")
-    if not isinstance(rule, Mean):
-        with pytest.raises(PlanError, match=r"site\(3, rule="):
-            plan.validate_executable()
+    as_plan(f"data(3, rule={rule})").validate_executable()
+
+
+@pytest.mark.parametrize("rule", [r for r in variants() if not r.fuses_weights], ids=str)
+def test_rules_for_gradients_alone_are_refused_for_weights(rule: Rule) -> None:
+    as_plan(f"data(3, rule={rule})").validate_executable()
+    with pytest.raises(PlanError, match=r"data\(3, rule="):
+        as_plan(f"site(3, rule={rule})")
 
 
 def test_cuts_that_leave_nothing_are_refused() -> None:

@@ -63,7 +63,7 @@ def play(schedule: Schedule, values: np.ndarray) -> np.ndarray:
         mixed = [held[peer] * own[peer] for peer in range(schedule.peers)]
         for src, dst, start, stop, op, weight in phase:
             arrived = before[src, start:stop]
-            if op == "add":
+            if op in ("add", "collect"):
                 held[dst, start:stop] += arrived
             elif op == "copy":
                 held[dst, start:stop] = arrived
@@ -104,7 +104,7 @@ def test_no_peer_overwrites_what_it_sends_in_the_same_phase(topology: Topology) 
                 assert 0 <= mine.start < mine.stop <= topology.schedule(layout).chunks
                 for other in phase:
                     overlaps = other.start < mine.stop and mine.start < other.stop
-                    assert other.op == "mix" or other.dst != mine.src or not overlaps
+                    assert other.op in ("mix", "collect") or other.dst != mine.src or not overlaps
 
 
 @pytest.mark.parametrize("topology", ALL, ids=str)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
-from allfuse.codec.base import Codec
+from allfuse.codec.base import Codec, Error, Shapes
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,10 @@ class Identity(Codec):
     """No encoding: exact, all bytes."""
 
     name: ClassVar[str] = "identity"
-    lossless: ClassVar[bool] = True
 
-    def encoded_bytes(self, elements: int, element_bytes: int) -> int:
-        return elements * element_bytes
+    @property
+    def error(self) -> Error:
+        return "exact"
+
+    def payload_bytes(self, shapes: Shapes, element_bytes: int) -> int:
+        return sum(map(prod, shapes)) * element_bytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from allfuse.codec import Codec, Identity
+from allfuse.codec import Codec, Identity, MessageCodec
 from allfuse.plan.pairing import refuse_pairing
 from allfuse.rule import GatherRule, Mean, Rule
 from allfuse.sync import Bsp, Sync
@@ -26,7 +26,7 @@ class Fusion:
     codec: Codec = field(default_factory=Identity)
 
     def __post_init__(self) -> None:
-        refuse_pairing(self.rule, self.topology)
+        refuse_pairing(self.rule, self.topology, self.codec)
 
 
 def choose(
@@ -38,5 +38,8 @@ def choose(
     if isinstance(rule, GatherRule):
         fusion = Fusion(rule=rule, topology=Central(), sync=sync, codec=codec)
         return fusion, f"central: {rule} needs every peer's value at once"
+    if isinstance(codec, MessageCodec):
+        fusion = Fusion(rule=rule, topology=Central(), sync=sync, codec=codec)
+        return fusion, f"central: sums of {codec} are encoded again at one place only"
     fusion = Fusion(rule=rule, topology=Native(), sync=sync, codec=codec)
     return fusion, "native: the link's own all-reduce"

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from allfuse.execute import plot, run, segments_of
+from allfuse.base.keys import mix
+from allfuse.codec import MessageCodec, SumCodec
+from allfuse.codec.base import Shapes
+from allfuse.codec.memory import Memory
+from allfuse.execute import Encoding, Gather, Plot, plot, run, segments_of
 from allfuse.fusion.base import Fusion
 from allfuse.link.runner import Runner
 from allfuse.rule import GatherRule
-from allfuse.topology import Layout, Native
+from allfuse.topology import Layout, Native, Topology
+from allfuse.topology.exchange import Exchange
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,12 +30,12 @@ class Fuser:
     """A fusion on the link of its axis.
 
     Blocks are fused in the order in which they are started, which is the same on all peers. The
-    link's own all-reduce runs wherever the link runs it; a schedule runs in a thread beside the
+    link's own all-reduce runs wherever the link runs it; all else runs in a thread beside the
     caller, who alone must not use the link meanwhile.
 
     Args:
         layout: which peers share a host; None is one host for all.
-        seed: of topologies that draw (gossip in random pairs).
+        seed: of topologies and codecs that draw (gossip in random pairs, random places).
     """
 
     def __init__(
@@ -45,27 +51,146 @@ class Fuser:
         """Whether peers come closer only, and do not end equal."""
         return not self.fusion.topology.exact
 
+    @property
+    def needs_own_link(self) -> bool:
+        """Whether it works beside the caller, who must leave the link to it."""
+        return not isinstance(self.fusion.topology, Native) or not self.fusion.codec.lossless
+
+    def memory(
+        self, shapes: Shapes, dtype: torch.dtype, device: torch.device | str
+    ) -> Memory | None:
+        """What is kept of a block of tensors of these shapes from round to round.
+
+        None where nothing is lost. Its residual has the size of the block.
+        """
+        if self.link.size == 1 or self.fusion.codec.lossless:
+            return None
+        return Memory(shapes, dtype, torch.device(device))
+
     def start(
-        self, block: Tensor, operation: str, round: int = 0, weights: Sequence[float] = ()
+        self,
+        block: Tensor,
+        operation: str,
+        *,
+        round: int = 0,
+        weights: Sequence[float] = (),
+        memory: Memory | None = None,
+        tail: int = 0,
     ) -> Work:
         """Start to sum a contiguous block over the peers, in place; or to mix it.
 
-        A rule that gathers fuses it with the peers' `weights` (all alike if there are none). 2
-        (n-1)/n of its bytes are sent by each peer with native; see each topology for its own.
+        A rule that gathers fuses it with the peers' `weights` (all alike if there are none). With a
+        `memory` it is encoded, and what that loses is kept there. The last `tail` elements are
+        summed as they are whatever the rule and the codec. 2 (n-1)/n of its bytes are sent by each
+        peer with native; see each topology for its own, and each codec for what stands for them.
         """
         topology, link = self.fusion.topology, self.link
-        if link.size == 1 or isinstance(topology, Native):
+        if link.size == 1 or (isinstance(topology, Native) and memory is None):
             return link.all_reduce(block, operation)
-        number = round if self.mixes else 0  # the others do the same in every round
-        mine = plot(topology, self.layout, link.rank, number, self.seed)
+        if memory is None:
+            gather = self._gather(block, weights)
+            return self._runner.start(
+                lambda: self._run(topology, block, operation, round, gather=gather, tail=tail)
+            )
+        encode = self._send_sums if isinstance(self.fusion.codec, SumCodec) else self._send_messages
+        seed = mix(self.seed, round, zlib.crc32(operation.encode()))
+        return self._runner.start(
+            lambda: _with_feedback(
+                block, memory, tail, lambda values: encode(values, operation, memory, tail, seed)
+            )
+        )
+
+    def _gather(self, block: Tensor, weights: Sequence[float]) -> Gather | None:
+        """How the values of all peers become one, where a rule needs them all."""
+        rule = self.fusion.rule
+        if not isinstance(rule, GatherRule):
+            return None
+        exact = torch.promote_types(block.dtype, torch.float32)
+        told = weights or [1.0] * self.link.size
+        return functools.partial(
+            rule.fuse, weights=torch.tensor(told, dtype=exact, device=block.device)
+        )
+
+    def _run(
+        self,
+        topology: Topology,
+        block: Tensor,
+        operation: str,
+        round: int = 0,
+        *,
+        gather: Gather | None = None,
+        encoding: Encoding | None = None,
+        tail: int = 0,
+    ) -> None:
+        mine = self._plot(topology, round)
         segments = segments_of(topology, block.nbytes)
-        gather = None
-        if isinstance(rule := self.fusion.rule, GatherRule):
-            exact = torch.promote_types(block.dtype, torch.float32)
-            shares = torch.tensor(weights or [1.0] * link.size, dtype=exact, device=block.device)
-            gather = functools.partial(rule.fuse, weights=shares)
-        return self._runner.start(lambda: run(mine, link, block, operation, segments, gather))
+        run(
+            mine,
+            self.link,
+            block,
+            operation,
+            segments,
+            gather=gather,
+            encoding=encoding,
+            tail=tail,
+        )
+
+    def _plot(self, topology: Topology, round: int) -> Plot:
+        number = 0 if topology.exact else round  # the others do the same in every round
+        return plot(topology, self.layout, self.link.rank, number, self.seed)
+
+    def _send_messages(
+        self, values: Tensor, operation: str, memory: Memory, tail: int, seed: int
+    ) -> None:
+        """Values travel as messages; sums are encoded again, or all messages go to all peers,
+        whichever sends fewer bytes (one encoding loses less, so that is taken at a tie)."""
+        codec, topology = self.fusion.codec, self.fusion.topology
+        assert isinstance(codec, MessageCodec)
+        everywhere = Exchange()
+        if everywhere.bytes_per_peer(self.layout, 1) <= topology.bytes_per_peer(self.layout, 1):
+            topology = everywhere
+        encoding = Encoding(codec=codec, error=memory.residual, seed=seed)
+        self._run(topology, values, operation, encoding=encoding, tail=tail)
+
+    def _send_sums(
+        self, values: Tensor, operation: str, memory: Memory, tail: int, seed: int
+    ) -> None:
+        """What the codec's program yields is summed; the tail goes with its first sum."""
+        codec = self.fusion.codec
+        assert isinstance(codec, SumCodec)
+        own, last = values.split([len(values) - tail, tail])
+        for summed in codec.rounds(own, memory.residual, memory, seed):
+            if len(last):
+                together = torch.cat([summed, last])
+                self._sum(together, operation)
+                summed.copy_(together[: len(summed)])
+                last.copy_(together[len(summed) :])
+                last = last[:0]
+            else:
+                self._sum(summed, operation)
+
+    def _sum(self, block: Tensor, operation: str) -> None:
+        if isinstance(self.fusion.topology, Native):
+            self.link.all_reduce(block, operation).wait()
+        else:
+            self._run(self.fusion.topology, block, operation)
 
     def close(self) -> None:
         """Waits for nobody."""
         self._runner.close()
+
+
+def _with_feedback(
+    block: Tensor, memory: Memory, tail: int, send: Callable[[Tensor], None]
+) -> None:
+    """Send a block together with what is left from the rounds before.
+
+    `send(values)` makes values and tail what they are for all peers, and adds what it loses to the
+    residual, which is empty by then. In float32 or wider.
+    """
+    values = block if block.dtype == memory.residual.dtype else block.to(memory.residual.dtype)
+    values[: len(values) - tail] += memory.residual
+    memory.residual.zero_()
+    send(values)
+    if values is not block:
+        block.copy_(values)

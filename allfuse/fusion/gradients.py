@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from ctypes import c_float
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,131 +13,24 @@ from torch.nn import Parameter
 
 from allfuse.base.errors import UserError
 from allfuse.base.tensors import split_buckets
-from allfuse.base.torch_private import foreach_copy, storage_users
+from allfuse.codec.memory import Memory, capture_all, restore_all
+from allfuse.fusion.bucket import Bucket
 from allfuse.fusion.fuser import Fuser
-from allfuse.link import Work
+from allfuse.rule import Mean, SumRule
 
 BUCKET_BYTES = 25_000_000
 FIRST_BUCKET_BYTES = 1_000_000  # small, so that the first transfer starts early
-SMALL_BYTES = 32_000  # gradients below are copied together: one call costs more than the bytes
 NUMBERS = 4  # that a rank may tell its peers with the first bucket
 
 
-class Bucket:
-    """Gradients of some parameters end to end in one flat tensor, then one flag for each.
-
-    A flag is 1 where this rank has a gradient. Summed, it says whether any rank has one, as one
-    process would: a parameter that nobody used keeps `grad=None`, so its optimizer skips it.
-
-    After the flags there may be words: numbers that ranks tell each other (see `carry`).
-    """
-
-    def __init__(
-        self, number: int, names: list[str], parameters: list[Parameter], words: int = 0
-    ) -> None:
-        self.names, self.parameters, self._words = names, parameters, words
-        self.operation = f"fuse gradients, bucket {number}"
-        self.missing = len(parameters)
-        self.large = [parameter.nbytes >= SMALL_BYTES for parameter in parameters]
-        self.work: Work | None = None
-        self._small = [place for place, is_large in enumerate(self.large) if not is_large]
-        self._has_all = True
-        self._begun = False  # whether a gradient of this step is in
-        self._allocate()
-
-    def _allocate(self) -> None:
-        counts = [parameter.numel() for parameter in self.parameters]
-        first = self.parameters[0]
-        sizes = [*counts, len(counts), self._words]
-        flat = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
-        *pieces, self.flags, self.words = flat.split(sizes)
-        self.flat = flat
-        self.views = [
-            piece.as_strided(parameter.shape, torch.empty_like(parameter, device="meta").stride())
-            for piece, parameter in zip(pieces, self.parameters, strict=True)
-        ]  # with the strides of the parameters, as autograd makes gradients
-        del pieces  # what is left is held by this bucket alone
-        self._holders, self._users = _count_holders(list(self.views)), storage_users(flat)
-
-    def _is_kept(self) -> bool:
-        """Whether a script still holds gradients that live here and would be written over."""
-        stale = [
-            view
-            for view, parameter in zip(self.views, self.parameters, strict=True)
-            if parameter.grad is not view
-        ]
-        return bool(stale) and (
-            _count_holders(stale) > self._holders or storage_users(self.flat) > self._users
-        )
-
-    def take(self, places: Sequence[int]) -> None:
-        """Copy gradients in: large ones each as soon as it is final, while still in the cache.
-
-        What a script keeps of the step before stays as it is. A gradient that is its view already
-        (after zero_grad(set_to_none=False), or taken before) stays too.
-        """
-        if not self._begun:
-            self._begun = True
-            if self._is_kept():
-                self._allocate()
-        views: list[Tensor] = []
-        gradients: list[Tensor] = []
-        for place in places:
-            parameter, view = self.parameters[place], self.views[place]
-            gradient = parameter.grad
-            if gradient is view:
-                continue
-            if gradient is None:
-                view.zero_()
-                self._has_all = False
-                continue
-            if gradient.layout != torch.strided:
-                raise UserError(
-                    f"the gradient of {self.names[place]} is sparse; allowed: dense gradients; "
-                    "next: build the embedding with sparse=False"
-                )
-            views.append(view)
-            gradients.append(gradient.detach() if gradient.requires_grad else gradient)
-            parameter.grad = view  # frees what autograd made, for the layers that still come
-        if views:
-            foreach_copy(views, gradients)
-
-    def fill(self) -> None:
-        """Take what is not taken yet, and say where there are gradients."""
-        if self.missing:  # some were never said to be final, small or large
-            self.take(range(len(self.parameters)))
-        elif self._small:
-            self.take(self._small)
-        if self._has_all:
-            self.flags.fill_(1)
-        else:
-            has = [float(parameter.grad is not None) for parameter in self.parameters]
-            self.flags.copy_(torch.tensor(has))
-
-    def hand_out(self) -> None:
-        """Make each `grad` a view into the sums; None where no rank had one."""
-        used = None if self._has_all else self.flags.tolist()
-        for place, parameter in enumerate(self.parameters):
-            fused = self.views[place] if used is None or used[place] else None
-            if parameter.grad is not fused:
-                parameter.grad = fused
-        self.reset()
-
-    def reset(self) -> None:
-        self.work, self.missing = None, len(self.parameters)
-        self._begun, self._has_all = False, True
-
-
-def _count_holders(views: list[Tensor]) -> int:
-    """The most that one of them is referred to."""
-    return max(map(sys.getrefcount, views))
-
-
 class GradientFusion:
-    """Sums the gradients of some parameters over the peers of a replica axis.
+    """Fuses the gradients of some parameters over the peers of a replica axis.
 
     Each peer's gradients must carry its weight already: the loss that is differentiated is the
     peer's sum of losses over the count of the whole batch. The weighted mean is then a plain sum.
+    Other rules make of it the mean over the peer's own count first (see `weigh`).
+
+    A codec that loses something has a memory for each bucket, which is the state of training.
 
     Phases of one step, for a payload of B bytes on n peers:
       1. `final(i)`: parameter i is final and is copied into its bucket's flat tensor (B read and
@@ -145,8 +38,8 @@ class GradientFusion:
          bucket is started, always in the order of the buckets.
          Overlaps with backward. 2 (n-1)/n B bytes sent for each peer with native.
       2. `finish()`: starts what is left (unused parameters count as zero), waits, and makes each
-         `grad` a view into the sums. Nothing is copied back. A `grad` that a script keeps beyond
-         the step keeps its values: its bucket then moves to other memory.
+         `grad` a view into what comes out. Nothing is copied back. A `grad` that a script keeps
+         beyond the step keeps its values: its bucket then moves to other memory.
 
     The first bucket also carries a few numbers of each rank, which saves a transfer of their own:
     on a busy host a small one costs about 0.3 ms of processor time.
@@ -172,8 +65,21 @@ class GradientFusion:
         self._started = 0
         self._own: Sequence[float] | None = None
         self._is_final = [False] * len(self.parameters)
-        if self.link.size > 1:
+        self._scale, self._weights = 1.0, [1.0] * self.link.size
+        self._shrink = 1.0
+        self.rounds = 0
+        if self.link.size > 1 or not self.is_mean:
             self._build(bucket_bytes, first_bucket_bytes)
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether the gradient of the whole batch comes out, to rounding or with feedback."""
+        return isinstance(self.fuser.fusion.rule, Mean)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether gradients may come in any scale: nothing is lost or kept from step to step."""
+        return self.is_mean and self.fuser.fusion.codec.lossless
 
     def _build(self, bucket_bytes: int, first_bucket_bytes: int) -> None:
         # Reversed: gradients become final from the last layer to the first.
@@ -193,7 +99,10 @@ class GradientFusion:
                 names = [self.names[index] for index in members]
                 parameters = [self.parameters[index] for index in members]
                 words = 0 if self.buckets else self._count_words(parameters[0])
-                bucket = Bucket(len(self.buckets), names, parameters, words)
+                first = parameters[0]
+                shapes = [tuple(parameter.shape) for parameter in parameters]
+                memory = self.fuser.memory(shapes, first.dtype, first.device)
+                bucket = Bucket(len(self.buckets), names, parameters, words, memory)
                 self.buckets.append(bucket)
                 for place, index in enumerate(members):
                     self._home[index] = (bucket, place)
@@ -260,6 +169,8 @@ class GradientFusion:
         if bucket.large[place]:
             bucket.take((place,))
         bucket.missing -= 1
+        if self._waits_for_all:
+            return
         while self._started < len(self.buckets) and not self.buckets[self._started].missing:
             self._start()
 
@@ -268,23 +179,73 @@ class GradientFusion:
         bucket = self.buckets[self._started]
         if fill:
             bucket.fill()
+            self._prepare(bucket)
         if self._started == 0 and self.carries:
             self._write_words(bucket.words)
-        bucket.work = self.fuser.start(bucket.flat, bucket.operation)
+        bucket.work = self.fuser.start(
+            bucket.flat,
+            bucket.operation,
+            round=self.rounds,
+            weights=self._weights,
+            memory=bucket.memory,
+            tail=bucket.tail,
+        )
         self._started += 1
 
+    def weigh(self, reference: float, count: float, weights: Sequence[float]) -> None:
+        """Before the last backward pass of a step, for rules other than the mean.
+
+        Args:
+            reference: what the gradients of this peer were divided by.
+            count: what its own mean is over; 0 where it has no samples.
+            weights: of all peers: their samples.
+        """
+        self._scale = reference / count if count else 0.0
+        self._weights = list(weights)
+
+    @property
+    def _waits_for_all(self) -> bool:
+        rule = self.fuser.fusion.rule
+        return isinstance(rule, SumRule) and rule.needs_norm
+
+    def _prepare(self, bucket: Bucket) -> None:
+        """Make of a peer's part of the mean what its rule fuses."""
+        rule = self.fuser.fusion.rule
+        if self.is_mean:
+            return
+        bucket.values.mul_(self._scale * self._shrink)
+        if isinstance(rule, SumRule):
+            rule.prepare(bucket.values, self._weights[self.link.rank])
+
+    def _measure(self) -> None:
+        """How much a rule shortens this peer's whole gradient."""
+        rule = self.fuser.fusion.rule
+        assert isinstance(rule, SumRule)
+        for bucket in self.buckets:
+            bucket.fill()
+        norms = torch.stack([bucket.values.norm().double() for bucket in self.buckets])
+        self._shrink = rule.shrink(float(norms.norm()) * self._scale)
+
     def _start_rest(self, fill: bool = True) -> None:
+        if fill and self._started == 0 and self._waits_for_all and self.buckets:
+            self._measure()
         while self._started < len(self.buckets):
             self._start(fill)
 
     def finish(self) -> None:
-        """Wait for all sums. After it each `grad` holds the sum over the peers."""
+        """Wait for all. After it each `grad` holds what the rule makes of those of the peers."""
         self._start_rest()
         for bucket in self.buckets:
             assert bucket.work is not None
             bucket.work.wait()
+            self._conclude(bucket)
             bucket.hand_out()
         self._rest()
+
+    def _conclude(self, bucket: Bucket) -> None:
+        rule = self.fuser.fusion.rule
+        if isinstance(rule, SumRule) and not self.is_mean:
+            rule.finish(bucket.values, sum(self._weights))
 
     def forget(self) -> None:
         """Drop a step that was begun and will not be finished, and its gradients.
@@ -297,10 +258,29 @@ class GradientFusion:
             assert bucket.work is not None
             bucket.work.wait()
             bucket.reset()
+            if bucket.memory is not None:
+                bucket.memory.heal()
         self._rest()
         for parameter in self.parameters:
             parameter.grad = None
 
+    @property
+    def _memories(self) -> list[tuple[list[str], Memory]]:
+        return [(each.names, each.memory) for each in self.buckets if each.memory is not None]
+
+    def capture(self) -> dict[str, Any] | None:
+        """What codecs keep, by the names of parameters: live tensors. None where nothing is."""
+        if not self._memories:
+            return None
+        return {"rounds": self.rounds, **capture_all(self._memories)}
+
+    def restore(self, state: Mapping[str, Any] | None) -> None:
+        """Take back what fits: parameters that are new have no past."""
+        if state is not None:
+            self.rounds = state["rounds"]
+            restore_all(self._memories, state)
+
     def _rest(self) -> None:
         self._started = 0
+        self.rounds += 1
         self._is_final = [False] * len(self.parameters)

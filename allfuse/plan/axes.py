@@ -88,7 +88,7 @@ class Data(Axis):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_pairing(self.rule, self.topology)
+        refuse_pairing(self.rule, self.topology, self.codec)
         if self.topology is not None and not self.topology.exact:
             raise PlanError(
                 f"{self.name}({clip(repr(self.n), 20)}, topology={self.topology})",
@@ -136,7 +136,14 @@ class Site(Axis):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_pairing(self.rule, self.topology)
+        refuse_pairing(self.rule, self.topology, self.codec)
+        if not self.rule.fuses_weights:
+            size = _nearest_size(self.n)
+            raise PlanError(
+                f"{self.name}({size}, rule={self.rule})",
+                f"sites fuse weights, and {self.rule} has a meaning for gradients only",
+                f"data({size}, rule={self.rule})",
+            )
         every: object = self.every
         if every == "end" or (type(every) is int and every >= 1):
             return

@@ -1,18 +1,25 @@
-"""Which rules travel over which topologies."""
+"""Which rules and codecs travel over which topologies."""
 
 from __future__ import annotations
 
 from allfuse.base.errors import PlanError
+from allfuse.codec import Codec, MessageCodec
 from allfuse.rule import GatherRule, Mean, Rule
-from allfuse.topology import Topology
+from allfuse.topology import Native, Topology
 
 
-def refuse_pairing(rule: Rule, topology: Topology | None) -> None:
-    """Refuse a rule and a topology that have no meaning together; None is chosen to fit.
+def refuse_pairing(rule: Rule, topology: Topology | None, codec: Codec) -> None:
+    """Refuse a rule, a topology and a codec that have no meaning together; None is chosen to fit.
 
     Raises:
-        PlanError: says with which topology, or which rule, it can be.
+        PlanError: says with which topology, rule or codec it can be.
     """
+    if not codec.lossless and not getattr(rule, "linear", False):
+        why = (
+            f"{codec} sends later what it leaves out now, which only a mean can add up, and {rule} "
+            "is none"
+        )
+        raise PlanError(f"rule={rule}, codec={codec}", why, f"rule={rule}, codec=identity")
     if topology is None:
         return
     given = f"rule={rule}, topology={topology}"
@@ -24,3 +31,10 @@ def refuse_pairing(rule: Rule, topology: Topology | None) -> None:
     if not topology.exact and not isinstance(rule, Mean):
         why = f"{topology} mixes by weights of its own, which make a mean"
         raise PlanError(given, why, f"rule=mean, topology={topology}")
+    given = f"topology={topology}, codec={codec}"
+    if not topology.exact and not codec.lossless:
+        why = f"{topology} mixes weights, and nobody would add again what {codec} leaves out"
+        raise PlanError(given, why, f"topology={topology}, codec=identity")
+    if isinstance(topology, Native) and isinstance(codec, MessageCodec):
+        why = f"messages of {codec} cannot be summed, and {topology} only sums"
+        raise PlanError(given, why, f"topology=central, codec={codec}")

@@ -25,7 +25,6 @@ from allfuse.plan.axes import (
 from allfuse.plan.nest import read_nest, write_nest
 from allfuse.plan.option import make
 from allfuse.plan.parse import Call, clip, read_product
-from allfuse.rule import Mean
 
 WEAKEST_FIRST: tuple[Promise, ...] = ("statistical", "replayed", "exact")
 
@@ -171,14 +170,8 @@ class Plan:
         """Refuse what the language can say and this version cannot run yet.
 
         Raises:
-            PlanError: an axis has no execution yet, or gradients are to be fused by another rule.
+            PlanError: an axis has no execution yet.
         """
-        for axis in self.axes:
-            if isinstance(axis, Data) and axis.n > 1 and not isinstance(axis.rule, Mean):
-                why = f"this version fuses gradients by their weighted mean, not by {axis.rule} yet"
-                others = [each for each in self.axes if each is not axis]
-                nearest = _in_order(_merge([*others, Site(axis.n, rule=axis.rule)]))
-                raise PlanError(str(self), why, _join(nearest))
         missing = [axis for axis in self.axes if not axis.executable]
         if not missing:
             return

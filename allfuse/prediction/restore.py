@@ -14,7 +14,7 @@ from allfuse.job import Job, load_job
 from allfuse.store.checkpoint import Checkpoints
 from allfuse.store.run import RunFolder
 from allfuse.store.tensorfile import read_model
-from allfuse.training.keeper import mean_of_sites
+from allfuse.training.merged import mean_of_sites
 from allfuse.training.start import build_model
 
 
@@ -116,7 +116,8 @@ def _checkpoint_models(folder: RunFolder, step: int) -> dict[str, dict[str, Any]
     """The models of a checkpoint; where sites differ, their mean as a resume would take it."""
     checkpoints = Checkpoints(folder.checkpoints)
     states = [checkpoints.read(step, rank=writer)[0] for writer in checkpoints.writers(step)]
-    merged: dict[str, dict[str, Any]] = mean_of_sites(states)["models"]
+    whole = [state for state in states if "models" in state]  # others hold what codecs keep
+    merged: dict[str, dict[str, Any]] = mean_of_sites(whole)["models"]
     return merged
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from allfuse.base.choice import Choice
 
@@ -14,7 +14,12 @@ if TYPE_CHECKING:  # plans are read without loading torch
 
 @dataclass(frozen=True)
 class Rule(Choice, ABC):
-    """Pure tensor math on one block; the same object serves a stream, a shard and a round."""
+    """Pure tensor math on one block; the same object serves a stream, a shard and a round.
+
+    fuses_weights: whether it makes weights of weights, or has a meaning for gradients only.
+    """
+
+    fuses_weights: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,19 @@ class SumRule(Rule):
     """A rule whose statistic is summed over the peers, in any order, by any topology.
 
     The fused value is `finish(sum(prepare(value_i, weight_i)), sum(weight_i))`.
+
+    linear: what is missing in one sum may be added to a later one, as error feedback does.
     """
+
+    linear: ClassVar[bool] = False
+    needs_norm: ClassVar[bool] = False
+
+    def shrink(self, norm: float) -> float:
+        """What a peer's value is multiplied by first, by the L2 norm of all of it.
+
+        Asked only where `needs_norm`: nothing can be sent then before all of it is known.
+        """
+        return 1.0
 
     @abstractmethod
     def prepare(self, value: Tensor, weight: float) -> Tensor:

@@ -20,6 +20,7 @@ class Mean(SumRule):
     """
 
     name: ClassVar[str] = "mean"
+    linear: ClassVar[bool] = True
 
     def prepare(self, value: Tensor, weight: float) -> Tensor:
         return value if weight == 1.0 else value.mul_(weight)

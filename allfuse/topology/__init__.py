@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from allfuse.topology.base import Topology
 from allfuse.topology.central import Central
+from allfuse.topology.exchange import Exchange
 from allfuse.topology.gossip import Gossip
 from allfuse.topology.halving import Halving
 from allfuse.topology.hierarchy import Hierarchy
@@ -20,6 +21,7 @@ TOPOLOGIES: dict[str, type[Topology]] = {
     "halving": Halving,
     "hierarchy": Hierarchy,
     "central": Central,
+    "exchange": Exchange,
     "gossip": Gossip,
 }
 

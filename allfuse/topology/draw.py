@@ -16,8 +16,8 @@ def draw(topology: Topology, layout: Layout) -> list[str]:
     >>> from allfuse.topology.ring import Ring
     >>> for line in draw(Ring(), Layout.of(2)): print(line)
     ring, 2 peers: 2 phases, 2 chunks; the busiest peer sends 1 x the payload
-      1 add   0>1 [0]  1>0 [1]
-      2 copy  0>1 [1]  1>0 [0]
+      1 add      0>1 [0]  1>0 [1]
+      2 copy     0>1 [1]  1>0 [0]
     """
     schedule = topology.schedule(layout)
     sent = topology.bytes_per_peer(layout, 1.0)
@@ -36,7 +36,7 @@ def draw(topology: Topology, layout: Layout) -> list[str]:
 
 def _draw_phase(number: int, phase: Phase) -> list[str]:
     """The transfers of a phase, as many to a line as fit."""
-    head = f"{number:3} {phase[0].op:<4}"
+    head = f"{number:3} {phase[0].op:<7}"
     lines = [head]
     for src, dst, start, stop, _, weight in phase:
         chunks = f"[{start}]" if stop == start + 1 else f"[{start}-{stop - 1}]"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
-Op: TypeAlias = Literal["copy", "add", "mix"]
-"""What a receiver does with what arrives: take it instead of its own, add it to its own, or take
-the weighted mean of both. Under a rule that gathers, what would be added is kept until all is
-there."""
+Op: TypeAlias = Literal["copy", "add", "collect", "mix"]
+"""What a receiver does with what arrives: take it instead of its own; add it to its own; keep it
+until all peers' values are there and sum them, its own among them, in the order of peers; or take
+the weighted mean of both. Under a rule that gathers, what would be added is collected."""
 
 
 class Transfer(NamedTuple):

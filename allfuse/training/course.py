@@ -187,8 +187,7 @@ class Course:
     # State.
 
     def capture(self) -> dict[str, Any]:
-        rounds = {"samples": self.rounds.samples, "steps_since": self.rounds.steps_since}
-        return {"cursor": list(self.cursor), "rounds": rounds}
+        return {"cursor": list(self.cursor), "rounds": self.rounds.capture()}
 
     def is_in(self, state: dict[str, Any]) -> bool:
         """Whether the loop under way is the one that a state was captured in."""
@@ -196,8 +195,7 @@ class Course:
 
     def restore(self, state: dict[str, Any]) -> None:
         self.cursor = Cursor(*state["cursor"])
-        self.rounds.samples = state["rounds"]["samples"]
-        self.rounds.steps_since = state["rounds"]["steps_since"]
+        self.rounds.restore(state["rounds"], self.state.models.values())
         self.tell_step_number()
 
 

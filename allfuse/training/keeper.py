@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from allfuse.base.errors import CheckpointError, RunError, UserError
+from allfuse.base.tensors import leaves
+from allfuse.plan import as_plan
 from allfuse.store.checkpoint import Checkpoints, NotSaved
 from allfuse.store.run import RunFolder, is_run, versions
 from allfuse.store.tensorfile import write_model
+from allfuse.training.merged import is_lead, read_merged, writers_of
 
 if TYPE_CHECKING:
     from allfuse.base.events import Bus
@@ -44,7 +47,7 @@ class Keeper:
     """The run folder of a session, or nothing to write to when it has none.
 
     Rank 0 alone writes the folder. A checkpoint is written by one rank of each site, since sites
-    differ; the first rank commits it.
+    differ, and in parts by all that keep what a codec has not sent; the first rank commits it.
     """
 
     def __init__(
@@ -79,18 +82,7 @@ class Keeper:
 
     @property
     def writers(self) -> tuple[int, ...]:
-        """One rank of each site: the one whose other coordinates are all 0."""
-        plan = self.place.plan
-        return tuple(
-            rank
-            for rank in range(plan.workers)
-            if not any(c for name, c in plan.coordinates(rank).items() if name != "site")
-        )
-
-    def my_writer(self, written: tuple[int, ...]) -> int:
-        """Which writer's state this rank goes on from."""
-        site = self.place.coordinates.get("site", 0)
-        return written[min(site, len(written) - 1)]
+        return writers_of(self.place.plan)
 
     def begin(self, facts: Mapping[str, Any], fingerprints: Mapping[str, str]) -> None:
         """Create the run folder, or open it and refuse another job, data or batch.
@@ -159,17 +151,17 @@ class Keeper:
         return NONE_USABLE if steps else NONE_YET
 
     def read(self, step: int) -> dict[str, Any]:
-        """This rank's state of a checkpoint.
+        """This rank's state of a checkpoint; see `read_merged` for those of another plan."""
+        checkpoints = self.checkpoints
+        assert checkpoints is not None
+        written = checkpoints.writers(step)
+        note = checkpoints.read(step, rank=written[0])[1]
 
-        Under the plan that wrote it each site gets its own; under another one every rank gets the
-        mean of the sites, weighted by what they learned from since their last round.
-        """
-        assert self.checkpoints is not None
-        written = self.checkpoints.writers(step)
-        if len(written) == len(self.writers):
-            state: dict[str, Any] = self.checkpoints.read(step, rank=self.my_writer(written))[0]
+        def read(writer: int) -> dict[str, Any]:
+            state: dict[str, Any] = checkpoints.read(step, rank=writer)[0]
             return state
-        return mean_of_sites([self.checkpoints.read(step, rank=writer)[0] for writer in written])
+
+        return read_merged(self.place.plan, self.place.rank, as_plan(note["plan"]), written, read)
 
     def save(
         self,
@@ -188,6 +180,9 @@ class Keeper:
         self._asked = step
         if self.place.rank in self.writers:
             state, sooner = capture()
+            if not is_lead(self.place.plan, self.place.rank):
+                state = {"fusions": state["fusions"]}
+                sooner = [each for each in leaves(state) if isinstance(each, Tensor)]
             self.checkpoints.start(step, state, score=score, note=note, sooner=sooner)
 
     def settle(self) -> None:
@@ -265,7 +260,7 @@ def _trouble_with(checkpoints: Checkpoints, step: int) -> str | None:
     try:
         for writer in checkpoints.writers(step):
             state, _ = checkpoints.read(step, rank=writer)
-            for model, name in state["trained"]:
+            for model, name in state.get("trained", ()):
                 weight = state["models"][model].get(name)
                 if isinstance(weight, Tensor) and not bool(weight.isfinite().all()):
                     return f"its weights {name} are not finite"
@@ -299,46 +294,3 @@ def _difference(what: str, before: Any, after: Any) -> str:
         told = [f"{name} was {before.get(name)} and is {after.get(name)} now" for name in names]
         return f"{what}: {', '.join(told)}"
     return f"the {what} was {before} and is {after} now"
-
-
-def mean_of_sites(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """One state from those of all sites, weighted by what each learned from since its last round.
-
-    A site that learned from nothing counts only where no other has anything to say.
-    """
-    weights = [state["rounds"]["samples"] for state in states]
-    merged: dict[str, Any] = mean_of_states(
-        states, weights if any(weights) else [1.0] * len(states)
-    )
-    merged["rounds"] = {"samples": 0.0, "steps_since": 0}
-    return merged
-
-
-def mean_of_states(states: list[Any], weights: list[float]) -> Any:
-    """The weighted mean of nested states: floating tensors averaged, all else the first's.
-
-    Entries that not all states have (an optimizer that never stepped has none) are the mean of
-    those that have them.
-    """
-    first = states[0]
-    if isinstance(first, dict):
-        keys = dict.fromkeys(key for state in states for key in state)
-        means = {key: mean_of_states(*_having(key, states, weights)) for key in keys}
-        return type(first)(means)
-    if isinstance(first, list | tuple) and all(len(state) == len(first) for state in states):
-        columns = zip(*states, strict=True)
-        return type(first)(mean_of_states(list(column), weights) for column in columns)
-    if isinstance(first, Tensor) and first.is_floating_point():
-        if all(torch.equal(first, state) for state in states):
-            return first  # counters of steps among them stay whole numbers
-        total = torch.zeros_like(first, dtype=torch.promote_types(first.dtype, torch.float32))
-        for state, weight in zip(states, weights, strict=True):
-            total += state * (weight / sum(weights))
-        return total.to(first.dtype)
-    return first
-
-
-def _having(key: Any, states: list[Any], weights: list[float]) -> tuple[list[Any], list[float]]:
-    pairs = [(state[key], w) for state, w in zip(states, weights, strict=True) if key in state]
-    told = [weight for _, weight in pairs]
-    return [value for value, _ in pairs], told if any(told) else [1.0] * len(told)

@@ -63,6 +63,14 @@ class Learner:
         self._spent = False  # gradients that a step has used up
         self._aside: list[tuple[Parameter, Tensor]] = []
         self.parameters: list[Parameter] = []
+        self.fusion = GradientFusion([], [], fuser)
+        if precision.scaler is not None and not self.fusion.is_plain:
+            chosen = fuser.fusion
+            raise UserError(
+                "precision fp16 scales the loss anew now and then, which what rule="
+                f"{chosen.rule} and codec={chosen.codec} keep of gradients cannot follow; allowed: "
+                "bf16 or fp32 here, or rule=mean with codec=identity"
+            )
         self._take_parameters()
 
     def _take_parameters(self) -> None:
@@ -84,8 +92,10 @@ class Learner:
             if id(parameter) not in known:  # what others left there was never fused
                 parameter.grad = None
         self.names = [names[id(p)] for p in self.parameters]
+        kept = self.fusion.capture()
         self.fusion = GradientFusion(self.names, self.parameters, self._fuser)
-        if self.link.size > 1:
+        self.fusion.restore(kept)
+        if self.fusion.buckets:
             self.split.watch(self.parameters, self.fusion.final)
 
     def _has_changed(self) -> bool:
@@ -138,7 +148,7 @@ class Learner:
         for parameter in self.parameters:
             gradient = parameter.grad
             if gradient is not None:
-                kept = gradient if self.link.size == 1 else gradient.clone()
+                kept = gradient.clone() if self.fusion.buckets else gradient
                 self._aside.append((parameter, kept))
                 parameter.grad = None
 

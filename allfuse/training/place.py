@@ -11,7 +11,7 @@ from allfuse.base.errors import PlanError, UserError
 from allfuse.fusion import Fuser, Fusion, choose
 from allfuse.launcher import World, current_world
 from allfuse.plan import Data, Plan, Site, as_plan, check_workers
-from allfuse.topology import Layout, Native
+from allfuse.topology import Layout
 
 if TYPE_CHECKING:
     from allfuse.link import Link
@@ -101,14 +101,16 @@ class Place:
             world.form_replica(self.plan.replica(self.rank), backend)
 
     def _fuser(self, name: str, link: Link, seed: int) -> Fuser:
-        """What fuses over an axis. A schedule has a link of its own: it runs in its own thread."""
+        """What fuses over an axis. What runs beside the caller has a link of its own."""
         axis = self.plan.axis(name)
-        if not isinstance(axis, Data | Site) or link.size == 1:
+        if not isinstance(axis, Data | Site):
             return Fuser(Fusion(), link)
+        if link.size == 1:
+            return Fuser(Fusion(rule=axis.rule), link)
         fusion, why = choose(axis.rule, axis.topology, axis.sync, axis.codec)
         if why is not None:
             self.choices[f"topology of {name}"] = why
-        if isinstance(fusion.topology, Native):
+        if not Fuser(fusion, link).needs_own_link:
             return Fuser(fusion, link)
         hosts = self.world.hosts()
         layout = Layout(tuple(hosts[member] for member in link.members))

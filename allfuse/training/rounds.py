@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -24,8 +24,9 @@ class Rounds:
     """Fuses weights and floating-point buffers over the sites. Optimizer state stays local.
 
     A site weighs as much as the samples that it has learned from since the last round. Over a
-    topology that only mixes all sites weigh alike, and the exact mean is taken where one model is
-    asked for: to measure, to export and at the end. `settle` is called before weights change.
+    topology that only mixes all sites weigh alike. Where one model is asked for (to measure, to
+    export, at the end) the exact mean is taken, also under a codec that loses something. `settle`
+    is called before weights change.
     """
 
     def __init__(self, place: Place, bus: Bus, settle: Callable[[], None]) -> None:
@@ -36,7 +37,8 @@ class Rounds:
         self.steps_since = 0
         self._is_mean = False  # the weights here, since the last step
         self._held: list[int] = []
-        self._fusions: list[WeightFusion] = []
+        self._fusion = WeightFusion([], place.site_fuser)
+        self._exact = self._fusion
 
     @property
     def active(self) -> bool:
@@ -60,33 +62,61 @@ class Rounds:
         self.steps_since += 1
         self._is_mean = False
         if isinstance(self.every, int) and self.due(steps):
-            self._round(models, exact=not self.mixes, number=steps // self.every - 1)
+            self._round(models, exact=False, number=steps // self.every - 1)
 
     def finish(self, models: Iterable[nn.Module]) -> None:
         """The last round, after which all sites are equal."""
         if self.active and not self.equal:
             self._round(models, exact=True)
+            self._fusion.agree()
 
     def _round(self, models: Iterable[nn.Module], exact: bool, number: int = 0) -> None:
         begin = time.perf_counter()
         fusion = self._fuse(models, exact, number)
-        self.samples, self.steps_since, self._is_mean = 0.0, 0, exact
+        self.samples, self.steps_since = 0.0, 0
+        self._is_mean = exact or not self.mixes
         seconds = time.perf_counter() - begin
         self.bus.emit("round", axis="site", bytes=fusion.payload_bytes, seconds=seconds)
 
-    def _fuse(self, models: Iterable[nn.Module], exact: bool, number: int = 0) -> WeightFusion:
-        """The exact mean over the sites, or what the topology mixes in its round `number`."""
-        self._settle()
+    def begin(self, models: Iterable[nn.Module]) -> None:
+        """Before the first step: all sites hold the same weights."""
+        if self.active:
+            self._build(models)
+            self._fusion.agree()
+
+    def _build(self, models: Iterable[nn.Module]) -> None:
+        """Fusions of all weights that there are by now."""
         tensors = [t for m in models for t in (*m.parameters(), *m.buffers())]
         held = [id(tensor) for tensor in tensors]
-        if held != self._held:  # a model was added
-            fusers = [self.place.site_fuser]
-            fusers += [Fuser(Fusion(), self.place.site)] if self.mixes else []
-            self._fusions = [WeightFusion(tensors, fuser) for fuser in fusers]
-            self._held = held
-        fusion = self._fusions[-1 if exact else 0]
+        if held == self._held:
+            return
+        self._held = held
+        fuser = self.place.site_fuser
+        self._fusion = self._exact = WeightFusion(tensors, fuser)
+        if self.mixes or not fuser.fusion.codec.lossless:
+            self._exact = WeightFusion(tensors, Fuser(Fusion(), self.place.site))
+
+    def _fuse(self, models: Iterable[nn.Module], exact: bool, number: int = 0) -> WeightFusion:
+        """The exact fusion of the sites, or what the plan says of its round `number`."""
+        self._settle()
+        self._build(models)
+        fusion = self._exact if exact else self._fusion
         fusion.fuse(self._weights(), number)
         return fusion
+
+    def capture(self) -> dict[str, Any]:
+        return {
+            "samples": self.samples,
+            "steps_since": self.steps_since,
+            "fusion": self._fusion.capture(),
+        }
+
+    def restore(self, state: Mapping[str, Any], models: Iterable[nn.Module]) -> None:
+        self.samples, self.steps_since = state["samples"], state["steps_since"]
+        if self.active:
+            self._build(models)
+            if (kept := state.get("fusion")) is not None:
+                self._fusion.restore(kept)
 
     def _weights(self) -> list[float]:
         """Each site's share of the samples since the last round: the sites tell each other."""

@@ -421,6 +421,8 @@ class Session:
         found = self.keeper.newest()
         if found is not None:
             self._restore(found)
+        else:
+            self.rounds.begin(self.models.values())
         self.course.tell_step_number()
         self.teller.start(source, size, loader.steps_per_epoch, epochs, steps)
         for trouble in self.keeper.troubles:

@@ -133,12 +133,14 @@ class State:
             ],
             "optimizers": [learner.optimizer.state_dict() for learner in self.learners],
             "schedulers": [each.scheduler.state_dict() for each in self.schedulers],
+            "fusions": [learner.fusion.capture() for learner in self.learners],
             "scaler": None if scaler is None else scaler.state_dict(),
             "parts": parts,
         }
         # A forward pass changes buffers; only the script knows when it changes its own parts.
-        buffers = [buffer for module in self.models.values() for buffer in module.buffers()]
-        return state, buffers + [leaf for leaf in leaves(parts) if isinstance(leaf, Tensor)]
+        sooner = [buffer for module in self.models.values() for buffer in module.buffers()]
+        sooner += [leaf for leaf in leaves(state["fusions"]) if isinstance(leaf, Tensor)]
+        return state, sooner + [leaf for leaf in leaves(parts) if isinstance(leaf, Tensor)]
 
     def restore(self, state: Mapping[str, Any], *, complete: bool) -> None:
         """Take a state back, in place.
@@ -163,6 +165,8 @@ class State:
                     _load(kind, key, part, held[key])
                 elif complete:
                     raise _misfit(kind, key, "it holds none of that name")
+        for learner, kept in zip(self.learners, state["fusions"], strict=False):
+            learner.fusion.restore(kept)
         if self.precision.scaler is not None and state["scaler"] is not None:
             self.precision.scaler.load_state_dict(state["scaler"])
 

@@ -107,6 +107,12 @@ class Stepper:
             return float(self.place.data.size)
         return float(sum([portion.shares[index] for index in self.group]))
 
+    def _weights(self, portion: Portion | None) -> list[float]:
+        """How much each rank of the data axis counts: its samples, all alike when nobody knows."""
+        if portion is None:
+            return [1.0] * self.place.data.size
+        return [float(portion.shares[index]) for index in self.group]
+
     def passes(self, learner: Learner) -> bool:
         """Whether this site has no sample of the batch: then the step is done without learning."""
         step = self.current
@@ -171,6 +177,9 @@ class Stepper:
             step.differentiated.append(learner)
         learner.refresh()
         if last:
+            learner.fusion.weigh(
+                self.reference(step.portion), step.count, self._weights(step.portion)
+            )
             step.pending = self.exchange.start(
                 step.losses, step.count, self._busy_s, self.wishes.own, learner.fusion
             )
@@ -195,7 +204,7 @@ class Stepper:
             raise self._refusal(learner, "the loss", figures.losses[bad], rank)
         if not 0 < total < math.inf:
             raise self._refusal(learner, "the count that the loss is a mean over", total)
-        learner.finish(self.reference(step.portion) / total)
+        learner.finish(self.reference(step.portion) / total if learner.fusion.is_mean else 1.0)
         step.figures, step.pending, step.losses, step.count = figures, None, [], 0.0
         step.waited_s += time.perf_counter() - begin
         self._since_norm_s += max(figures.busy_s)  # not a rank's own clock: all must agree

@@ -1,0 +1,67 @@
+"""The largest values alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from allfuse.base.errors import PlanError
+from allfuse.codec.base import Error, MessageCodec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TopK(MessageCodec):
+    """The `fraction` of the values that are largest in size, with their places: 8 bytes for each.
+
+    At least one of each message is sent. Which one of equal values is taken is not said (Aji and
+    Heafield 2017, arXiv:1704.05021; with feedback Stich et al. 2018, arXiv:1809.07599).
+    """
+
+    name: ClassVar[str] = "topk"
+    fraction: float
+
+    def __post_init__(self) -> None:
+        check_fraction(self, self.fraction)
+
+    @property
+    def error(self) -> Error:
+        return "bounded"
+
+    def kept(self, elements: int) -> int:
+        return max(1, round(self.fraction * elements))
+
+    def encoded_bytes(self, elements: int) -> int:
+        return 8 * self.kept(elements)
+
+    def encode(self, values: Tensor, seed: int) -> Tensor:
+        import torch
+
+        places = values.abs().topk(self.kept(len(values)), sorted=False).indices
+        parts = (places.to(torch.int32), values[places].to(torch.float32))
+        return torch.cat([part.view(torch.uint8) for part in parts])
+
+    def decode(self, message: Tensor, values: Tensor) -> None:
+        import torch
+
+        places, kept = message.view(2, -1)
+        found = places.view(torch.int32).long()
+        if int(found.min()) < 0 or int(found.max()) >= len(values):
+            raise ValueError(f"a place is not one of {len(values)} values")
+        values.zero_()
+        values[found] = kept.view(torch.float32).to(values.dtype)
+
+
+def check_fraction(codec: TopK | object, fraction: object) -> None:
+    """Refuse what is no part of a whole.
+
+    Raises:
+        PlanError: the fraction is not above 0 and at most 1.
+    """
+    name = getattr(codec, "name", "")
+    if not isinstance(fraction, int | float) or isinstance(fraction, bool) or not 0 < fraction <= 1:
+        raise PlanError(
+            f"{name}({fraction})", "the fraction is above 0 and at most 1", f"{name}(0.01)"
+        )
