@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from allfuse.api import session as session
     from allfuse.api import train as train
     from allfuse.base import errors as errors
+    from allfuse.fusion.fuse import fuse_ as fuse_
     from allfuse.fusion.hook import comm_hook as comm_hook
     from allfuse.job import Hook as Hook
     from allfuse.job import Job as Job
@@ -39,6 +40,7 @@ _HOMES = {
     "session": "allfuse.api",
     "train": "allfuse.api",
     "comm_hook": "allfuse.fusion.hook",
+    "fuse_": "allfuse.fusion.fuse",
     "Hook": "allfuse.job",
     "Job": "allfuse.job",
     "Metric": "allfuse.job",
