@@ -15,10 +15,6 @@ PREFIX=afnet
 BRIDGE=afnet-bridge
 NETWORK=10.83.0
 FILES=/etc/netns  # where `ip netns exec` looks for a host's own /etc/hosts
-# What may go at once after a pause: small, so that small messages take their time too.
-# The queue holds more than senders put on the way, so that nothing is dropped.
-LIMIT="burst 4kb latency 800ms"
-
 refuse() {
     echo "netlab: $1" >&2
     exit 2
@@ -50,6 +46,17 @@ down() {
     ip link delete "$BRIDGE" 2> /dev/null || true
 }
 
+# Limits what an interface sends: limit RATE INTERFACE [HOST]. A timer of a busy machine comes late:
+# `burst` lets up to 64 kB catch up, and `peakrate` only 5 % faster, so that after a pause small
+# messages take their time too. The queue holds more than senders put on the way: nothing is dropped.
+limit() {
+    local rate=$1 interface=$2 host=${3:-} number=${1%%[a-z]*}
+    local peak
+    peak=$(awk "BEGIN { print $number * 1.05 }")${rate#"$number"}
+    tc ${host:+-n "$host"} qdisc add dev "$interface" root \
+        tbf rate "$rate" burst 64kb latency 800ms peakrate "$peak" minburst 4kb
+}
+
 add_host() {
     local host=$PREFIX$1 cable=$PREFIX-cable$1 rate=$2
     ip netns add "$host"
@@ -58,10 +65,8 @@ add_host() {
     ip -n "$host" address add "$NETWORK.$(($1 + 1))/24" dev eth0
     ip -n "$host" link set lo up
     ip -n "$host" link set eth0 up
-    # shellcheck disable=SC2086  # words of their own
-    ip netns exec "$host" tc qdisc add dev eth0 root tbf rate "$rate" $LIMIT
-    # shellcheck disable=SC2086
-    tc qdisc add dev "$cable" root tbf rate "$rate" $LIMIT
+    limit "$rate" eth0 "$host"
+    limit "$rate" "$cable"
     mkdir -p "$FILES/$host"
     printf '127.0.0.1 localhost\n%s %s\n' "$NETWORK.$(($1 + 1))" "$(uname -n)" > "$FILES/$host/hosts"
 }
