@@ -15,7 +15,7 @@ from allfuse.link.base import Work
 from allfuse.link.bell import WRAP, Bells
 from allfuse.link.room import LINE_WORDS, Room
 
-CELL_BYTES = 1 << 18  # of a message's pieces
+CELL_BYTES = 1 << 19  # of a message's pieces
 CELLS = 4  # from each rank to each other: what a message waits in, whatever its size
 HEADER = struct.Struct("<QQ")  # bytes of the message, bytes of it that came before
 HEADER_BYTES = 64  # a cache line

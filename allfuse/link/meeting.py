@@ -15,7 +15,7 @@ from allfuse.link.room import Room
 
 SLOT_BYTES = 1 << 21  # of a piece, which is all that lies between two meetings
 SLOTS = 3
-SHORT_BYTES = 1 << 15  # up to here adding up everything everywhere is faster than to meet again
+SHORT_BYTES = 1 << 20  # of all ranks: up to here each adds up everything, and all meet once less
 COUNT, ABOUT = 0, 1  # places of this rank's words: meetings so far; what the last two are about
 TILE = 64  # elements: parts of different ranks lie in cache lines of their own
 
@@ -39,11 +39,11 @@ class Meeting:
           1. each copies its piece into its own slot, without the n-th that it sums itself;
           2. each sums its n-th of the piece from all slots into its own;
           3. each copies the sum from the slots.
-        The phases of three pieces are done between two meetings. Up to `SHORT_BYTES` each sums
-        the whole piece instead, and meets once.
+        All meet between the phases; three pieces are in different phases at a time. What is short
+        each sums as a whole instead, after one meeting.
         """
         about = zlib.crc32(f"{operation} {flat.dtype} {flat.numel()}".encode())
-        if flat.nbytes <= SHORT_BYTES:
+        if flat.nbytes * self.size <= SHORT_BYTES:
             self._sum_short(flat, about, operation)
             return
         pieces = flat.split(SLOT_BYTES // flat.element_size())

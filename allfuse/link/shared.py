@@ -36,7 +36,7 @@ class SharedLink(GroupLink):
       - in a message: the sender B in, the receiver B out.
 
     Equal on all ranks, bit for bit. Memory per rank, touched only as far as it is used: 6 MB and
-    1 MB for each peer that it sends to, whatever the size of the tensors.
+    2 MB for each peer that it sends to, whatever the size of the tensors.
 
     The memory has no name, and the sockets that show who lives are in the abstract namespace:
     nothing can be left behind. Where a rank may not share memory all take the process group.
