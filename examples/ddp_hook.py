@@ -1,6 +1,7 @@
 """An ordinary DistributedDataParallel script whose gradients are fused by a plan of allfuse.
 
-Two lines differ from a script without allfuse: the import and `register_comm_hook`.
+They go round a ring, in 8 bits. Two lines differ from a script without allfuse: the import and
+`register_comm_hook`.
 
 torchrun --nproc-per-node 2 examples/ddp_hook.py
 allfuse run examples/ddp_hook.py --plan "data(2)"
@@ -34,7 +35,8 @@ def main():
 
     net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
     model = DistributedDataParallel(net)
-    model.register_comm_hook(None, af.comm_hook(f"data({dist.get_world_size()})"))
+    plan = af.data(dist.get_world_size(), topology="ring", codec="int8")
+    model.register_comm_hook(None, af.comm_hook(plan))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for epoch in range(arguments.epochs):
         sampler.set_epoch(epoch)
