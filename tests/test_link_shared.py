@@ -158,12 +158,20 @@ def test_many_sums_may_be_under_way_and_other_transfers_between_them() -> None:
     launch_local(work, 2)
 
 
-def test_a_column_of_a_matrix_is_refused_and_a_matrix_is_not() -> None:
+def test_a_column_of_a_matrix_and_another_device_are_refused_and_a_matrix_is_not() -> None:
     def work() -> None:
         link = open_link()
         block = torch.ones(4, 6)
-        with pytest.raises(ValueError, match="contiguous"):
-            link.all_reduce(block[:, 0], "sum")
+        peer = 1 - link.rank
+        for wrong, why in ((block[:, 0], "contiguous"), (block.to("meta"), "cpu")):
+            with pytest.raises(ValueError, match=why):
+                link.all_reduce(wrong, "sum")
+            with pytest.raises(ValueError, match=why):
+                link.broadcast(wrong, "tell")
+            with pytest.raises(ValueError, match=why):
+                link.send(wrong, peer, "message")
+            with pytest.raises(ValueError, match=why):
+                link.receive(wrong, peer, "message")
         link.all_reduce(block, "sum").wait()
         assert block.eq(2).all()
 

@@ -15,7 +15,7 @@ TRIES = 20  # to see a word change, giving the core away, before sleeping: a wak
 
 _WAIT, _WAKE, _ALL = 0, 1, 0x7FFFFFFF
 _FUTEX = {"x86_64": 202, "aarch64": 98, "riscv64": 98}.get(platform.machine())
-_IN_ORDER = platform.machine() == "x86_64"  # one core's stores are seen by others in their order
+_IN_ORDER = platform.machine() == "x86_64"  # stores are seen by other cores in their order
 
 AVAILABLE = sys.platform == "linux" and sys.maxsize > 2**32 and _FUTEX is not None
 
@@ -41,6 +41,15 @@ if _call is not None:
     )
 
 
+_nothing = ctypes.c_uint32()
+
+
+def _fence() -> None:
+    """Nothing moves across it. Waking nobody is the kernel's fence, where a core needs one."""
+    if not _IN_ORDER and _call is not None:
+        _call(_FUTEX, ctypes.addressof(_nothing), _WAKE, 1, None, None, 0)
+
+
 class Bells:
     """The 32-bit words at the start of a mapping; only one process writes each of them.
 
@@ -60,12 +69,13 @@ class Bells:
         self._address = ctypes.addressof(self._words)
 
     def get(self, place: int) -> int:
-        return self._words[place]
+        value = self._words[place]
+        _fence()
+        return value
 
     def set(self, place: int, value: int) -> None:
         """Write a word, and wake nobody."""
-        if not _IN_ORDER:
-            self.ring(place)  # the kernel's fence
+        _fence()
         self._words[place] = value
 
     def ring(self, place: int) -> None:

@@ -58,6 +58,7 @@ class SharedLink(GroupLink):
         if self._room is None:
             return super().all_reduce(tensor, operation)
         check_summable(tensor, operation)
+        _check_here(tensor, operation)
         self.sent_bytes += 2 * (self.size - 1) * tensor.nbytes // self.size
         flat = tensor.detach().reshape(-1)
 
@@ -71,6 +72,7 @@ class SharedLink(GroupLink):
         if self._room is None:
             return super().broadcast(tensor, operation, root)
         check_contiguous(tensor, operation)
+        _check_here(tensor, operation)
         if self.rank == root:
             self.sent_bytes += tensor.nbytes
         flat = as_bytes(tensor)
@@ -85,6 +87,7 @@ class SharedLink(GroupLink):
         if self._room is None:
             return super().send(tensor, peer, operation)
         check_contiguous(tensor, operation)
+        _check_here(tensor, operation)
         self.sent_bytes += tensor.nbytes
         return self._mail.send(tensor, peer, operation)
 
@@ -92,6 +95,7 @@ class SharedLink(GroupLink):
         if self._room is None:
             return super().receive(tensor, peer, operation)
         check_contiguous(tensor, operation)
+        _check_here(tensor, operation)
         return self._mail.receive(tensor, peer, operation)
 
     @contextlib.contextmanager
@@ -121,6 +125,12 @@ class SharedLink(GroupLink):
             self._mail.close()
             self._meeting.close()
             self._room.close()
+
+
+def _check_here(tensor: Tensor, operation: str) -> None:
+    """Bytes are copied by address: another device's address would end the process."""
+    if not tensor.is_cpu:
+        raise ValueError(f"{operation}: a tensor on {tensor.device}; allowed: cpu")
 
 
 def open_room(link: SharedLink) -> Room | None:
