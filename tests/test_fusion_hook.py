@@ -226,6 +226,32 @@ def test_a_lossy_codec_sends_later_what_it_leaves_out(keywords: str) -> None:
     assert left.abs().max() > 0 or "fp16" in keywords
 
 
+def overflow() -> dict[str, tuple[bool, bool]]:
+    """A step in which one rank's gradient is infinite, as loss scaling provokes, and the next."""
+    found = {}
+    for keywords in CODED:
+        owner, finite = Owner(keywords), []
+        for step in range(3):
+            if step == 1 and dist.get_rank() == 1:
+                owner.model[0].register_forward_pre_hook(_blow_up)
+            else:
+                owner.model[0]._forward_pre_hooks.clear()
+            owner.backward()
+            finite.append(bool(owner.gradient().isfinite().all()))
+        found[keywords] = (finite[1], finite[2] and is_equal_everywhere(owner.gradient()))
+    return found
+
+
+def _blow_up(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+    return (inputs[0] * float("inf"),)
+
+
+def test_a_gradient_that_is_not_finite_is_seen_by_all_and_does_not_come_again() -> None:
+    for keywords, (during, after) in run(overflow, 2).items():
+        assert not during, keywords
+        assert after, keywords
+
+
 def test_the_group_may_be_a_part_of_the_world() -> None:
     def train() -> bool:
         mine = [dist.get_rank() // 2 * 2, dist.get_rank() // 2 * 2 + 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import weakref
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -147,6 +148,8 @@ class CommHook:
             _settle(turn.buffer)
             if isinstance(rule, SumRule):
                 rule.finish(turn.buffer, 1.0)
+            if turn.memory is not None:
+                _heal(turn.buffer, turn.memory)
             turn.future.set_result(turn.buffer)
         self.round += 1
 
@@ -180,6 +183,12 @@ class CommHook:
         """End the hook's own thread. Waits for nobody; groups end when their owner ends all."""
         if self._fuser is not None:
             self._fuser.close()
+
+
+def _heal(buffer: Tensor, memory: Memory) -> None:
+    """A gradient that is not finite is the owner's to skip, and must not come again later."""
+    if not math.isfinite(float(buffer.float().sum() + memory.residual.sum())):
+        memory.heal()
 
 
 def _settle(buffer: Tensor) -> None:
