@@ -16,7 +16,7 @@ from allfuse.link.bell import WRAP, Bells
 from allfuse.link.room import LINE_WORDS, Room
 
 CELL_BYTES = 1 << 19  # of a message's pieces
-CELLS = 4  # from each rank to each other: what a message waits in, whatever its size
+CELLS = 4  # from each rank to each other, a power of two: they hold what is under way
 HEADER = struct.Struct("<QQ")  # bytes of the message, bytes of it that came before
 HEADER_BYTES = 64  # a cache line
 BELL = LINE_WORDS  # place of the word that peers change when they have done something
