@@ -7,6 +7,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -22,20 +23,20 @@ class BorrowedWork(Work):
     """A transfer of a borrowed group under way.
 
     Args:
+        data: what moves.
         peer: a place on the link, None for all.
-        queues: whether the group's own wait only queues, as NCCL's does.
     """
 
     def __init__(
-        self, link: BorrowedLink, work: Any, operation: str, peer: int | None, queues: bool
+        self, link: BorrowedLink, work: Any, data: Tensor, operation: str, peer: int | None
     ) -> None:
-        self.link, self.work, self.operation, self.peer = link, work, operation, peer
-        self.queues = queues
+        self.link, self.work, self.data = link, work, data
+        self.operation, self.peer = operation, peer
 
     def wait(self) -> None:
         begin = time.monotonic()
         try:
-            if self.queues:
+            if self.data.device.type != "cpu":  # waiting may only queue, as NCCL's does
                 self._await_device(begin + self.link.timeout_s)
             else:
                 self.work.wait(timedelta(seconds=self.link.timeout_s))
@@ -50,6 +51,17 @@ class BorrowedWork(Work):
                 raise RuntimeError(f"no sign within {self.link.timeout_s:g} s")
             time.sleep(POLL_S)
         self.work.wait()
+
+
+class StagedWork(Work):
+    """A receive into memory of the host, whence it is copied."""
+
+    def __init__(self, work: Work, arrived: Tensor, target: Tensor) -> None:
+        self.work, self.arrived, self.target = work, arrived, target
+
+    def wait(self) -> None:
+        self.work.wait()
+        self.target.copy_(self.arrived)
 
 
 class BorrowedLink(Link):
@@ -108,7 +120,7 @@ class BorrowedLink(Link):
         self, tensor: Tensor, operation: str, begin: Callable[[Tensor], Any], peer: int | None
     ) -> Work:
         try:
-            return BorrowedWork(self, begin(tensor), operation, peer, tensor.device.type != "cpu")
+            return BorrowedWork(self, begin(tensor), tensor, operation, peer)
         except RuntimeError as error:
             raise self.lost(operation, peer, 0.0, error) from None
 
@@ -138,7 +150,12 @@ class BorrowedLink(Link):
         def begin(data: Tensor) -> Any:
             return dist.isend(data, group=self.group, group_dst=peer)
 
-        return self._start(as_bytes(tensor), operation, begin, peer)
+        data = as_bytes(tensor)
+        return self._start(data.cpu() if self._stages(data) else data, operation, begin, peer)
+
+    def _stages(self, data: Tensor) -> bool:
+        """gloo sends from one to one out of the host's memory only."""
+        return self.kind == "gloo" and data.device.type != "cpu"
 
     def receive(self, tensor: Tensor, peer: int, operation: str) -> Work:
         check_contiguous(tensor, operation)
@@ -146,7 +163,11 @@ class BorrowedLink(Link):
         def begin(data: Tensor) -> Any:
             return dist.irecv(data, group=self.group, group_src=peer)
 
-        return self._start(as_bytes(tensor), operation, begin, peer)
+        data = as_bytes(tensor)
+        if not self._stages(data):
+            return self._start(data, operation, begin, peer)
+        arrived = torch.empty_like(data, device="cpu")
+        return StagedWork(self._start(arrived, operation, begin, peer), arrived, data)
 
     def alive(self) -> tuple[int, ...]:
         """All of them: nothing here could know better."""
