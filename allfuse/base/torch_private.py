@@ -6,7 +6,7 @@ torch that moves one of them fails here and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -24,6 +24,7 @@ __all__ = [
     "foreach_multiply",
     "gloo_group",
     "nccl_group",
+    "start_together",
     "storage_users",
 ]
 
@@ -53,13 +54,29 @@ def gloo_group(
     return group  # type: ignore[no-any-return]
 
 
-def nccl_group(store: Store, rank: int, size: int, timeout_s: float) -> dist.ProcessGroup:
-    """An NCCL group that stands beside the default one, on the current CUDA device."""
+def nccl_group(
+    store: Store, rank: int, size: int, timeout_s: float, device: torch.device
+) -> dist.ProcessGroup:
+    """An NCCL group that stands beside the default one. All members must be there already.
+
+    NCCL's own watchdog ends the process at its deadline without a word that says who is lost, so
+    that comes long after `timeout_s`, at which whoever waits says it.
+    """
     nccl: Any = vars(dist)["ProcessGroupNCCL"]  # only in builds with CUDA
     options = nccl.Options()
-    options._timeout = timedelta(seconds=timeout_s)
+    options._timeout = timedelta(seconds=2 * timeout_s + 60)
     group: Any = nccl(store, rank, size, options)
+    group.eager_connect_single_device(device)
     return group  # type: ignore[no-any-return]
+
+
+def start_together(group: Any, starts: Sequence[Callable[[], object]]) -> Any:
+    """Start some transfers of an NCCL group as one. One by one each would wait for the one before,
+    and two peers that both send first would wait for each other for ever."""
+    group._start_coalescing()
+    for start in starts:
+        start()
+    return group._end_coalescing()
 
 
 def foreach_multiply(tensors: Sequence[Tensor], factor: float) -> None:

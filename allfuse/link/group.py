@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from allfuse.base import torch_private
-from allfuse.base.errors import PeerLost
+from allfuse.base.errors import PeerLost, UserError
 from allfuse.base.torch_private import PrefixStore, Store
 from allfuse.link.base import Link, Work
 from allfuse.link.check import as_bytes, check_contiguous, check_summable
@@ -58,6 +58,7 @@ class GroupWork(Work):
 
     Collectives are waited for in slices, so that an alarm is heard. A point-to-point transfer
     (`whole`) is waited for in one piece: when gloo's wait for one times out it breaks the pair.
+    `work` is None while the link holds it back.
     """
 
     def __init__(self, link: GroupLink, work: Any, operation: str, whole: bool = False) -> None:
@@ -65,6 +66,8 @@ class GroupWork(Work):
 
     def wait(self) -> None:
         link, begin = self.link, time.monotonic()
+        if self.work is None:
+            link.start_held()
         doing = link.lookout.doing
         doing.update(operation=self.operation, step=link.step)
         while True:
@@ -119,20 +122,45 @@ class GroupLink(Link):
         self.device, self.lookout = device, lookout
         self.kind = "nccl" if device.type == "cuda" else "gloo"
         self._under_way: deque[Any] = deque()
+        self._held: list[tuple[Callable[[], Any], GroupWork]] = []
         prefix = f"link/{name}/{'-'.join(map(str, members))}"
         store = PrefixStore(prefix, torch_private.clone_store(board.store))
         operation, begin = f"form link {name}", time.monotonic()
         lookout.doing.update(operation=operation, step=None)
         try:
             if device.type == "cuda":
-                self.group = torch_private.nccl_group(store, self.rank, self.size, timeout_s)
+                self.group = self._connect_gpus(store)
             else:
                 self.group = torch_private.gloo_group(
                     store, self.rank, self.size, timeout_s, loopback
                 )
-        except RuntimeError as error:
+        except (RuntimeError, TimeoutError) as error:
             raise self.lost(operation, time.monotonic() - begin, error) from None
         lookout.doing["operation"] = None
+
+    def _connect_gpus(self, store: Store) -> dist.ProcessGroup:
+        """An NCCL group, once every member is here: NCCL itself would wait for them for ever.
+
+        Raises:
+            UserError: two members are on one GPU. NCCL says only that its usage is invalid.
+        """
+        board, deadline = StoreBoard(store), time.monotonic() + self.timeout_s
+        board.set(
+            f"gpu/{self.rank}", str(torch.cuda.get_device_properties(self.device).uuid).encode()
+        )
+        gpus = [board.wait(f"gpu/{rank}", deadline - time.monotonic()) for rank in range(self.size)]
+        sharing = [self.members[rank] for rank, gpu in enumerate(gpus) if gpus.count(gpu) > 1]
+        try:
+            return torch_private.nccl_group(
+                store, self.rank, self.size, self.timeout_s, self.device
+            )
+        except RuntimeError:
+            if not sharing:
+                raise
+            raise UserError(
+                f"ranks {', '.join(map(str, sharing))} share a GPU, and NCCL takes one rank on "
+                "each; allowed: a GPU for each worker; next: fewer workers, or --device cpu"
+            ) from None
 
     def lost(self, operation: str, seconds: float, error: Exception) -> PeerLost:
         """The error to raise after a transfer failed: who is lost, found out by a roll call."""
@@ -144,6 +172,10 @@ class GroupLink(Link):
         )
 
     def _start(self, operation: str, begin: Callable[[], Any], whole: bool = False) -> Work:
+        self.start_held()
+        return GroupWork(self, self._begin(operation, begin), operation, whole)
+
+    def _begin(self, operation: str, begin: Callable[[], Any]) -> Any:
         while self._under_way and self._under_way[0].is_completed():
             self._under_way.popleft()
         try:
@@ -151,7 +183,25 @@ class GroupLink(Link):
         except RuntimeError as error:
             raise self.lost(operation, 0.0, error) from None
         self._under_way.append(work)
-        return GroupWork(self, work, operation, whole)
+        return work
+
+    def _start_one_to_one(self, operation: str, begin: Callable[[], Any]) -> Work:
+        """On CUDA it is held back, and goes with all that is started before somebody waits."""
+        if self.device.type != "cuda":
+            return self._start(operation, begin, whole=True)
+        work = GroupWork(self, None, operation)
+        self._held.append((begin, work))
+        return work
+
+    def start_held(self) -> None:
+        """Start the transfers that were held back."""
+        held, self._held = self._held, []
+        if held:
+            starts, works = [begin for begin, _ in held], [work for _, work in held]
+            operation = works[0].operation
+            begun = self._begin(operation, lambda: torch_private.start_together(self.group, starts))
+            for work in works:
+                work.work = begun
 
     def all_reduce(self, tensor: Tensor, operation: str) -> Work:
         check_summable(tensor, operation)
@@ -169,14 +219,14 @@ class GroupLink(Link):
     def send(self, tensor: Tensor, peer: int, operation: str) -> Work:
         check_contiguous(tensor, operation)
         self.sent_bytes += tensor.nbytes
-        return self._start(
-            operation, lambda: self.group.send([as_bytes(tensor)], peer, 0), whole=True
+        return self._start_one_to_one(
+            operation, lambda: self.group.send([as_bytes(tensor)], peer, 0)
         )
 
     def receive(self, tensor: Tensor, peer: int, operation: str) -> Work:
         check_contiguous(tensor, operation)
-        return self._start(
-            operation, lambda: self.group.recv([as_bytes(tensor)], peer, 0), whole=True
+        return self._start_one_to_one(
+            operation, lambda: self.group.recv([as_bytes(tensor)], peer, 0)
         )
 
     def alive(self) -> tuple[int, ...]:
@@ -190,10 +240,13 @@ class GroupLink(Link):
     def close(self) -> None:
         """Drops the group without the usual farewell, which would wait for peers."""
         group = self.__dict__.pop("group", None)
-        if group is not None and not all(work.is_completed() for work in self._under_way):
+        if group is not None and self.device.type == "cuda":
+            group.abort()  # ends transfers that a lost peer left on the GPU
+        elif group is not None and not all(work.is_completed() for work in self._under_way):
             # Its destructor would wait for transfers that a lost peer will never end: leak it.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
         self._under_way.clear()
+        self._held.clear()
 
 
 def form_replica_group(

@@ -126,7 +126,8 @@ def _measured(
     if isinstance(metric, Metric):
         return torch.as_tensor(metric.update(outputs, batch)).detach()
     total, factor, count = sum_and_count(metric(outputs, batch), rows, f"metric {name}")
-    return torch.tensor([float(total) * factor, count], dtype=torch.float64)
+    value = total.double() * factor  # stays on its device: reading it would wait for the batch
+    return torch.stack([value, torch.full_like(value, count)])
 
 
 def _figure(metric: MetricFunction | Metric, total: Tensor) -> float:
