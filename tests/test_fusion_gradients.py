@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from allfuse.base.errors import PeerLost, UserError
 from allfuse.fusion import Fuser, Fusion
-from allfuse.fusion import gradients as gradients_module
+from allfuse.fusion import bucket as bucket_module
 from allfuse.fusion.gradients import GradientFusion
 from allfuse.launcher.base import current_world
 from allfuse.launcher.thread import first_failure, launch_threads
@@ -44,7 +44,7 @@ def run(function: Callable[[], Any], workers: int, **options: Any) -> list[Any]:
 def copied(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small models stand for large ones too, whose gradients are copied one by one."""
     if request.param == "one by one":
-        monkeypatch.setattr(gradients_module, "SMALL_BYTES", 0)
+        monkeypatch.setattr(bucket_module, "SMALL_BYTES", 0)
 
 
 class Peer:

@@ -14,6 +14,7 @@ import pytest
 
 from allfuse.base.errors import PlanError
 from allfuse.codec import CODECS, Codec, Identity
+from allfuse.codec.base import Error, Shapes
 from allfuse.plan import (
     AXES,
     Axis,
@@ -41,10 +42,13 @@ ROOT = Path(__file__).parent.parent
 @dataclass(frozen=True)
 class Lossy(Codec):
     name: ClassVar[str] = "lossy"
-    lossless: ClassVar[bool] = False
 
-    def encoded_bytes(self, elements: int, element_bytes: int) -> int:
-        return elements
+    @property
+    def error(self) -> Error:
+        return "bounded"
+
+    def payload_bytes(self, shapes: Shapes, element_bytes: int) -> int:
+        return 1
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,8 @@ class Stale(Sync):
 
 
 @dataclass(frozen=True)
-class Vote(SumRule):
-    name: ClassVar[str] = "vote"
+class Power(SumRule):
+    name: ClassVar[str] = "power"
 
     def prepare(self, value, weight):
         return value
@@ -81,7 +85,7 @@ def more_choices(monkeypatch):
         (CODECS, Lossy),
         (TOPOLOGIES, Mixing),
         (SYNCS, Stale),
-        (RULES, Vote),
+        (RULES, Power),
     ):
         monkeypatch.setitem(table, choice.name, choice)
 
@@ -404,9 +408,10 @@ def test_description_has_a_line_for_each_axis_and_names_workers_batch_and_promis
 
 
 def test_description_names_the_choices_by_what_they_declare(more_choices):
-    text = describe(site(4, codec="lossy", sync="stale(3)", topology="mixing"))[1]
-    assert "fused by vote" in describe(site(4, rule="vote"))[1]
-    for part in ("at most 3 steps apart", "over mixing", "lossy (with loss)"):
+    text = describe(site(4, codec="lossy", sync="stale(3)"))[1]
+    assert "fused by power" in describe(site(4, rule="power"))[1]
+    assert "over mixing" in describe(site(4, topology="mixing"))[1]
+    for part in ("at most 3 steps apart", "lossy (with loss)"):
         assert part in text
     assert "each as it is ready" in describe(data(4, sync="stale(-1)"))[1]
 

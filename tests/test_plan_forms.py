@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import MISSING, dataclass, fields
+from math import prod
 from typing import ClassVar
 
 import pytest
@@ -12,6 +13,7 @@ import yaml
 import allfuse.plan
 from allfuse.base.errors import AllfuseError, PlanError
 from allfuse.codec import CODECS, Codec
+from allfuse.codec.base import Error, Shapes
 from allfuse.plan import Plan, data, pipe, site
 from allfuse.plan.axes import OUTERS
 from allfuse.plan.parse import MAX_CHARACTERS, Call, read_call
@@ -25,7 +27,6 @@ class Largest(Codec):
     """A codec with one required argument, as topk has."""
 
     name: ClassVar[str] = "largest"
-    lossless: ClassVar[bool] = False
     fraction: float
     rounded: bool = False
 
@@ -33,8 +34,12 @@ class Largest(Codec):
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction must be in (0, 1], got {self.fraction}")
 
-    def encoded_bytes(self, elements: int, element_bytes: int) -> int:
-        return int(elements * element_bytes * self.fraction)
+    @property
+    def error(self) -> Error:
+        return "bounded"
+
+    def payload_bytes(self, shapes: Shapes, element_bytes: int) -> int:
+        return int(sum(map(prod, shapes)) * element_bytes * self.fraction)
 
 
 @dataclass(frozen=True)
@@ -117,9 +122,10 @@ def test_every_form_gives_the_same_plan_back(seed):
     ],
 )
 def test_every_name_of_the_tables_can_stand_in_a_plan(kind, name):
-    plan = Plan.parse(f"site(4, {kind}={name})")
+    axis = "data" if name in RULES and not RULES[name].fuses_weights else "site"
+    plan = Plan.parse(f"{axis}(4, {kind}={name})")
     assert Plan.parse(str(plan)) == evaluate(repr(plan)) == plan
-    assert Plan.from_nest([{"site": {"n": 4, kind: name}}]) == plan
+    assert Plan.from_nest([{axis: {"n": 4, kind: name}}]) == plan
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sign(Scaled):
-    """The sign of each value, times the mean size of its block: 1/32 of the bytes.
+    """The sign of each value, times the mean size of its block: 1.5 bits a value, the scales of
+    blocks of 64 included.
 
-    With error feedback this is EF-signSGD (Karimireddy et al. 2019, arXiv:1901.09847, section 4),
+    Large blocks cost less and mix the values of layers whose gradients differ in size, which
+    training feels. With error feedback this is EF-signSGD (Karimireddy et al. 2019, arXiv:1901.09847, section 4),
     by blocks; without, it is known not to converge. Zero counts as positive.
     """
 
     name: ClassVar[str] = "sign"
-    block: int = 1024
+    block: int = 64
 
     @property
     def error(self) -> Error:

@@ -105,9 +105,9 @@ class Place:
         axis = self.plan.axis(name)
         if not isinstance(axis, Data | Site):
             return Fuser(Fusion(), link)
-        if link.size == 1:
-            return Fuser(Fusion(rule=axis.rule), link)
         fusion, why = choose(axis.rule, axis.topology, axis.sync, axis.codec)
+        if link.size == 1:
+            return Fuser(fusion, link)
         if why is not None:
             self.choices[f"topology of {name}"] = why
         if not Fuser(fusion, link).needs_own_link:

@@ -1,0 +1,211 @@
+"""Training with codecs and with rules for gradients: what resumes, is equal, or is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_codec import LOSSY, variants
+from test_rule import variants as rule_variants
+from torch import nn
+from training_cases import assert_equal, job, network, points, session, train, under
+
+from allfuse.base.errors import UserError
+from allfuse.codec import Codec
+from allfuse.job import Stop
+from allfuse.plan import as_plan
+from allfuse.rule import Mean, Rule
+from allfuse.store.checkpoint import Checkpoints
+
+RULES = [rule for rule in rule_variants() if not isinstance(rule, Mean)]
+
+
+def wide_network() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(4, 40), nn.Tanh(), nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 1)
+    ).double()
+
+
+def wide_job(**changes: object):  # type: ignore[no-untyped-def]
+    return job(model=wide_network, train=points(48), **changes)
+
+
+@pytest.mark.parametrize("codec", LOSSY, ids=str)
+@pytest.mark.parametrize("plan", ["data(3, codec={})", "site(3, every=2, codec={})"])
+def test_all_ranks_end_equal_and_near_to_what_no_codec_gives(codec: Codec, plan: str) -> None:
+    text = plan.format(codec)
+    assert as_plan(text).promise == "replayed"
+    results = train(wide_job(stop=Stop(epochs=12)), text)
+    for result in results:
+        assert_equal(result.weights, results[0].weights, exact=True)
+    plain = train(wide_job(stop=Stop(epochs=12)), plan.format("identity"))[0]
+    first = train(wide_job(stop=Stop(steps=1)), "data(1)")[0].loss
+    gain, whole = first - results[0].loss, first - plain.loss
+    assert gain > 0.7 * whole
+
+
+@pytest.mark.parametrize("codec", LOSSY, ids=str)
+@pytest.mark.parametrize(
+    "plan",
+    ["data(3, codec={})", "site(2, every=2, codec={})", "site(2, every=2) * data(2, codec={})"],
+)
+def test_what_was_not_sent_is_saved_so_that_resuming_is_bit_equal(
+    codec: Codec, plan: str, tmp_path: Path
+) -> None:
+    text = plan.format(codec)
+    for steps in (3, 8):
+        resumed = train(wide_job(stop=Stop(steps=steps)), text, out=tmp_path / "run", resume="auto")
+    whole = train(wide_job(stop=Stop(steps=8)), text)
+    assert_equal(resumed[0].weights, whole[0].weights, exact=True)
+
+
+def residual_sums(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """Of each parameter, the sum over ranks of what they had not sent at a checkpoint."""
+    checkpoints = Checkpoints(folder / "checkpoints")
+    sums: dict[str, torch.Tensor] = {}
+    for writer in checkpoints.writers(step):
+        kept = checkpoints.read(step, rank=writer)[0]["fusions"][0]
+        for name, residual in kept["residuals"].items():
+            sums[name] = sums.get(name, 0) + residual
+    return sums
+
+
+def test_under_another_number_of_workers_nothing_that_was_not_sent_is_lost(tmp_path: Path) -> None:
+    codec = "topk(0.1)"
+    train(wide_job(stop=Stop(steps=4)), f"data(3, codec={codec})", out=tmp_path / "run")
+    before = residual_sums(tmp_path / "run", 4)
+    assert any(bool(residual.any()) for residual in before.values())
+    taken: list[dict[str, torch.Tensor]] = []
+
+    def work() -> None:
+        with session(out=tmp_path / "run", resume=True, plan=f"data(2, codec={codec})") as s:
+            model = s.model(wide_network)
+            s.optimizer(torch.optim.Adam(model.parameters(), lr=1e-2))
+            for _ in s.batches(points(48), batch_size=6, steps=5):
+                kept = s.learners[0].fusion.capture()
+                assert kept is not None
+                taken.append({name: value.clone() for name, value in kept["residuals"].items()})
+                break
+
+    under(f"data(2, codec={codec})", work)
+    assert len(taken) == 2
+    for name, total in before.items():
+        torch.testing.assert_close(taken[0][name] + taken[1][name], total.reshape(-1))
+
+
+def test_a_plan_without_codecs_goes_on_from_one_with_them_and_back(tmp_path: Path) -> None:
+    plans = ["data(3, codec=int8)", "data(1)", "site(2, every=2, codec=topk(0.1))", "data(2)"]
+    for number, plan in enumerate(plans, start=1):
+        results = train(
+            wide_job(stop=Stop(steps=3 * number)), plan, out=tmp_path / "run", resume="auto"
+        )
+        assert all(bool(value.isfinite().all()) for value in results[0].weights.values())
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_gradients_are_fused_by_every_rule_alike_on_all_ranks(rule: Rule, tmp_path: Path) -> None:
+    plan = f"data(3, rule={rule})"
+    results = train(job(accumulate=2), plan)
+    for result in results:
+        assert_equal(result.weights, results[0].weights, exact=True)
+    for steps in (3, 8):
+        resumed = train(job(stop=Stop(steps=steps)), plan, out=tmp_path / "run", resume="auto")
+    whole = train(job(stop=Stop(steps=8)), plan)
+    assert_equal(resumed[0].weights, whole[0].weights, exact=True)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("workers", [1, 3])
+def test_one_step_by_a_rule_is_what_the_rule_makes_of_the_gradients_of_all(
+    rule: Rule, workers: int
+) -> None:
+    """Against gradients that are computed one after the other, of uneven shares."""
+    x, y = points(7)
+    rate = 0.1
+    made = job(
+        train=(x, y),
+        batch_size=7,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=rate),
+        stop=Stop(steps=1),
+    )
+    found = train(made, f"data({workers}, rule={rule})")[0].weights
+    shares: list[tuple[int, Any]] = []
+
+    def look() -> None:
+        with session() as s:
+            s.model(lambda: nn.Linear(1, 1))
+            shares.extend((s.rank, batch) for batch in s.batches((x, y), batch_size=7, steps=1))
+
+    under(f"data({workers})", look)
+    torch.manual_seed(0)
+    model = network()
+    start = [p.detach().clone() for p in model.parameters()]
+    rows, weights = [], []
+    for _, batch in sorted(shares, key=lambda pair: pair[0]):
+        model.zero_grad()
+        nn.functional.mse_loss(model(batch[0]), batch[1]).backward()
+        rows.append(torch.cat([p.grad.reshape(-1) for p in model.parameters()]))
+        weights.append(float(len(batch[0])))
+    values, told = torch.stack(rows), torch.tensor(weights, dtype=torch.float64)
+    if hasattr(rule, "fuse"):
+        fused = rule.fuse(values, told)
+    else:
+        lengths = [rule.shrink(float(v.norm())) if rule.needs_norm else 1.0 for v in values]
+        parts = [rule.prepare(v * k, w) for v, k, w in zip(values, lengths, weights, strict=True)]
+        fused = rule.finish(torch.stack(parts).sum(0), sum(weights))
+    place = 0
+    for name, first in zip(found, start, strict=True):
+        step = fused[place : place + first.numel()].view_as(first)
+        place += first.numel()
+        torch.testing.assert_close(found[name], first - rate * step)
+
+
+def test_a_corrupt_rank_does_not_move_the_median_of_gradients() -> None:
+    def work(rule: str, corrupt: bool) -> torch.Tensor:
+        with session(plan=f"data(5, rule={rule})") as s:
+            model = s.model(lambda: nn.Linear(4, 1).double())
+            s.optimizer(torch.optim.SGD(model.parameters(), lr=0.05))
+            for batch in s.batches(points(40), batch_size=40, epochs=30):
+                factor = -1e3 if corrupt and s.rank == 3 else 1.0
+                s.step(batch, lambda out, b, f=factor: f * (out - b[1]).square().mean())
+            return model.weight.detach().clone()
+
+    good = under("data(5, rule=median)", lambda: work("median", False))[0]
+    robust = under("data(5, rule=median)", lambda: work("median", True))[0]
+    mean = under("data(5)", lambda: work("mean", True))[0]
+    assert float((robust - good).norm()) < 0.2 * float(good.norm())
+    assert float((mean - good).norm()) > float(good.norm())
+
+
+@pytest.mark.parametrize("plan", ["data(2, codec=int8)", "data(2, rule=vote)"])
+def test_half_precision_with_loss_scaling_is_refused(plan: str) -> None:
+    with pytest.raises(UserError, match="allowed: bf16 or fp32 here, or rule=mean"):
+        train(replace(job(), precision="fp16"), plan)
+
+
+def test_a_step_that_is_not_finite_leaves_nothing_behind() -> None:
+    from allfuse.base.errors import NonFiniteLoss
+
+    def work() -> bool:
+        with session(plan="data(2, codec=topk(0.5))") as s:
+            model = s.model(lambda: nn.Linear(4, 1).double())
+            s.optimizer(torch.optim.SGD(model.parameters(), lr=0.01))
+            for step, batch in enumerate(s.batches(points(40), batch_size=4, epochs=1)):
+                bad = float("nan") if step == 3 and s.rank == 0 else 1.0
+                try:
+                    s.step(batch, lambda out, b, f=bad: f * (out - b[1]).square().mean())
+                except NonFiniteLoss:
+                    assert step == 3
+                    break
+            kept = s.learners[0].fusion.capture()
+            assert kept is not None
+            return all(bool(value.isfinite().all()) for value in kept["residuals"].values())
+
+    assert under("data(2, codec=topk(0.5))", work) == [True, True]
+
+
+def test_every_codec_of_the_table_is_tested_here() -> None:
+    assert {type(codec) for codec in LOSSY} == {type(c) for c in variants() if not c.lossless}
