@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ from training_cases import assert_equal, job, network, points, session, train, u
 
 from allfuse.base.errors import UserError
 from allfuse.codec import Codec
+from allfuse.fusion import Fuser
 from allfuse.job import Stop
 from allfuse.plan import as_plan
 from allfuse.rule import Mean, Rule
 from allfuse.store.checkpoint import Checkpoints
+from allfuse.training.stepper import Stepper
+from allfuse.verify.verify import verify_job
 
 RULES = [rule for rule in rule_variants() if not isinstance(rule, Mean)]
 
@@ -115,6 +119,49 @@ def test_gradients_are_fused_by_every_rule_alike_on_all_ranks(rule: Rule, tmp_pa
         resumed = train(job(stop=Stop(steps=steps)), plan, out=tmp_path / "run", resume="auto")
     whole = train(job(stop=Stop(steps=8)), plan)
     assert_equal(resumed[0].weights, whole[0].weights, exact=True)
+
+
+REPLAYED = [
+    *(f"data(3, codec={codec})" for codec in LOSSY),
+    *(f"data(3, rule={rule})" for rule in RULES),
+    *(f"site(3, every=2, codec={codec})" for codec in LOSSY),
+    *(f"site(3, every=2, rule={rule})" for rule in RULES if rule.fuses_weights),
+    "data(2, codec=int4, topology=ring)",
+    "data(3, codec=int8(stochastic=true), topology=ring)",
+    "data(4, codec=topk(0.1), topology=halving)",
+    "data(5, codec=sign, topology=tree(double))",
+    "data(3, codec=lowrank(2), topology=ring)",
+    "data(3, codec=int8, rule=clipped(0.1))",
+    "data(1, rule=vote)",
+    "site(2, every=3, codec=topk(0.2)) * data(2, codec=int8)",
+    "site(2, every=2, rule=median) * data(2, rule=vote)",
+]
+
+
+@pytest.mark.parametrize("plan", REPLAYED)
+def test_verify_replays_what_is_lost_and_what_is_kept(plan: str) -> None:
+    made = functools.partial(wide_job, accumulate=2, clip=0.5, batch_size=7)
+    report = verify_job(made, plan, steps=6, threads=True)
+    assert report.promise == "replayed"
+    assert report.ok, report.first
+
+
+def test_verify_finds_a_residual_that_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Fuser.start
+
+    def forgets(self: Fuser, block: Any, operation: str, **keywords: Any) -> Any:
+        if (memory := keywords.get("memory")) is not None and self.link.rank == 1:
+            memory.residual.zero_()
+        return whole(self, block, operation, **keywords)
+
+    monkeypatch.setattr(Fuser, "start", forgets)
+    assert not verify_job(wide_job, "data(3, codec=topk(0.1))", steps=4, threads=True).ok
+
+
+def test_verify_finds_a_weight_that_is_not_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Stepper, "_weights", lambda self, portion: [1.0] * self.place.data.size)
+    made = functools.partial(wide_job, batch_size=7)
+    assert not verify_job(made, "data(3, rule=trimmed(0.4))", steps=3, threads=True).ok
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)

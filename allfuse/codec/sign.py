@@ -18,8 +18,9 @@ class Sign(Scaled):
     blocks of 64 included.
 
     Large blocks cost less and mix the values of layers whose gradients differ in size, which
-    training feels. With error feedback this is EF-signSGD (Karimireddy et al. 2019, arXiv:1901.09847, section 4),
-    by blocks; without, it is known not to converge. Zero counts as positive.
+    training feels. With error feedback this is EF-signSGD (Karimireddy et al. 2019,
+    arXiv:1901.09847, section 4), by blocks; without, it is known not to converge. Zero counts as
+    positive.
     """
 
     name: ClassVar[str] = "sign"

@@ -123,7 +123,7 @@ class Fuser:
         tail: int = 0,
     ) -> None:
         mine = self._plot(topology, round)
-        segments = segments_of(topology, block.nbytes)
+        segments = segments_of(topology, block.nbytes - tail * block.element_size())
         run(
             mine,
             self.link,

@@ -1,10 +1,11 @@
 """The reference: the plan executed serially in one process, written out to be checked by eye.
 
-It shares with the code under test the job, the first weights, the order of samples (samples.py) and
-the rule that cuts n rows into even shares. Everything else is plain PyTorch: no session, no links,
-no fusions. An exact plan is one model that learns from whole batches; a plan with k sites is k
-models, each with its own optimizer, that become their weighted mean now and then, or mix by the
-weights of a gossip's schedule.
+It shares with the code under test the job, the first weights, the order of samples (samples.py),
+the rule that cuts n rows into even shares, and what is pure math (see replay.py). Everything else
+is plain PyTorch: no session, no links. An exact plan is one model that learns from whole batches.
+Where gradients are encoded or fused by another rule than the mean, the model learns from the share
+of each replica by itself, and those gradients become one. A plan with k sites is k models, each
+with its own optimizer, that become one now and then, or mix by the weights of a gossip's schedule.
 """
 
 from __future__ import annotations
@@ -14,19 +15,25 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from allfuse.base.errors import NonFiniteLoss
 from allfuse.base.tensors import map_nest, share
+from allfuse.fusion.gradients import BUCKET_BYTES, FIRST_BUCKET_BYTES
 from allfuse.job import Job, default_forward
-from allfuse.plan import Plan, Site
+from allfuse.plan import Data, Plan, Site
+from allfuse.rule import Mean, SumRule
 from allfuse.topology import Layout, Schedule
 from allfuse.training.start import build_model
 from allfuse.verify.record import Recorder
+from allfuse.verify.replay import Replay, is_plain_mean, positions_of
 from allfuse.verify.samples import read_batches
+
+Piece: TypeAlias = tuple[Any, int]
+"""A batch, and its rows."""
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -40,10 +47,43 @@ class Learner:
         self.scheduler = job.scheduler(self.optimizer) if job.scheduler is not None else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=job.precision == "fp16")
         self.samples = 0  # learned from since the last round
+        self.rounds = 0  # of fused gradients
 
-    def learn(self, pieces: Sequence[tuple[Any, int]]) -> tuple[float, float]:
+    @property
+    def held(self) -> list[Tensor]:
+        """What the optimizer trains."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def learn(self, pieces: Sequence[Piece]) -> tuple[float, float]:
         """One optimizer step on a batch that comes in pieces of so many rows: loss and norm."""
         rows = sum(size for _, size in pieces)
+        total, count = self._differentiate(pieces, rows)
+        if not count:
+            raise NonFiniteLoss("the loss of the reference is a mean over nothing")
+        self.scaler.unscale_(self.optimizer)
+        for parameter in self.held:
+            if parameter.grad is not None:
+                parameter.grad *= rows / count  # now it is
+        return total / count, self._step(rows)
+
+    def learn_apart(self, parts: Sequence[Sequence[Piece]], replay: Replay) -> tuple[float, float]:
+        """The same on a batch of which each replica has a part, with gradients of its own."""
+        sizes = [sum(size for _, size in pieces) for pieces in parts]
+        rows = sum(sizes)
+        totals, counts, gradients = [], [], []
+        for pieces in parts:
+            total, count = self._differentiate(pieces, rows)
+            totals.append(total)
+            counts.append(count)
+            gradients.append([parameter.grad for parameter in self.held])
+            self.optimizer.zero_grad()
+        if not sum(counts):
+            raise NonFiniteLoss("the loss of the reference is a mean over nothing")
+        self._fuse(gradients, [float(size) for size in sizes], counts, replay)
+        return sum(totals) / sum(counts), self._step(rows)
+
+    def _differentiate(self, pieces: Sequence[Piece], rows: int) -> tuple[float, float]:
+        """Add the gradients of the sum of losses over `rows`; the sum, and what is counted."""
         total, count = 0.0, 0.0
         for batch, size in pieces:
             with self.autocast():
@@ -52,20 +92,57 @@ class Learner:
             self.scaler.scale(loss / rows).backward()  # not yet over what the loss counts
             total += loss.item()
             count += counted
-        if not count:
-            raise NonFiniteLoss("the loss of the reference is a mean over nothing")
-        self.scaler.unscale_(self.optimizer)
-        held = [p for group in self.optimizer.param_groups for p in group["params"]]
-        parameters = [parameter for parameter in held if parameter.grad is not None]
-        for parameter in parameters:
-            parameter.grad *= rows / count  # now it is
+        return total, count
+
+    @torch.no_grad()
+    def _fuse(
+        self,
+        gradients: list[list[Tensor | None]],
+        sizes: list[float],
+        counts: list[float],
+        replay: Replay,
+    ) -> None:
+        """Make one gradient of those of all replicas, bucket by bucket, from the last layer on."""
+        rows, rule = sum(sizes), replay.rule
+        trained = [place for place, p in enumerate(self.held) if p.requires_grad][::-1]
+        factors = [1.0] * len(gradients)
+        if not isinstance(rule, Mean):  # each replica's own mean
+            factors = [rows / count if count else 0.0 for count in counts]
+        if isinstance(rule, SumRule) and rule.needs_norm:
+            for replica, own in enumerate(gradients):
+                there = [g.double().reshape(-1) for g in own if g is not None]
+                norm = float(torch.cat(there).norm()) if there else 0.0
+                factors[replica] *= rule.shrink(norm * factors[replica])
+        tensors = [self.held[place] for place in trained]
+        for number, members in enumerate(positions_of(tensors, BUCKET_BYTES, FIRST_BUCKET_BYTES)):
+            places = [trained[member] for member in members]
+            held = [self.held[place] for place in places]
+            blocks = [
+                lay_out(held, [own[place] for place in places], factor)
+                for own, factor in zip(gradients, factors, strict=True)
+            ]
+            shapes = [tuple(p.shape) for p in held]
+            name = f"fuse gradients, bucket {number}"
+            if isinstance(rule, Mean):
+                fused = replay.sum(blocks, shapes, name, self.rounds) * (rows / sum(counts))
+            else:
+                fused = replay.fuse(blocks, sizes, shapes, name, self.rounds)
+            pieces = fused.split([p.numel() for p in held])
+            for p, place, piece in zip(held, places, pieces, strict=True):
+                used = any(own[place] is not None for own in gradients)
+                p.grad = piece.view_as(p) if used else None
+        self.rounds += 1
+
+    def _step(self, rows: int) -> float:
+        """Clip, step; the norm of the gradient before."""
+        parameters = [parameter for parameter in self.held if parameter.grad is not None]
         largest = math.inf if self.job.clip is None else self.job.clip
         norm = torch.nn.utils.clip_grad_norm_(parameters, largest)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         self.samples += rows
-        return total / count, float(norm)
+        return float(norm)
 
     def autocast(self) -> torch.autocast:
         dtype = AUTOCAST[self.job.precision]
@@ -75,6 +152,15 @@ class Learner:
         every = self.job.scheduler_every
         if self.scheduler is not None and (every == "step" or (every == "epoch" and ends_epoch)):
             self.scheduler.step()
+
+
+def lay_out(held: list[Tensor], gradients: list[Tensor | None], factor: float) -> Tensor:
+    """Gradients end to end; those that are not there are zero."""
+    found = [
+        torch.zeros_like(parameter) if gradient is None else gradient * factor
+        for parameter, gradient in zip(held, gradients, strict=True)
+    ]
+    return torch.cat([each.reshape(-1) for each in found])
 
 
 def run_reference(
@@ -93,10 +179,17 @@ def run_reference(
     sites, every = (axis.n, axis.every) if isinstance(axis, Site) else (1, "end")
     topology = axis.topology if isinstance(axis, Site) else None
     mixing = topology if topology is not None and not topology.exact and sites > 1 else None
+    data = plan.axis("data")
+    inside = Replay(data, job.seed) if isinstance(data, Data) else None
+    apart = inside is not None and not is_plain_mean(inside)
+    replays = [Replay(data, job.seed) for _ in range(sites)] if isinstance(data, Data) else []
+    between = Rounds(axis, job.seed) if isinstance(axis, Site) and sites > 1 else None
     each = plan.replicas // sites  # the replicas of a site stand side by side
     model = build_model(job.model, job.seed).to(device)
     models = [model] + [copy.deepcopy(model) for _ in range(sites - 1)]
     learners = [Learner(job, model, device) for model in models]
+    if between is not None:
+        between.begin(learners)
     recorder.keep("0", models)
     for step, batch in enumerate(islice(read_batches(job, plan.replicas), steps), start=1):
         tick(step)
@@ -104,16 +197,30 @@ def run_reference(
         inputs = []
         for site in range(sites):
             shares = batch.shares[site * each : (site + 1) * each]
-            sizes = [len(part) for part in shares]
-            fetched = batch.fetch(shares) if sum(sizes) else None
-            inputs.append(cut_into_pieces(fetched, sizes, job.accumulate, device))
+            groups = [[part] for part in shares] if apart else [shares]
+            inputs.append(
+                [
+                    cut_into_pieces(
+                        batch.fetch(group) if sum(map(len, group)) else None,
+                        [len(part) for part in group],
+                        job.accumulate,
+                        device,
+                    )
+                    for group in groups
+                ]
+            )
         begin = time.perf_counter()
-        for learner, pieces in zip(learners, inputs, strict=True):
-            figures.append(learner.learn(pieces) if pieces else None)
+        for site, (learner, parts) in enumerate(zip(learners, inputs, strict=True)):
+            if not any(parts):
+                figures.append(None)
+            elif apart:
+                figures.append(learner.learn_apart(parts, replays[site]))
+            else:
+                figures.append(learner.learn(parts[0]))
             learner.end_step(batch.last)
-        if every != "end" and step % every == 0:
+        if every != "end" and step % every == 0 and between is not None:
             if mixing is None:
-                average(learners)
+                between.round(learners, step // every - 1)
             else:
                 mix(learners, mixing.schedule(Layout.of(sites), step // every - 1, job.seed))
         recorder.step(figures, time.perf_counter() - begin)
@@ -141,6 +248,61 @@ def average(learners: list[Learner]) -> None:
                 tensor.copy_(mean)
     for learner in learners:
         learner.samples = 0
+
+
+class Rounds:
+    """Rounds of a site axis: weights become one by its rule, encoded by its codec.
+
+    Under a codec that loses something what travels is the change since the last round.
+    """
+
+    def __init__(self, axis: Site, seed: int) -> None:
+        self.replay = Replay(axis, seed)
+        self.agreed: dict[int, Tensor] = {}
+
+    def blocks(self, learners: list[Learner], places: list[int]) -> list[Tensor]:
+        held = [floating(each) for each in learners]
+        return [torch.cat([own[place].reshape(-1) for place in places]) for own in held]
+
+    @torch.no_grad()
+    def begin(self, learners: list[Learner]) -> None:
+        for number, places in enumerate(self.bundles(learners)):
+            self.agreed[number] = self.blocks(learners, places)[0].clone()
+
+    def bundles(self, learners: list[Learner]) -> list[list[int]]:
+        return positions_of(floating(learners[0]), BUCKET_BYTES, BUCKET_BYTES)
+
+    @torch.no_grad()
+    def round(self, learners: list[Learner], number: int) -> None:
+        total = sum(learner.samples for learner in learners)
+        if is_plain_mean(self.replay):
+            average(learners)
+            return
+        alike = [1 / len(learners)] * len(learners)
+        weights = [learner.samples / total for learner in learners] if total else alike
+        for bundle, places in enumerate(self.bundles(learners)):
+            blocks = self.blocks(learners, places)
+            if self.replay.encodes:
+                blocks = [block - self.agreed[bundle] for block in blocks]
+            held = [[floating(each)[place] for place in places] for each in learners]
+            shapes = [tuple(tensor.shape) for tensor in held[0]]
+            name = f"fuse weights, bucket {bundle}"
+            fused = self.replay.fuse(blocks, weights, shapes, name, number)
+            if self.replay.encodes:
+                fused = fused + self.agreed[bundle]
+                self.agreed[bundle] = fused.clone()
+            pieces = fused.split([tensor.numel() for tensor in held[0]])
+            for own in held:
+                for tensor, piece in zip(own, pieces, strict=True):
+                    tensor.copy_(piece.view_as(tensor))
+        for learner in learners:
+            learner.samples = 0
+
+
+def floating(learner: Learner) -> list[Tensor]:
+    """All weights and buffers that are not counters."""
+    held = (*learner.model.parameters(), *learner.model.buffers())
+    return [tensor.detach() for tensor in held if tensor.is_floating_point()]
 
 
 @torch.no_grad()
