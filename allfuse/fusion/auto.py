@@ -1,0 +1,137 @@
+"""Which topology is the fastest, by the clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from allfuse.base.errors import PlanError
+from allfuse.base.units import format_bytes, format_seconds
+from allfuse.charge import charge
+from allfuse.codec import Codec, MessageCodec
+from allfuse.link.costs import Costs
+from allfuse.plan.pairing import refuse_pairing
+from allfuse.rule import Rule
+from allfuse.topology import TOPOLOGIES, Layout, Native, Topology
+from allfuse.topology.tree import Tree
+
+MARGIN = 0.05  # by which another must be faster than the first that can be: the clock errs as much
+MOST_AT_ONCE = 1024  # transfers of a phase: with more, nothing is fast and the clock is slow
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pick:
+    """A topology, the seconds that a fusion by it is charged, and why it was taken, for people.
+
+    seconds is None where there was nothing to compare.
+    """
+
+    topology: Topology
+    seconds: float | None
+    why: str
+
+
+def candidates(rule: Rule, codec: Codec) -> tuple[Topology, ...]:
+    """The topologies that make all peers equal and can carry this rule and codec; native first.
+
+    >>> from allfuse.codec import Identity
+    >>> from allfuse.rule import Median
+    >>> [str(topology) for topology in candidates(Median(), Identity())]
+    ['central', 'exchange']
+    """
+    named = [cls() for cls in TOPOLOGIES.values()]
+    return tuple(
+        each for each in (*named, Tree("double")) if each.exact and _fits(rule, each, codec)
+    )
+
+
+def _fits(rule: Rule, topology: Topology, codec: Codec) -> bool:
+    try:
+        refuse_pairing(rule, topology, codec)
+    except PlanError:
+        return False
+    return True
+
+
+def settled(layout: Layout, topologies: Sequence[Topology]) -> Pick | None:
+    """What is taken without measuring: there is one way only, or one host and the link's own sum.
+
+    None where the costs of the link must be known.
+    """
+    if len(topologies) == 1:
+        return Pick(topology=topologies[0], seconds=None, why=f"{topologies[0]}: no other can be")
+    native = [topology for topology in topologies if isinstance(topology, Native)]
+    if native and len(layout.by_host) == 1:
+        why = "native: all workers are on one host"
+        return Pick(topology=native[0], seconds=None, why=why)
+    return None
+
+
+def pick(
+    layout: Layout,
+    costs: Costs,
+    topologies: Sequence[Topology],
+    elements: int,
+    *,
+    element_bytes: int = 4,
+    codec: Codec | None = None,
+) -> Pick:
+    """The fastest topology for a block of so many elements.
+
+    The first of them stays unless another is faster by `MARGIN`. A pure function: equal on all
+    peers, and in every run with equal costs.
+    """
+    encoded = codec.encoded_bytes if isinstance(codec, MessageCodec) else None
+    charged = [
+        (charge(t, layout, costs, elements, element_bytes=element_bytes, encoded_bytes=encoded), t)
+        for t in _feasible(layout, topologies)
+    ]
+    seconds = [(each.seconds, topology) for each, topology in charged]
+    ranked = sorted(seconds, key=lambda entry: entry[0])  # stable: of equals the first stays
+    best = ranked[0]
+    if seconds[0][0] <= best[0] * (1 + MARGIN):
+        best = seconds[0]
+    others = [entry for entry in ranked if entry[1] is not best[1]]
+    size = format_bytes(elements * element_bytes)
+    why = f"{best[1]}: {format_seconds(best[0])} for {size} over {_hosts(layout)}"
+    if others:
+        why += f"; next {others[0][1]} {format_seconds(others[0][0])}"
+    return Pick(topology=best[1], seconds=best[0], why=why)
+
+
+def pick_for(
+    layout: Layout,
+    costs: Callable[[], Costs],
+    topologies: Sequence[Topology],
+    blocks: Iterable[int],
+    *,
+    element_bytes: int = 4,
+    codec: Codec | None = None,
+) -> dict[int, Pick]:
+    """The fastest topology for each size of block, in elements.
+
+    `costs()` is asked at most once, and not at all where nothing needs to be measured.
+    """
+    sizes = sorted(set(blocks))
+    if (only := settled(layout, topologies)) is not None:
+        return dict.fromkeys(sizes, only)
+    known = costs()
+    return {
+        size: pick(layout, known, topologies, size, element_bytes=element_bytes, codec=codec)
+        for size in sizes
+    }
+
+
+def _feasible(layout: Layout, topologies: Sequence[Topology]) -> list[Topology]:
+    """Those that the clock can play in good time; all where that would leave none."""
+    few = [
+        topology
+        for topology in topologies
+        if all(len(phase) <= MOST_AT_ONCE for phase in topology.schedule(layout).phases)
+    ]
+    return few or list(topologies)
+
+
+def _hosts(layout: Layout) -> str:
+    hosts = len(layout.by_host)
+    return f"{hosts} hosts" if hosts > 1 else f"{layout.size} workers of one host"
