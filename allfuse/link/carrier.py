@@ -67,6 +67,8 @@ class Carrier:
     def stop(self) -> None:
         """Close all that is attended to, and end. Returns when it has."""
         with self.lock:
+            if self._stopping:
+                return
             self._stopping = True
             os.write(self._waker, b"s")
         if self._thread.ident is not None:

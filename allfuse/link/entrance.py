@@ -54,6 +54,7 @@ class Entrance:
         socket.set(zmq.SNDHWM, 0)  # the streams' windows bound what is under way
         socket.set(zmq.RCVHWM, 0)
         socket.set(zmq.MAXMSGSIZE, MOST_BYTES)
+        socket.set(zmq.LINGER, 0)  # else what a lost peer did not take keeps the context for ever
         socket.set(zmq.RECONNECT_IVL, -1)  # a broken connection has lost something
         socket.set(zmq.HEARTBEAT_IVL, max(1, int(silence_s * 1000 / BEATS)))
         socket.set(zmq.HEARTBEAT_TIMEOUT, max(1, int(silence_s * 1000)))
@@ -150,8 +151,8 @@ class Entrance:
     def _await_greetings(self) -> None:
         link = self.link
         with link.lock:
-            while absent := [p for p in link.peers.values() if p.failure or not p.present]:
-                absent.sort(key=lambda peer: peer.failure is None)
+            while absent := [peer for peer in link.peers.values() if not peer.present]:
+                absent.sort(key=lambda peer: peer.failure is None)  # who came may have left again
                 if absent[0].failure or self._left_s() <= 0 or link.alarmed:
                     break
                 link.changed.wait(min(SLICE_S, self._left_s()))

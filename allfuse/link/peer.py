@@ -70,7 +70,8 @@ class Peer:
         if events & zmq.POLLIN:
             self._take_in()
             return not self.over
-        if self.present and not events & zmq.POLLOUT:
+        was_there = self.present or self.link.connects_to(self.rank)
+        if was_there and not events & zmq.POLLOUT:
             self.parted = True
             self.drop(Failure(PeerLost, "its connection ended without a farewell"))
         return False

@@ -241,7 +241,8 @@ class SocketLink(Link):
         )
 
     def _is_written_off(self, member: int) -> bool:
-        return any(self.board.get(f"{kind}/{member}") for kind in ("lost", "gone", "left"))
+        words = (self.board.get(f"{kind}/{member}") for kind in ("lost", "gone", "left"))
+        return any(word is not None for word in words)
 
     def error(
         self, failure: Failure, peer: Peer, operation: str, step: int | None, seconds: float
