@@ -17,7 +17,7 @@ from typing import Any
 
 import harness
 
-BENCHMARKS = ("step", "overhead", "scaling", "startup", "checkpoint", "allreduce")
+BENCHMARKS = ("step", "overhead", "scaling", "startup", "checkpoint", "allreduce", "socket_link")
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.md"
 HEAD = """# What was measured

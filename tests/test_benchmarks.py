@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-SCRIPTS = ("step", "overhead", "scaling", "startup", "checkpoint", "allreduce")
+SCRIPTS = ("step", "overhead", "scaling", "startup", "checkpoint", "allreduce", "socket_link")
 KEYS = {"benchmark", "commit", "machine", "figures"}
 FIGURE_KEYS = {"name", "value", "spread", "target", "better", "ok"}
 
