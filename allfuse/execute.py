@@ -18,6 +18,8 @@ from allfuse.link import Link, Work
 from allfuse.topology import Layout, Piece, Topology, Turn
 
 SEGMENT_BYTES = 4_000_000  # of a block: while one is added up, the next one travels
+LEAST_SEGMENT_BYTES = 1_000_000  # of the first few: with one alone, peers wait for each other
+FEW_SEGMENTS = 4
 SHORT_SEGMENT_BYTES = 500_000  # where a topology's phases would leave links idle
 MOST_SEGMENTS = 64
 
@@ -41,7 +43,8 @@ def plot(topology: Topology, layout: Layout, peer: int, round: int, seed: int) -
 def segments_of(topology: Topology, block_bytes: int) -> int:
     """Into how many segments a block is cut that follow each other through the phases."""
     size = SHORT_SEGMENT_BYTES if topology.pipelines else SEGMENT_BYTES
-    return max(1, min(MOST_SEGMENTS, block_bytes // size))
+    few = min(FEW_SEGMENTS, block_bytes // LEAST_SEGMENT_BYTES)
+    return max(1, few, min(MOST_SEGMENTS, block_bytes // size))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +196,7 @@ class CodedLane(Lane):
         decoded = torch.empty_like(values)
         self.codec.decode(message, decoded)
         start = self.values.numel() * chunk // self.chunks
-        self.error[start : start + values.numel()] += values - decoded
+        self.error[start : start + values.numel()].add_(values).sub_(decoded)
         if final:
             self.sent[chunk] = message
             values.copy_(decoded)
