@@ -17,7 +17,16 @@ from typing import Any
 
 import harness
 
-BENCHMARKS = ("step", "overhead", "scaling", "startup", "checkpoint", "allreduce", "socket_link")
+BENCHMARKS = (
+    "step",
+    "overhead",
+    "scaling",
+    "startup",
+    "checkpoint",
+    "allreduce",
+    "socket_link",
+    "network",
+)
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.md"
 HEAD = """# What was measured

@@ -13,7 +13,16 @@ from typing import Any
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-SCRIPTS = ("step", "overhead", "scaling", "startup", "checkpoint", "allreduce", "socket_link")
+SCRIPTS = (
+    "step",
+    "overhead",
+    "scaling",
+    "startup",
+    "checkpoint",
+    "allreduce",
+    "socket_link",
+    "network",
+)
 KEYS = {"benchmark", "commit", "machine", "figures"}
 FIGURE_KEYS = {"name", "value", "spread", "target", "better", "ok"}
 
