@@ -850,7 +850,7 @@ def lose_one(folder: str, signal_number: int, timeout_s: float, lookout: bool) -
 def test_all_who_wait_name_the_one_that_was_killed_or_stopped(
     signal_number: int, lookout: bool, tmp_path: Path
 ) -> None:
-    timeout_s = 60.0 if signal_number == signal.SIGKILL else 2.0
+    timeout_s = 60.0 if signal_number == signal.SIGKILL else 3.0
     with pytest.raises(WorkerFailed) as caught:
         launch_local(
             lambda: lose_one(str(tmp_path), signal_number, timeout_s, lookout), 3, timeout_s=60
@@ -859,8 +859,8 @@ def test_all_who_wait_name_the_one_that_was_killed_or_stopped(
     for rank in (0, 2):
         found = json.loads((tmp_path / str(rank)).read_text(encoding="utf-8"))
         words = "lost rank 1 in sum in which one is lost at step 3"
-        assert found["told"].startswith(f"rank {rank} {words}")
-        assert found["took"] < 2.0 + 4  # a roll call that a silent rank does not answer takes 2 s
+        assert found["told"].startswith(f"rank {rank} {words}"), found
+        assert found["took"] < 3.0 + 4  # a roll call that a silent rank does not answer takes 2 s
         assert 1 not in found["alive"]
         assert found["goes on"]
 
