@@ -35,11 +35,13 @@ class Cast(MessageCodec):
     def encode(self, values: Tensor, seed: int) -> Tensor:
         import torch
 
-        largest = torch.finfo(self.dtype).max
         message = values.new_zeros(self.encoded_bytes(len(values)) // 2, dtype=self.dtype)
-        # infinite values stay what they are: they are to be noticed
-        short = values.clamp(-largest, largest).where(values.isfinite(), values)
-        message[: len(values)] = short
+        message[: len(values)] = values
+        largest = torch.finfo(self.dtype).max
+        low, high = (float(end) for end in values.aminmax())
+        if not (-largest <= low and high <= largest):
+            cut = values.clamp(-largest, largest)  # infinite values stay: they are to be noticed
+            message[: len(values)] = cut.where(values.isfinite(), values)
         return message.view(torch.uint8)
 
     def decode(self, message: Tensor, values: Tensor) -> None:

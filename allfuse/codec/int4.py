@@ -29,12 +29,12 @@ class Int4(Rounded):
     def pack(self, ratios: Tensor, seed: int) -> Tensor:
         import torch
 
-        pairs = (self.round(ratios, seed) + 8).view(torch.uint8).view(-1, 2)
-        return pairs[:, 0] | (pairs[:, 1] << 4)
+        pairs = (self.round(ratios, seed) + 8).view(torch.int16)
+        return (pairs | (pairs >> 4)).to(torch.uint8)
 
     def unpack(self, numbers: Tensor, elements: int) -> Tensor:
         import torch
 
-        used = numbers[: self.number_bytes(elements)]
-        pairs = torch.stack([used & 15, used >> 4], dim=1).view(torch.int8) - 8
-        return pairs.reshape(-1)[:elements]
+        used = numbers[: self.number_bytes(elements)].to(torch.int16)
+        pairs = (used & 15) | ((used & 240) << 4)
+        return pairs.view(torch.int8).sub_(8)[:elements]

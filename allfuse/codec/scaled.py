@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from allfuse.base.errors import PlanError
+from allfuse.base.keys import mix
 from allfuse.codec.base import Error, MessageCodec, whole_words
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MOST = 1 << 20  # values that share a scale
+PIECE = 1 << 15  # values that are encoded at a time
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,12 @@ class Scaled(MessageCodec):
         """Bytes of the numbers of so many values."""
 
     @abstractmethod
-    def scale(self, blocks: Tensor, counts: Tensor) -> Tensor:
-        """The scale (b,) of blocks (b, block), of which `counts` (b,) values are real ones."""
+    def scale(self, blocks: Tensor) -> Tensor:
+        """The scale (b,) of blocks (b, block)."""
+
+    def correct(self, count: int) -> float:
+        """What the scale of a short block of `count` values is multiplied by: it ends in zeros."""
+        return 1.0
 
     @abstractmethod
     def pack(self, ratios: Tensor, seed: int) -> Tensor:
@@ -55,19 +61,24 @@ class Scaled(MessageCodec):
         import torch
 
         size, count = len(values), -(-len(values) // self.block)
-        padded = values
-        if size % self.block:
-            padded = torch.nn.functional.pad(values, (0, count * self.block - size))
-        blocks = padded.view(count, self.block)
-        counts = values.new_full((count,), self.block)
-        counts[-1] = size - (count - 1) * self.block
-        scales = self.scale(blocks, counts).to(torch.float32)
-        divisors = scales.to(values.dtype).masked_fill(scales == 0, 1.0)  # of nothing but zeros
-        numbers = self.pack((blocks / divisors[:, None]).reshape(-1), seed)
         message = values.new_zeros(self.encoded_bytes(size), dtype=torch.uint8)
-        message[: 4 * count] = scales.view(torch.uint8)
-        used = self.number_bytes(size)
-        message[4 * count : 4 * count + used] = numbers[:used]
+        scales, numbers = message[: 4 * count].view(torch.float32), message[4 * count :]
+        most = max(1, PIECE // self.block)  # blocks at a time: what lies between stays in the cache
+        for first in range(0, count, most):
+            part = values[first * self.block : (first + most) * self.block]
+            if len(part) % self.block:  # the last block is short
+                part = torch.nn.functional.pad(part, (0, -len(part) % self.block))
+            blocks = part.view(-1, self.block)
+            own = scales[first : first + len(blocks)]
+            own.copy_(self.scale(blocks))
+            if first + len(blocks) == count:
+                own[-1:] *= self.correct(size - (count - 1) * self.block)
+            factors = own.to(values.dtype).reciprocal()
+            factors.masked_fill_(own == 0, 1.0)  # of nothing but zeros
+            packed = self.pack((blocks * factors[:, None]).view(-1), mix(seed, first))
+            start = self.number_bytes(first * self.block)
+            used = self.number_bytes(min(size, (first + most) * self.block)) - start
+            numbers[start : start + used] = packed[:used]
         return message
 
     def decode(self, message: Tensor, values: Tensor) -> None:
@@ -75,11 +86,16 @@ class Scaled(MessageCodec):
 
         size, count = len(values), -(-len(values) // self.block)
         scales = message[: 4 * count].view(torch.float32).to(values.dtype)
-        values.copy_(self.unpack(message[4 * count :], size))
-        whole = size - size % self.block
-        values[:whole].view(-1, self.block).mul_(scales[: whole // self.block, None])
-        if whole < size:
-            values[whole:].mul_(scales[-1])
+        numbers = message[4 * count :]
+        step = max(1, PIECE // self.block) * self.block
+        for first in range(0, size, step):
+            part = values[first : first + step]
+            part.copy_(self.unpack(numbers[self.number_bytes(first) :], len(part)))
+            whole = len(part) - len(part) % self.block
+            own = scales[first // self.block :]
+            part[:whole].view(-1, self.block).mul_(own[: whole // self.block, None])
+            if whole < len(part):
+                part[whole:].mul_(scales[-1])
 
 
 @dataclass(frozen=True)
@@ -100,7 +116,7 @@ class Rounded(Scaled):
     def error(self) -> Error:
         return "unbiased" if self.stochastic else "bounded"
 
-    def scale(self, blocks: Tensor, counts: Tensor) -> Tensor:
+    def scale(self, blocks: Tensor) -> Tensor:
         return blocks.abs().amax(1) / self.steps
 
     def round(self, ratios: Tensor, seed: int) -> Tensor:
@@ -114,5 +130,5 @@ class Rounded(Scaled):
             ratios = (ratios + drawn).floor_()
         else:
             ratios = ratios.round()
-        # a block that is not finite shows it by its scale
-        return ratios.clamp_(-self.steps, self.steps).nan_to_num_(nan=0.0).to(torch.int8)
+        # what comes of NaN does not matter: the scale of its block says so
+        return ratios.clamp_(-self.steps, self.steps).to(torch.int8)

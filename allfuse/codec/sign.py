@@ -11,6 +11,10 @@ from allfuse.codec.scaled import Scaled
 if TYPE_CHECKING:
     from torch import Tensor
 
+GATHER = 0x0102040810204080  # times eight bytes of 0 or 1: the highest byte has one bit of each
+SPREAD = 0x0101010101010101  # times a byte: the byte eight times
+PLACES = 0x8040201008040201 - (1 << 64)  # bit i of byte i
+
 
 @dataclass(frozen=True)
 class Sign(Scaled):
@@ -33,22 +37,21 @@ class Sign(Scaled):
     def number_bytes(self, elements: int) -> int:
         return -(-elements // 8)
 
-    def scale(self, blocks: Tensor, counts: Tensor) -> Tensor:
-        return blocks.abs().sum(1) / counts
+    def scale(self, blocks: Tensor) -> Tensor:
+        return blocks.abs().mean(1)
+
+    def correct(self, count: int) -> float:
+        return self.block / count
 
     def pack(self, ratios: Tensor, seed: int) -> Tensor:
         import torch
 
-        bits = (ratios >= 0).view(torch.uint8).view(-1, 8)
-        packed = bits[:, 0].clone()
-        for place in range(1, 8):
-            packed |= bits[:, place] << place
-        return packed
+        eights = (ratios >= 0).view(torch.int64)  # a byte for each sign, the first one lowest
+        return ((eights * GATHER) >> 56 & 255).to(torch.uint8)
 
     def unpack(self, numbers: Tensor, elements: int) -> Tensor:
         import torch
 
-        used = numbers[: self.number_bytes(elements)]
-        places = torch.arange(8, dtype=torch.uint8, device=used.device)
-        bits = (used[:, None] >> places).bitwise_and_(1).reshape(-1)[:elements]
-        return bits.view(torch.int8).mul(2).sub_(1)
+        used = numbers[: self.number_bytes(elements)].to(torch.int64)
+        eights = (used * SPREAD) & PLACES  # bit i is in byte i
+        return eights.view(torch.uint8).ne(0).view(torch.int8)[:elements].mul(2).sub_(1)

@@ -11,6 +11,8 @@ from allfuse.codec.base import Error, MessageCodec
 if TYPE_CHECKING:
     from torch import Tensor
 
+SAMPLE = 4096
+
 
 @dataclass(frozen=True)
 class TopK(MessageCodec):
@@ -39,7 +41,7 @@ class TopK(MessageCodec):
     def encode(self, values: Tensor, seed: int) -> Tensor:
         import torch
 
-        places = values.abs().topk(self.kept(len(values)), sorted=False).indices
+        places = find_largest(values.abs(), self.kept(len(values)))
         parts = (places.to(torch.int32), values[places].to(torch.float32))
         return torch.cat([part.view(torch.uint8) for part in parts])
 
@@ -52,6 +54,22 @@ class TopK(MessageCodec):
             raise ValueError(f"a place is not one of {len(values)} values")
         values.zero_()
         values[found] = kept.view(torch.float32).to(values.dtype)
+
+
+def find_largest(sizes: Tensor, k: int) -> Tensor:
+    """The places of the k largest of sizes (m,); NaN counts as larger than all.
+
+    Of a long list only those are sorted that pass a bar, which is read off an even sample. Where
+    the sample was wrong, all are: the result is the same.
+    """
+    stride = len(sizes) // SAMPLE
+    if stride > 1 and k < len(sizes) // 8:
+        sample = sizes[::stride]
+        bar = sample.topk(min(len(sample), 16 + 3 * k // (2 * stride)), sorted=False).values.min()
+        found = (sizes < bar).logical_not_().nonzero().squeeze(1)
+        if k <= len(found):
+            return found[sizes[found].topk(k, sorted=False).indices]
+    return sizes.topk(k, sorted=False).indices
 
 
 def check_fraction(codec: TopK | object, fraction: object) -> None:
