@@ -702,10 +702,13 @@ def strangers(port: int, member: int) -> list[Callable[[], Any]]:
         stranger.reconnect_ivl = -1
         monitor = stranger.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         stranger.connect(f"tcp://127.0.0.1:{port}")
-        stranger.send_multipart([Header(Kind.HELLO, 0, member).pack(), b""], zmq.NOBLOCK)
-        assert monitor.poll(5000)
-        stranger.disable_monitor()
-        context.destroy(0)
+        try:
+            with contextlib.suppress(zmq.Again):  # sent away already
+                stranger.send_multipart([Header(Kind.HELLO, 0, member).pack(), b""], zmq.NOBLOCK)
+            assert monitor.poll(15_000)
+        finally:
+            stranger.disable_monitor()
+            context.destroy(0)
 
     name = str(member).encode()
     return [
