@@ -26,6 +26,7 @@ BENCHMARKS = (
     "allreduce",
     "socket_link",
     "network",
+    "slow_link",
 )
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.md"
