@@ -351,5 +351,14 @@ def test_an_output_that_cannot_be_written_is_one_message() -> None:
 def test_a_topology_that_is_named_is_drawn(tmp_path: Path) -> None:
     drawn = allfuse("plan", "site(2) * data(3, topology=ring)", cwd=tmp_path, ok=True).stdout
     assert "data: ring, 3 peers: 4 phases, 3 chunks; the busiest peer sends 1.33 x" in drawn
-    assert "  4 copy  0>1 [0]  1>2 [1]  2>0 [2]" in drawn
+    assert "  4 copy   0.333 x  0>1 [0]  1>2 [1]  2>0 [2]" in drawn
     assert "site:" not in drawn.split("rank", 1)[1]  # it names none
+    drawn = allfuse("plan", "data(4, topology=hierarchy)", "--hosts", "2", cwd=tmp_path).stdout
+    assert "hierarchy, 4 peers on 2 hosts" in drawn
+
+
+def test_a_plan_tells_the_bytes_of_a_codec(tmp_path: Path) -> None:
+    job = str(ROOT / "examples/digits.py")
+    told = allfuse("plan", job, "--plan", "data(4, codec=int8)", cwd=tmp_path, ok=True).stdout
+    assert "int8 makes 10 kB of 39.5 kB, 25.4%" in told
+    assert "a fusion over central sends 15 kB from the busiest worker" in told

@@ -17,7 +17,8 @@ from allfuse.cli.options import (
     parse_settings,
     print_json,
 )
-from allfuse.plan import Plan, as_plan, describe, layout
+from allfuse.plan import Data, Plan, Site, as_plan, describe, layout
+from allfuse.topology import Layout
 
 
 def plan(
@@ -27,6 +28,9 @@ def plan(
     plan: PlanOption = None,
     workers: WorkersOption = None,
     settings: SetOption = None,
+    hosts: Annotated[
+        int, typer.Option(min=1, help="Draw topologies for workers on so many hosts.")
+    ] = 1,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -47,10 +51,10 @@ def plan(
     if text is None:
         raise UserError('no plan was given; next: allfuse plan JOB --plan "data(2)"')
     chosen = as_plan(text)
-    lines = [*describe(chosen), "", *layout(chosen), *draw_topologies(chosen)]
+    lines = [*describe(chosen), "", *layout(chosen), *draw_topologies(chosen, hosts)]
     facts: dict[str, object] = {}
     if job is not None:
-        told, facts = tell_job(Path(job), parse_settings(settings), chosen)
+        told, facts = tell_job(Path(job), parse_settings(settings), chosen, hosts)
         lines += ["", *told]
     if not as_json:
         print("\n".join(lines), flush=True)
@@ -69,22 +73,25 @@ def plan(
         )
 
 
-def draw_topologies(plan: Plan) -> list[str]:
-    """Who sends what to whom, for each axis that names its topology; peers on one host."""
-    from allfuse.topology import Layout
+def draw_topologies(plan: Plan, hosts: int) -> list[str]:
+    """Who sends what to whom, for each axis that names its topology."""
     from allfuse.topology.draw import draw
 
     lines: list[str] = []
     for axis in plan.axes:
-        topology = getattr(axis, "topology", None)
-        if topology is not None and axis.n > 1:
-            head, *phases = draw(topology, Layout.of(axis.n))
+        if isinstance(axis, Data | Site) and axis.topology is not None and axis.n > 1:
+            head, *phases = draw(axis.topology, spread(axis, hosts))
             lines += ["", f"{axis.name}: {head}", *phases]
     return lines
 
 
+def spread(axis: Data | Site, hosts: int) -> Layout:
+    """The peers of an axis on so many hosts, filled one after the other."""
+    return Layout.of(axis.n, -(-axis.n // hosts))
+
+
 def tell_job(
-    path: Path, settings: dict[str, str], plan: Plan
+    path: Path, settings: dict[str, str], plan: Plan, hosts: int
 ) -> tuple[list[str], dict[str, object]]:
     """What the plan means for this job: samples, shares, parameters, bytes."""
     from allfuse.base.tensors import share
@@ -126,12 +133,24 @@ def tell_job(
         "parameters": parameters,
         "gradient_bytes": payload,
     }
+    shapes = [tuple(p.shape) for p in model.parameters() if p.requires_grad]
     for axis in plan.axes:
-        topology = getattr(axis, "topology", None)
-        if axis.divides_batch and axis.n > 1:
-            from allfuse.topology import Layout, Native
+        if isinstance(axis, Data | Site) and axis.n > 1:
+            from allfuse.fusion import choose
 
-            sent = round((topology or Native()).bytes_per_peer(Layout.of(axis.n), payload))
-            lines.append(f"  {axis.name:<11} a fusion sends {format_bytes(sent)} from each worker")
+            fusion, _ = choose(axis.rule, axis.topology, axis.sync, axis.codec)
+            encoded = payload
+            if not fusion.codec.lossless:
+                encoded = fusion.codec.payload_bytes(shapes, 4)
+                share_of = encoded / max(payload, 1)
+                lines.append(
+                    f"  {axis.name:<11} {fusion.codec} makes {format_bytes(encoded)} of "
+                    f"{format_bytes(payload)}, {share_of:.1%}"
+                )
+            sent = round(fusion.topology.bytes_per_peer(spread(axis, hosts), encoded))
+            lines.append(
+                f"  {axis.name:<11} a fusion over {fusion.topology} sends {format_bytes(sent)} "
+                "from the busiest worker"
+            )
             facts[f"{axis.name}_bytes_per_fusion"] = sent
     return lines, facts

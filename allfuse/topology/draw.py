@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from allfuse.topology.base import Topology
 from allfuse.topology.layout import Layout
-from allfuse.topology.schedule import Phase
+from allfuse.topology.schedule import Phase, Schedule
 
 WIDTH = 96  # characters of a line
 PHASES = 24  # that are shown
@@ -16,8 +16,8 @@ def draw(topology: Topology, layout: Layout) -> list[str]:
     >>> from allfuse.topology.ring import Ring
     >>> for line in draw(Ring(), Layout.of(2)): print(line)
     ring, 2 peers: 2 phases, 2 chunks; the busiest peer sends 1 x the payload
-      1 add      0>1 [0]  1>0 [1]
-      2 copy     0>1 [1]  1>0 [0]
+      1 add      0.5 x  0>1 [0]  1>0 [1]
+      2 copy     0.5 x  0>1 [1]  1>0 [0]
     """
     schedule = topology.schedule(layout)
     sent = topology.bytes_per_peer(layout, 1.0)
@@ -28,15 +28,16 @@ def draw(topology: Topology, layout: Layout) -> list[str]:
         f"{_count(schedule.chunks, 'chunk')}; the busiest peer sends {sent:.3g} x the payload"
     ]
     for number, phase in enumerate(schedule.phases[:PHASES], start=1):
-        lines += _draw_phase(number, phase)
+        most = max(Schedule(schedule.peers, schedule.chunks, (phase,)).bytes_sent(1.0))
+        lines += _draw_phase(number, phase, most)
     if len(schedule.phases) > PHASES:
         lines.append(f"  and {len(schedule.phases) - PHASES} more phases")
     return lines
 
 
-def _draw_phase(number: int, phase: Phase) -> list[str]:
-    """The transfers of a phase, as many to a line as fit."""
-    head = f"{number:3} {phase[0].op:<7}"
+def _draw_phase(number: int, phase: Phase, most: float) -> list[str]:
+    """What the busiest peer sends, in payloads; the transfers, as many to a line as fit."""
+    head = f"{number:3} {phase[0].op:<7}{most:5.3g} x"
     lines = [head]
     for src, dst, start, stop, _, weight in phase:
         chunks = f"[{start}]" if stop == start + 1 else f"[{start}-{stop - 1}]"
