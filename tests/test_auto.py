@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import doctest
 import importlib
+import json
+import shutil
+from pathlib import Path as FilePath
 
 import pytest
+import torch
+from test_codec import ALL
+from test_execute import all_fine, open_link
+from torch import Tensor
+from training_cases import assert_equal, job, train
 
-from allfuse.codec import CODECS, Codec, Identity
-from allfuse.fusion import Fusion
-from allfuse.fusion.auto import MARGIN, candidates, pick, pick_for, settled
+from allfuse.codec import CODECS, Codec, Identity, MessageCodec
+from allfuse.fusion import Fuser, Fusion
+from allfuse.fusion.auto import MARGIN, Auto, candidates, pick, settled
+from allfuse.job import Stop
+from allfuse.launcher.thread import ThreadWorld, launch_threads
+from allfuse.link import Link
 from allfuse.link.costs import Costs, Path
+from allfuse.link.lone import LoneLink
 from allfuse.rule import Mean, Median
 from allfuse.topology import Layout, Native
 from allfuse.topology.central import Central
@@ -20,25 +31,19 @@ from allfuse.topology.halving import Halving
 from allfuse.topology.hierarchy import Hierarchy
 from allfuse.topology.ring import Ring
 from allfuse.topology.tree import Tree
+from allfuse.training.choosing import record_of, settle
+from allfuse.training.session import Session
 
 MEMORY = Path(alpha_s=2e-5, gap_s=5e-6, beta_s_per_byte=1e-9, shared_s_per_byte=5e-10)
 ETHERNET = Path(alpha_s=2e-4, gap_s=2e-5, beta_s_per_byte=8e-8, shared_s_per_byte=8e-8)
-PLAIN = [
-    cls()
-    for cls in CODECS.values()
-    if all(field.default is not dataclasses.MISSING for field in dataclasses.fields(cls))
-]
 COSTS = Costs(inside=MEMORY, between=ETHERNET, gamma_s_per_byte=2e-10)
 
 
-def never() -> Costs:
-    raise AssertionError("nothing needs to be measured here")
-
-
-def test_one_host_comes_to_native_without_measuring() -> None:
-    found = pick_for(Layout.of(8), never, candidates(Mean(), Identity()), [10, 10_000_000])
-    assert {str(each.topology) for each in found.values()} == {"native"}
-    assert sorted(found) == [10, 10_000_000]
+@pytest.mark.parametrize("codec", ALL, ids=str)
+def test_one_host_needs_no_measuring(codec: Codec) -> None:
+    found = settled(Layout.of(8), candidates(Mean(), codec))
+    assert found is not None
+    assert str(found.topology) == ("central" if isinstance(codec, MessageCodec) else "native")
 
 
 def test_where_there_is_one_way_only_it_is_taken() -> None:
@@ -49,7 +54,7 @@ def test_where_there_is_one_way_only_it_is_taken() -> None:
     assert settled(Layout.of(8), [Ring(), Tree()]) is None
 
 
-@pytest.mark.parametrize("codec", PLAIN, ids=str)
+@pytest.mark.parametrize("codec", ALL, ids=str)
 def test_every_candidate_is_legal(codec: Codec) -> None:
     for topology in candidates(Mean(), codec):
         assert topology.exact
@@ -70,9 +75,8 @@ def test_several_workers_on_each_host_fuse_inside_first() -> None:
 
 def test_small_blocks_take_few_phases_and_large_ones_few_bytes() -> None:
     layout, both = Layout.of(8, 1), [Ring(), Exchange()]
-    found = pick_for(layout, lambda: COSTS, both, [10, 1_000_000])
-    assert found[10].topology == Exchange()
-    assert found[1_000_000].topology == Ring()
+    assert pick(layout, COSTS, both, 10).topology == Exchange()
+    assert pick(layout, COSTS, both, 1_000_000).topology == Ring()
 
 
 def test_the_first_stays_unless_another_is_clearly_faster() -> None:
@@ -105,3 +109,95 @@ def test_many_peers_do_not_keep_the_clock_busy() -> None:
 def test_the_examples_in_docstrings_are_true() -> None:
     found = doctest.testmod(importlib.import_module("allfuse.fusion.auto"))
     assert (found.failed, found.attempted > 0) == (0, True)
+
+
+LAYOUT = Layout(("a", "a", "b", "b"))
+
+
+def auto_on(link: Link) -> Auto:
+    return Auto(link, LAYOUT, candidates(Mean(), Identity()), Identity(), "cpu")
+
+
+def test_all_peers_pick_the_same_and_measure_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: FilePath
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def work() -> tuple[list[str], bool, str]:
+        auto = auto_on(open_link())
+        picks = [str(auto.pick(size, 4).topology) for size in (1, 1000, 2_000_000)]
+        text = settle(auto, [torch.zeros(1000)], {})
+        return picks, auto.measured_s is not None, text
+
+    first = all_fine(launch_threads(work, 4))
+    assert [picks for picks, _, _ in first] == [first[0][0]] * 4
+    assert all(measured for _, measured, _ in first)
+    assert "The links were measured in" in first[0][2]
+    again = all_fine(launch_threads(work, 4))  # remembered
+    assert not any(measured for _, measured, _ in again)
+    assert [picks for picks, _, _ in again] == [first[0][0]] * 4
+
+
+def test_a_run_that_is_resumed_takes_the_costs_it_began_with() -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("nothing needs to be measured here")
+
+    fast = Costs(inside=ETHERNET, between=MEMORY, gamma_s_per_byte=0.0)
+    for costs in (COSTS, fast):
+        began = auto_on(LoneLink())
+        began.costs = costs
+        resumed = auto_on(LoneLink())
+        resumed._measure = never  # type: ignore[method-assign,assignment]
+        settle(resumed, [torch.zeros(100_000)], record_of(began))
+        assert resumed.costs == costs
+    elsewhere = Auto(LoneLink(), Layout.of(4, 1), [Ring(), Central()], Identity(), "cpu")
+    elsewhere._measure = never  # type: ignore[method-assign,assignment]
+    with pytest.raises(AssertionError, match="nothing needs"):  # other hosts: measured anew
+        settle(elsewhere, [torch.zeros(10)], record_of(began))
+
+
+def test_blocks_go_where_they_are_picked_to_and_sums_are_right() -> None:
+    def work() -> tuple[list[Tensor], set[str]]:
+        link = open_link()
+        auto = auto_on(link)
+        auto.costs = COSTS
+        fuser = Fuser(Fusion(), link, LAYOUT, auto=auto)
+        blocks = [torch.full((size,), float(link.rank)).double() for size in (1, 50, 300_000)]
+        works = [fuser.start(block, f"block {n}") for n, block in enumerate(blocks)]
+        for each in works:
+            each.wait()
+        names = {str(fuser.topology(block)) for block in blocks}
+        fuser.close()
+        return blocks, names
+
+    for blocks, names in all_fine(launch_threads(work, 4)):
+        assert all(bool((block == 6).all()) for block in blocks)
+        assert len(names) > 1
+
+
+@pytest.mark.parametrize("plan", ["data(4)", "data(4, codec=int8)", "site(4, every=2)"])
+def test_training_over_several_hosts_chooses_tells_and_records(
+    plan: str, monkeypatch: pytest.MonkeyPatch, tmp_path: FilePath
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(ThreadWorld, "hosts", lambda self: LAYOUT.hosts)
+    told: list[str] = []
+
+    def look(s: Session) -> None:
+        if s.rank == 0:
+            s.bus.subscribe(lambda e: told.append(str(e.data["choices"])), ["start"])
+
+    out = tmp_path / "run"
+    results = train(job(stop=Stop(steps=3)), plan, out=out, prepare=look)
+    for result in results:
+        assert_equal(result.weights, results[0].weights, exact=True)
+    assert "over 2 hosts; next" in told[0]
+    record = json.loads((out / "run.json").read_text())
+    axis = plan.partition("(")[0]
+    assert record["links"][axis]["hosts"] == [[0, 1], [2, 3]]
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr("allfuse.fusion.auto.known_costs", None)  # would fail if it were asked
+    resumed = train(job(stop=Stop(steps=8)), plan, out=out, resume=True)
+    monkeypatch.undo()
+    monkeypatch.setattr(ThreadWorld, "hosts", lambda self: LAYOUT.hosts)
+    assert_equal(resumed[0].weights, resumed[3].weights, exact=True)

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from allfuse.base.errors import UserError
+from allfuse.launcher.torchrun import own_address
+
 PREAMBLE = """
 import os, signal, sys, time
 from pathlib import Path
@@ -188,3 +191,16 @@ def test_a_sigterm_to_torchrun_asks_to_stop(tmp_path: Path, training: bool) -> N
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert said(tmp_path) == ["stopped after the step" if training else "interrupted"] * 2
+
+
+def test_the_address_that_others_reach_is_not_a_loopback_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    found = own_address("localhost")  # as a master's own name may resolve on its host
+    assert found is None or not found.startswith("127.")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    assert own_address("localhost") == "127.0.0.1"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-thing0")
+    with pytest.raises(UserError, match="GLOO_SOCKET_IFNAME: received 'no-such-thing0'"):
+        own_address("localhost")

@@ -41,12 +41,17 @@ def foreach_copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 
 def gloo_group(
-    store: Store, rank: int, size: int, timeout_s: float, loopback: bool
+    store: Store, rank: int, size: int, timeout_s: float, address: str | None
 ) -> dist.ProcessGroup:
-    """A gloo group that stands beside the default one. `loopback` keeps it on this host."""
+    """A gloo group that stands beside the default one.
+
+    Args:
+        address: of this host, by which peers find it; None is what its own name resolves to, which
+            on many a Debian is an address that no other host reaches.
+    """
     options: Any = vars(ProcessGroupGloo)["_Options"]()
-    if loopback:
-        options._devices = [ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+    if address is not None:
+        options._devices = [ProcessGroupGloo.create_device(hostname=address)]
     else:
         options._devices = [ProcessGroupGloo.create_default_device()]
     options._timeout = timedelta(seconds=timeout_s)

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from allfuse.base.errors import PlanError
 from allfuse.base.units import format_bytes, format_seconds
 from allfuse.charge import charge
 from allfuse.codec import Codec, MessageCodec
 from allfuse.link.costs import Costs
+from allfuse.link.memo import known_costs
 from allfuse.plan.pairing import refuse_pairing
 from allfuse.rule import Rule
 from allfuse.topology import TOPOLOGIES, Layout, Native, Topology
+from allfuse.topology.central import Central
 from allfuse.topology.tree import Tree
+
+if TYPE_CHECKING:
+    import torch
+
+    from allfuse.link import Link
 
 MARGIN = 0.05  # by which another must be faster than the first that can be: the clock errs as much
 MOST_AT_ONCE = 1024  # transfers of a phase: with more, nothing is fast and the clock is slow
@@ -23,12 +32,13 @@ MOST_AT_ONCE = 1024  # transfers of a phase: with more, nothing is fast and the 
 class Pick:
     """A topology, the seconds that a fusion by it is charged, and why it was taken, for people.
 
-    seconds is None where there was nothing to compare.
+    seconds is None where there was nothing to compare. elements: of the block.
     """
 
     topology: Topology
     seconds: float | None
     why: str
+    elements: int = 0
 
 
 def candidates(rule: Rule, codec: Codec) -> tuple[Topology, ...]:
@@ -54,16 +64,18 @@ def _fits(rule: Rule, topology: Topology, codec: Codec) -> bool:
 
 
 def settled(layout: Layout, topologies: Sequence[Topology]) -> Pick | None:
-    """What is taken without measuring: there is one way only, or one host and the link's own sum.
+    """What is taken without measuring: there is one way only, or one host alone. There it is the
+    link's own sum, or where that cannot be central, in which nothing passes through two peers.
 
     None where the costs of the link must be known.
     """
     if len(topologies) == 1:
         return Pick(topology=topologies[0], seconds=None, why=f"{topologies[0]}: no other can be")
-    native = [topology for topology in topologies if isinstance(topology, Native)]
-    if native and len(layout.by_host) == 1:
-        why = "native: all workers are on one host"
-        return Pick(topology=native[0], seconds=None, why=why)
+    for kind in (Native, Central):
+        for topology in topologies:
+            if isinstance(topology, kind) and len(layout.by_host) == 1:
+                why = f"{topology}: all workers are on one host"
+                return Pick(topology=topology, seconds=None, why=why)
     return None
 
 
@@ -96,30 +108,51 @@ def pick(
     why = f"{best[1]}: {format_seconds(best[0])} for {size} over {_hosts(layout)}"
     if others:
         why += f"; next {others[0][1]} {format_seconds(others[0][0])}"
-    return Pick(topology=best[1], seconds=best[0], why=why)
+    return Pick(topology=best[1], seconds=best[0], why=why, elements=elements)
 
 
-def pick_for(
-    layout: Layout,
-    costs: Callable[[], Costs],
-    topologies: Sequence[Topology],
-    blocks: Iterable[int],
-    *,
-    element_bytes: int = 4,
-    codec: Codec | None = None,
-) -> dict[int, Pick]:
-    """The fastest topology for each size of block, in elements.
+class Auto:
+    """Picks the topology of each block of a fusion whose plan leaves it open.
 
-    `costs()` is asked at most once, and not at all where nothing needs to be measured.
+    `costs` are measured when the first block asks, or set before: those of a run that is resumed,
+    so that it goes on bit for bit. All peers ask for the same blocks in the same order.
     """
-    sizes = sorted(set(blocks))
-    if (only := settled(layout, topologies)) is not None:
-        return dict.fromkeys(sizes, only)
-    known = costs()
-    return {
-        size: pick(layout, known, topologies, size, element_bytes=element_bytes, codec=codec)
-        for size in sizes
-    }
+
+    def __init__(
+        self,
+        link: Link,
+        layout: Layout,
+        topologies: Sequence[Topology],
+        codec: Codec,
+        device: torch.device | str,
+    ) -> None:
+        self.link, self.layout, self.topologies = link, layout, topologies
+        self.codec, self.device = codec, device
+        self.costs: Costs | None = None
+        self.measured_s: float | None = None  # None where they were known already
+        self._picks: dict[tuple[int, int], Pick] = {}
+
+    def pick(self, elements: int, element_bytes: int) -> Pick:
+        """The fastest topology for a block of so many values."""
+        key = elements, element_bytes
+        if key not in self._picks:
+            if self.costs is None:
+                self._measure()
+            assert self.costs is not None
+            self._picks[key] = pick(
+                self.layout,
+                self.costs,
+                self.topologies,
+                elements,
+                element_bytes=element_bytes,
+                codec=self.codec,
+            )
+        return self._picks[key]
+
+    def _measure(self) -> None:
+        begin = time.perf_counter()
+        self.costs, now = known_costs(self.link, self.layout.hosts, self.device)
+        self.measured_s = time.perf_counter() - begin if now else None
 
 
 def _feasible(layout: Layout, topologies: Sequence[Topology]) -> list[Topology]:

@@ -14,6 +14,7 @@ from allfuse.codec import MessageCodec, SumCodec
 from allfuse.codec.base import Shapes
 from allfuse.codec.memory import Memory
 from allfuse.execute import Encoding, Gather, Plot, plot, run, segments_of
+from allfuse.fusion.auto import Auto
 from allfuse.fusion.base import Fusion
 from allfuse.link.runner import Runner
 from allfuse.rule import GatherRule
@@ -36,12 +37,18 @@ class Fuser:
     Args:
         layout: which peers share a host; None is one host for all.
         seed: of topologies and codecs that draw (gossip in random pairs, random places).
+        auto: picks the topology of each block, in place of the fusion's own.
     """
 
     def __init__(
-        self, fusion: Fusion, link: Link, layout: Layout | None = None, seed: int = 0
+        self,
+        fusion: Fusion,
+        link: Link,
+        layout: Layout | None = None,
+        seed: int = 0,
+        auto: Auto | None = None,
     ) -> None:
-        self.fusion, self.link = fusion, link
+        self.fusion, self.link, self.auto = fusion, link, auto
         self.layout = layout or Layout.of(link.size)
         self.seed = seed
         self._runner = Runner(f"allfuse-fuse-{link.rank}")
@@ -54,7 +61,14 @@ class Fuser:
     @property
     def needs_own_link(self) -> bool:
         """Whether it works beside the caller, who must leave the link to it."""
-        return not isinstance(self.fusion.topology, Native) or not self.fusion.codec.lossless
+        only_sums = isinstance(self.fusion.topology, Native) and self.fusion.codec.lossless
+        return not only_sums or self.auto is not None
+
+    def topology(self, block: Tensor) -> Topology:
+        """Over which a block of this size goes. The first time may measure the link."""
+        if self.auto is None:
+            return self.fusion.topology
+        return self.auto.pick(block.numel(), block.element_size()).topology
 
     def memory(
         self, shapes: Shapes, dtype: torch.dtype, device: torch.device | str
@@ -84,13 +98,14 @@ class Fuser:
         summed as they are whatever the rule and the codec. 2 (n-1)/n of its bytes are sent by each
         peer with native; see each topology for its own, and each codec for what stands for them.
         """
-        topology, link = self.fusion.topology, self.link
-        if link.size == 1 or (isinstance(topology, Native) and memory is None):
+        link = self.link
+        if link.size == 1 or not self.needs_own_link:
             return link.all_reduce(block, operation)
+        self.topology(block)  # what is to be measured is measured here, before others use the link
         if memory is None:
             gather = self._gather(block, weights)
             return self._runner.start(
-                lambda: self._run(topology, block, operation, round, gather=gather, tail=tail)
+                lambda: self._fuse(block, operation, round, gather=gather, tail=tail)
             )
         encode = self._send_sums if isinstance(self.fusion.codec, SumCodec) else self._send_messages
         seed = mix(self.seed, round, zlib.crc32(operation.encode()))
@@ -110,6 +125,21 @@ class Fuser:
         return functools.partial(
             rule.fuse, weights=torch.tensor(told, dtype=exact, device=block.device)
         )
+
+    def _fuse(
+        self,
+        block: Tensor,
+        operation: str,
+        round: int = 0,
+        *,
+        gather: Gather | None = None,
+        tail: int = 0,
+    ) -> None:
+        topology = self.topology(block)
+        if isinstance(topology, Native):
+            self.link.all_reduce(block, operation).wait()
+        else:
+            self._run(topology, block, operation, round, gather=gather, tail=tail)
 
     def _run(
         self,
@@ -144,7 +174,7 @@ class Fuser:
     ) -> None:
         """Values travel as messages; sums are encoded again, or all messages go to all peers,
         whichever sends fewer bytes (one encoding loses less, so that is taken at a tie)."""
-        codec, topology = self.fusion.codec, self.fusion.topology
+        codec, topology = self.fusion.codec, self.topology(values[: len(values) - tail])
         assert isinstance(codec, MessageCodec)
         everywhere = Exchange()
         if everywhere.bytes_per_peer(self.layout, 1) <= topology.bytes_per_peer(self.layout, 1):
@@ -162,18 +192,12 @@ class Fuser:
         for summed in codec.rounds(own, memory.residual, memory, seed):
             if len(last):
                 together = torch.cat([summed, last])
-                self._sum(together, operation)
+                self._fuse(together, operation)
                 summed.copy_(together[: len(summed)])
                 last.copy_(together[len(summed) :])
                 last = last[:0]
             else:
-                self._sum(summed, operation)
-
-    def _sum(self, block: Tensor, operation: str) -> None:
-        if isinstance(self.fusion.topology, Native):
-            self.link.all_reduce(block, operation).wait()
-        else:
-            self._run(self.fusion.topology, block, operation)
+                self._fuse(summed, operation)
 
     def close(self) -> None:
         """Waits for nobody."""

@@ -58,7 +58,7 @@ class World(ABC):
         """Make the default process group over the ranks of one replica."""
 
     def hosts(self) -> tuple[str, ...]:
-        """The host of each rank, by any name. All ranks must ask when one does.
+        """The host of each rank, by any name.
 
         Raises:
             PeerLost: a rank did not say within the deadline.
@@ -66,9 +66,13 @@ class World(ABC):
         if self.local_size == self.size:
             return ("here",) * self.size
         if not self._hosts:
-            self.board.set(f"host/{self.rank}", self.host_identity().encode())
+            self.tell_host()
             self._hosts = tuple(map(self._host_of, range(self.size)))
         return self._hosts
+
+    def tell_host(self) -> None:
+        """Let the others know the host of this rank, who may ask sooner than this one does."""
+        self.board.set(f"host/{self.rank}", self.host_identity().encode())
 
     def host_identity(self) -> str:
         """The host of this rank."""

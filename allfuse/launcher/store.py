@@ -16,11 +16,15 @@ if TYPE_CHECKING:
     from allfuse.link.base import Link
 
 
+LOOPBACK = "127.0.0.1"
+
+
 class StoreWorld(World):
     """Ranks as processes.
 
     Args:
-        loopback: keep their traffic on this host.
+        loopback: all are on this host, and their traffic stays there.
+        address: of this host, by which ranks of others find it; None is for torch to find out.
         host: the rank whose process holds the store, None when a process beside the ranks does.
     """
 
@@ -33,6 +37,7 @@ class StoreWorld(World):
         size: int,
         *,
         loopback: bool,
+        address: str | None = None,
         timeout_s: float = 300.0,
         host: int | None = None,
     ) -> None:
@@ -42,9 +47,12 @@ class StoreWorld(World):
         super().__init__()
         self.rank, self.size, self.timeout_s = rank, size, timeout_s
         self._loopback = loopback
+        self._address = LOOPBACK if loopback else address
         self.store_board = StoreBoard(store)
         self.board = self.store_board
         self._lookout = Lookout(self.store_board, rank, size, host)
+        if not loopback:
+            self.tell_host()
         self._closed = False
         self._links: Counter[tuple[str, tuple[int, ...]]] = Counter()
         self._leaves_group = False
@@ -54,20 +62,33 @@ class StoreWorld(World):
             from allfuse.link.lone import LoneLink
 
             return LoneLink(members[0])
+        from allfuse.link.bridged import BridgedLink
         from allfuse.link.group import GroupLink
         from allfuse.link.shared import AVAILABLE, SharedLink
 
         self._links[name, members] += 1  # a second session must not meet the first one's traces
-        shares = AVAILABLE and self._loopback and device.type == "cpu"
-        return (SharedLink if shares else GroupLink)(
-            self.store_board,
-            self._lookout,
-            f"{name}/{self._links[name, members]}",
-            members,
-            device=device,
-            timeout_s=self.timeout_s,
-            loopback=self._loopback,
-        )
+        unique = f"{name}/{self._links[name, members]}"
+
+        def form(kind: type[GroupLink], name: str, members: tuple[int, ...]) -> Link:
+            return kind(
+                self.store_board,
+                self._lookout,
+                name,
+                members,
+                device=device,
+                timeout_s=self.timeout_s,
+                address=self._address,
+            )
+
+        hosts = self.hosts()
+        mates = tuple(member for member in members if hosts[member] == hosts[self.rank])
+        shares = AVAILABLE and device.type == "cpu"
+        if shares and mates == members:
+            return form(SharedLink, unique, members)
+        outer = form(GroupLink, unique, members)
+        if not shares or len(mates) == 1:
+            return outer
+        return BridgedLink(outer, form(SharedLink, f"{unique}/inside", mates))
 
     def form_replica(self, replica: tuple[int, ...], backend: str) -> None:
         from allfuse.link.group import form_replica_group

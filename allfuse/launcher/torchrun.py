@@ -5,7 +5,10 @@ The only file that reads launcher facts from the environment.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
+import struct
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -14,6 +17,8 @@ from allfuse.launcher.signals import catch_signals
 from allfuse.launcher.store import StoreWorld
 
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 
 _joined = 0  # worlds that this process joined: sessions that follow each other must not meet
 
@@ -41,6 +46,40 @@ def environment_number(name: str, default: int) -> int:
     return int(text)
 
 
+def own_address(master: str) -> str | None:
+    """The address by which other hosts reach this one; None where it cannot be told.
+
+    That of the interface that GLOO_SOCKET_IFNAME names, else the one that traffic to the master
+    goes out from. (A host's own name often resolves to a loopback address, and on the master's host
+    so may the master's.) Nothing is sent.
+    """
+    if interface := os.environ.get("GLOO_SOCKET_IFNAME"):
+        return _address_of(interface.split(",")[0])
+    elsewhere = "192.0.2.1"  # set aside for documentation (RFC 5737): the default route
+    for target in (master, elsewhere):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
+            way.connect((target, 9))
+            found: str = way.getsockname()[0]
+            if not found.startswith("127."):
+                return found
+    return None
+
+
+def _address_of(interface: str) -> str:
+    import fcntl
+
+    request = struct.pack("256s", interface.encode()[:15])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        try:
+            told = fcntl.ioctl(any_socket.fileno(), SIOCGIFADDR, request)
+        except OSError as error:
+            raise UserError(
+                f"environment variable GLOO_SOCKET_IFNAME: received {interface!r} ({error}); "
+                "allowed: a network interface of this host with an IPv4 address"
+            ) from None
+    return socket.inet_ntoa(told[20:24])
+
+
 def join_torchrun(plan: str | None, timeout_s: float = 300.0) -> StoreWorld:
     """The world of a process that torchrun started. Meets its peers at torchrun's own store."""
     from allfuse.base.torch_private import PrefixStore, TCPStore
@@ -66,6 +105,7 @@ def join_torchrun(plan: str | None, timeout_s: float = 300.0) -> StoreWorld:
         rank,
         size,
         loopback=local_size == size,
+        address=None if local_size == size else own_address(os.environ["MASTER_ADDR"]),
         timeout_s=timeout_s,
         host=None if hosted else 0,
     )

@@ -102,6 +102,9 @@ class GroupLink(Link):
 
     `name` must be new on the board: two links of one name would meet each other's traces.
 
+    Args:
+        address: by which the peers find this host, where gloo moves the bytes; see `gloo_group`.
+
     Raises:
         PeerLost: from waits, and from the construction when a member does not come.
     """
@@ -115,7 +118,7 @@ class GroupLink(Link):
         *,
         device: torch.device,
         timeout_s: float = 300.0,
-        loopback: bool = False,
+        address: str | None = None,
     ) -> None:
         self.name, self.members, self.timeout_s = name, members, timeout_s
         self.rank = members.index(lookout.rank)
@@ -132,7 +135,7 @@ class GroupLink(Link):
                 self.group = self._connect_gpus(store)
             else:
                 self.group = torch_private.gloo_group(
-                    store, self.rank, self.size, timeout_s, loopback
+                    store, self.rank, self.size, timeout_s, address
                 )
         except (RuntimeError, TimeoutError) as error:
             raise self.lost(operation, time.monotonic() - begin, error) from None

@@ -116,6 +116,17 @@ class Keeper:
             timeout_s=self.place.world.timeout_s,
         )
 
+    def recorded(self, name: str) -> dict[str, Any]:
+        """What a run that is resumed knows under a name; empty for a new run."""
+        if not self.resume or self.folder is None:
+            return {}
+        return dict(self.folder.record.get(name, {}))
+
+    def record(self, **entries: Any) -> None:
+        """Add to what is known of the run."""
+        if self.folder is not None and self.place.rank == 0:
+            self.folder.update(**entries)
+
     def newest(self) -> int | None:
         """The step of the newest usable checkpoint, as rank 0 finds it; None before the first.
 

@@ -9,6 +9,7 @@ import torch
 
 from allfuse.base.errors import PlanError, UserError
 from allfuse.fusion import Fuser, Fusion, choose
+from allfuse.fusion.auto import Auto, candidates, settled
 from allfuse.launcher import World, current_world
 from allfuse.plan import Data, Plan, Site, as_plan, check_workers
 from allfuse.topology import Layout
@@ -108,13 +109,17 @@ class Place:
         fusion, why = choose(axis.rule, axis.topology, axis.sync, axis.codec)
         if link.size == 1:
             return Fuser(fusion, link)
-        if why is not None:
-            self.choices[f"topology of {name}"] = why
-        if not Fuser(fusion, link).needs_own_link:
-            return Fuser(fusion, link)
         hosts = self.world.hosts()
         layout = Layout(tuple(hosts[member] for member in link.members))
-        return Fuser(fusion, self._link(name, f"fuse {name}"), layout, seed)
+        topologies = candidates(fusion.rule, fusion.codec)
+        is_open = axis.topology is None and settled(layout, topologies) is None
+        if why is not None and not is_open:
+            self.choices[f"topology of {name}"] = why
+        if not is_open and not Fuser(fusion, link).needs_own_link:
+            return Fuser(fusion, link)
+        own = self._link(name, f"fuse {name}")
+        auto = Auto(own, layout, topologies, fusion.codec, self.device) if is_open else None
+        return Fuser(fusion, own, layout, seed, auto)
 
     def _link_of_replicas(self) -> Link:
         """To all ranks that differ from this one on the axes that divide the batch."""
@@ -144,9 +149,14 @@ class Place:
         return list({id(link): link for link in made}.values())
 
     @property
+    def fusers_by_axis(self) -> dict[str, Fuser]:
+        """What fuses, by the name of its axis; while a place is taken some may be missing."""
+        names = {"data": "data_fuser", "site": "site_fuser"}
+        return {axis: vars(self)[name] for axis, name in names.items() if name in vars(self)}
+
+    @property
     def fusers(self) -> list[Fuser]:
-        names = ("data_fuser", "site_fuser")
-        return [self.__dict__[name] for name in names if name in self.__dict__]
+        return list(self.fusers_by_axis.values())
 
     @property
     def sent_bytes(self) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from allfuse.base.torch_private import foreach_copy
 from allfuse.fusion import Fuser, Fusion
@@ -83,6 +83,13 @@ class Rounds:
         if self.active:
             self._build(models)
             self._fusion.agree()
+
+    def blocks(self, models: Iterable[nn.Module]) -> list[Tensor]:
+        """What travels as one in a round."""
+        if not self.active:
+            return []
+        self._build(models)
+        return [bundle.read() for bundle in self._fusion.bundles]
 
     def _build(self, models: Iterable[nn.Module]) -> None:
         """Fusions of all weights that there are by now."""

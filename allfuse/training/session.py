@@ -20,6 +20,7 @@ from allfuse.job import Hook, Metric, MetricFunction, check_whole, default_forwa
 from allfuse.plan import Plan
 from allfuse.split.data import Source, Stream, as_source
 from allfuse.split.whole import Whole
+from allfuse.training.choosing import record_of, settle
 from allfuse.training.course import Course
 from allfuse.training.keeper import Keeper, Resume
 from allfuse.training.learner import Learner, Precision, needs_closure
@@ -423,6 +424,7 @@ class Session:
             self._restore(found)
         else:
             self.rounds.begin(self.models.values())
+        self._choose_topologies()
         self.course.tell_step_number()
         self.teller.start(source, size, loader.steps_per_epoch, epochs, steps)
         for trouble in self.keeper.troubles:
@@ -430,6 +432,21 @@ class Session:
         if self.keeper.resume and found is None:
             text = "there is no checkpoint yet: training starts at the beginning"
             self.bus.emit("note", text=text)
+
+    def _choose_topologies(self) -> None:
+        """Where the plan leaves them open and there is something to choose."""
+        blocks = {
+            "data": [bucket.values for each in self.learners for bucket in each.fusion.buckets],
+            "site": self.rounds.blocks(self.models.values()),
+        }
+        links = self.keeper.recorded("links")
+        for name, fuser in self.place.fusers_by_axis.items():
+            if fuser.auto is not None:
+                text = settle(fuser.auto, blocks[name], links.get(name, {}))
+                self.choices[f"topology of {name}"] = text
+                links[name] = record_of(fuser.auto)
+        if links:
+            self.keeper.record(choices=self.choices, links=links)
 
     def _capture(self) -> tuple[dict[str, Any], list[Tensor]]:
         state, sooner = self.state.capture()
