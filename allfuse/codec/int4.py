@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
 from allfuse.codec.scaled import Rounded
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -35,6 +37,14 @@ class Int4(Rounded):
     def unpack(self, numbers: Tensor, elements: int) -> Tensor:
         import torch
 
-        used = numbers[: self.number_bytes(elements)].to(torch.int16)
-        pairs = (used & 15) | ((used & 240) << 4)
-        return pairs.view(torch.int8).sub_(8)[:elements]
+        used = numbers[: self.number_bytes(elements)].int()
+        return torch.index_select(_pairs(used.device), 0, used).view(torch.int8)[:elements]
+
+
+@lru_cache(maxsize=16)
+def _pairs(device: torch.device) -> Tensor:
+    """For each byte the two numbers that it holds, two int8 as one int16: (256,)."""
+    import torch
+
+    halves = torch.arange(256)[:, None] >> torch.tensor([0, 4]) & 15
+    return halves.sub(8).to(torch.int8).view(torch.int16).flatten().to(device)

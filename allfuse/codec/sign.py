@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
 from allfuse.codec.base import Error
 from allfuse.codec.scaled import Scaled
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 GATHER = 0x0102040810204080  # times eight bytes of 0 or 1: the highest byte has one bit of each
-SPREAD = 0x0101010101010101  # times a byte: the byte eight times
-PLACES = 0x8040201008040201 - (1 << 64)  # bit i of byte i
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,14 @@ class Sign(Scaled):
     def unpack(self, numbers: Tensor, elements: int) -> Tensor:
         import torch
 
-        used = numbers[: self.number_bytes(elements)].to(torch.int64)
-        eights = (used * SPREAD) & PLACES  # bit i is in byte i
-        return eights.view(torch.uint8).ne(0).view(torch.int8)[:elements].mul(2).sub_(1)
+        used = numbers[: self.number_bytes(elements)].int()
+        return torch.index_select(_signs(used.device), 0, used).view(torch.int8)[:elements]
+
+
+@lru_cache(maxsize=16)
+def _signs(device: torch.device) -> Tensor:
+    """For each byte the eight signs that it holds, eight int8 as one int64: (256,)."""
+    import torch
+
+    bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
+    return bits.mul(2).sub(1).to(torch.int8).view(torch.int64).flatten().to(device)
