@@ -123,7 +123,9 @@ def loop_of(way: dict[str, Any], sizes: Sizes, rows: Tensor) -> Iterator[Loop]:
     if "hook" not in way:
         yield PlainLoop(model, model, batches)
         return
-    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    # PowerSGD aborts with several buckets: their dependent sums overtake each other
+    bucket_mb = 100 if way["hook"] == "powersgd" else None
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=bucket_mb)
     add_hook(wrapped, **way)
     share = batches.unflatten(1, (dist.get_world_size(), -1))[:, dist.get_rank()]
     yield PlainLoop(model, wrapped, share)
