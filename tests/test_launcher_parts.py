@@ -259,7 +259,9 @@ class Plain(World):
         self.spans_process = spans_process
         self.closed_with: list[BaseException | None] = []
 
-    def link(self, name: str, members: tuple[int, ...], device: torch.device) -> Any: ...
+    def link(
+        self, name: str, members: tuple[int, ...], device: torch.device, groups: Any = ()
+    ) -> Any: ...
 
     def form_replica(self, replica: tuple[int, ...], backend: str) -> None: ...
 

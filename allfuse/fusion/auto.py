@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from allfuse.base.errors import PlanError
+from allfuse.base.errors import PeerLost, PlanError
 from allfuse.base.units import format_bytes, format_seconds
 from allfuse.charge import charge
 from allfuse.codec import Codec, MessageCodec
@@ -22,7 +23,7 @@ from allfuse.topology.tree import Tree
 if TYPE_CHECKING:
     import torch
 
-    from allfuse.link import Link
+    from allfuse.link import Board, Link
 
 MARGIN = 0.05  # by which another must be faster than the first that can be: the clock errs as much
 MOST_AT_ONCE = 1024  # transfers of a phase: with more, nothing is fast and the clock is slow
@@ -116,6 +117,14 @@ class Auto:
 
     `costs` are measured when the first block asks, or set before: those of a run that is resumed,
     so that it goes on bit for bit. All peers ask for the same blocks in the same order.
+
+    An axis may have several groups of peers, which must pick alike: all ranks of a replica follow
+    one decision. So the `layout` is that of the first group, which alone measures and tells the
+    others.
+
+    Args:
+        notice: where the groups meet; None where there is only this one.
+        leads: whether this is the first group.
     """
 
     def __init__(
@@ -125,9 +134,12 @@ class Auto:
         topologies: Sequence[Topology],
         codec: Codec,
         device: torch.device | str,
+        notice: Notice | None = None,
+        leads: bool = True,
     ) -> None:
         self.link, self.layout, self.topologies = link, layout, topologies
         self.codec, self.device = codec, device
+        self._notice, self._leads = notice, leads
         self.costs: Costs | None = None
         self.measured_s: float | None = None  # None where they were known already
         self._picks: dict[tuple[int, int], Pick] = {}
@@ -150,9 +162,49 @@ class Auto:
         return self._picks[key]
 
     def _measure(self) -> None:
-        begin = time.perf_counter()
-        self.costs, now = known_costs(self.link, self.layout.hosts, self.device)
+        begin, now = time.perf_counter(), True
+        if self._leads:
+            self.costs, now = known_costs(self.link, self.layout.hosts, self.device)
+            if self._notice is not None and self.link.rank == 0:
+                self._notice.write(json.dumps(self.costs.numbers()).encode())
+        else:
+            assert self._notice is not None
+            self.costs = Costs.from_numbers(json.loads(self._notice.read(self.link)))
         self.measured_s = time.perf_counter() - begin if now else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Notice:
+    """A place on a board where one rank writes something for all.
+
+    Args:
+        author: the rank that writes.
+    """
+
+    board: Board
+    key: str
+    author: int
+
+    def write(self, text: bytes) -> None:
+        self.board.set(self.key, text)
+
+    def read(self, link: Link) -> bytes:
+        """Wait for what is written.
+
+        Raises:
+            PeerLost: nothing is, within the deadline of the link.
+        """
+        try:
+            return self.board.wait(self.key, link.timeout_s)
+        except TimeoutError:
+            raise PeerLost(
+                "did not say what its links cost",
+                rank=link.members[link.rank],
+                peer=self.author,
+                operation=f"read {self.key}",
+                step=link.step,
+                seconds=link.timeout_s,
+            ) from None
 
 
 def _feasible(layout: Layout, topologies: Sequence[Topology]) -> list[Topology]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from allfuse.launcher.base import World
@@ -41,7 +42,13 @@ class AloneWorld(World):
         self.board = LocalBoard()
         self._give_back_signals = catch_signals(self.ask_to_stop)
 
-    def link(self, name: str, members: tuple[int, ...], device: torch.device) -> Link:
+    def link(
+        self,
+        name: str,
+        members: tuple[int, ...],
+        device: torch.device,
+        groups: Collection[tuple[int, ...]] = (),
+    ) -> Link:
         from allfuse.link.lone import LoneLink
 
         return LoneLink(members[0])

@@ -6,7 +6,8 @@ import contextlib
 import contextvars
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 from allfuse.base.errors import PeerLost
@@ -48,10 +49,22 @@ class World(ABC):
     def __init__(self) -> None:
         self.stop_requested = threading.Event()
         self._hosts: tuple[str, ...] = ()
+        self._keys: Counter[str] = Counter()
 
     @abstractmethod
-    def link(self, name: str, members: tuple[int, ...], device: torch.device) -> Link:
-        """A link to these ranks; all of them must ask for it, in the same order."""
+    def link(
+        self,
+        name: str,
+        members: tuple[int, ...],
+        device: torch.device,
+        groups: Collection[tuple[int, ...]] = (),
+    ) -> Link:
+        """A link to these ranks; all of them must ask for it, in the same order.
+
+        Args:
+            groups: all groups of the axis, whose links then sum in the same way: ranks of different
+                groups may hold the same values, and must hold the same bits.
+        """
 
     @abstractmethod
     def form_replica(self, replica: tuple[int, ...], backend: str) -> None:
@@ -69,6 +82,11 @@ class World(ABC):
             self.tell_host()
             self._hosts = tuple(map(self._host_of, range(self.size)))
         return self._hosts
+
+    def new_key(self, name: str) -> str:
+        """A key of the board that no session before has used. All ranks ask in the same order."""
+        self._keys[name] += 1
+        return f"{name}/{self._keys[name]}"
 
     def tell_host(self) -> None:
         """Let the others know the host of this rank, who may ask sooner than this one does."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from allfuse.base.errors import PeerLost
@@ -57,7 +58,13 @@ class StoreWorld(World):
         self._links: Counter[tuple[str, tuple[int, ...]]] = Counter()
         self._leaves_group = False
 
-    def link(self, name: str, members: tuple[int, ...], device: torch.device) -> Link:
+    def link(
+        self,
+        name: str,
+        members: tuple[int, ...],
+        device: torch.device,
+        groups: Collection[tuple[int, ...]] = (),
+    ) -> Link:
         if len(members) == 1:
             from allfuse.link.lone import LoneLink
 
@@ -83,7 +90,8 @@ class StoreWorld(World):
         hosts = self.hosts()
         mates = tuple(member for member in members if hosts[member] == hosts[self.rank])
         shares = AVAILABLE and device.type == "cpu"
-        if shares and mates == members:
+        inside = all(len({hosts[rank] for rank in group}) == 1 for group in (*groups, members))
+        if shares and inside:
             return form(SharedLink, unique, members)
         outer = form(GroupLink, unique, members)
         if not shares or len(mates) == 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 from allfuse.base.errors import PeerLost
@@ -32,7 +32,13 @@ class ThreadWorld(World):
         self.board = hub
         self._links: Counter[tuple[str, tuple[int, ...]]] = Counter()
 
-    def link(self, name: str, members: tuple[int, ...], device: torch.device) -> Link:
+    def link(
+        self,
+        name: str,
+        members: tuple[int, ...],
+        device: torch.device,
+        groups: Collection[tuple[int, ...]] = (),
+    ) -> Link:
         if len(members) == 1:
             from allfuse.link.lone import LoneLink
 

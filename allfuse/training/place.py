@@ -9,7 +9,7 @@ import torch
 
 from allfuse.base.errors import PlanError, UserError
 from allfuse.fusion import Fuser, Fusion, choose
-from allfuse.fusion.auto import Auto, candidates, settled
+from allfuse.fusion.auto import Auto, Notice, candidates, settled
 from allfuse.launcher import World, current_world
 from allfuse.plan import Data, Plan, Site, as_plan, check_workers
 from allfuse.topology import Layout
@@ -110,7 +110,9 @@ class Place:
         if link.size == 1:
             return Fuser(fusion, link)
         hosts = self.world.hosts()
-        layout = Layout(tuple(hosts[member] for member in link.members))
+        # of the first group, for all: ranks of other groups that hold the same values must sum
+        # them in the same order
+        layout = Layout(tuple(hosts[member] for member in self.plan.peers(0, name)))
         topologies = candidates(fusion.rule, fusion.codec)
         is_open = axis.topology is None and settled(layout, topologies) is None
         if why is not None and not is_open:
@@ -118,7 +120,18 @@ class Place:
         if not is_open and not Fuser(fusion, link).needs_own_link:
             return Fuser(fusion, link)
         own = self._link(name, f"fuse {name}")
-        auto = Auto(own, layout, topologies, fusion.codec, self.device) if is_open else None
+        if not is_open:
+            return Fuser(fusion, own, layout, seed)
+        notice = Notice(board=self.world.board, key=self.world.new_key(f"costs/{name}"), author=0)
+        auto = Auto(
+            own,
+            layout,
+            topologies,
+            fusion.codec,
+            self.device,
+            notice=notice,
+            leads=0 in link.members,
+        )
         return Fuser(fusion, own, layout, seed, auto)
 
     def _link_of_replicas(self) -> Link:
@@ -132,7 +145,9 @@ class Place:
         return self.world.link("replicas", tuple(members), self.device)
 
     def _link(self, axis: str, name: str) -> Link:
-        return self.world.link(name, self.plan.peers(self.rank, axis), self.device)
+        groups = {self.plan.peers(rank, axis) for rank in range(self.plan.workers)}
+        members = self.plan.peers(self.rank, axis)
+        return self.world.link(name, members, self.device, sorted(groups))
 
     @cached_property
     def statistics(self) -> Link:
