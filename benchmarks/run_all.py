@@ -27,6 +27,7 @@ BENCHMARKS = (
     "socket_link",
     "network",
     "slow_link",
+    "quality",
 )
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.md"

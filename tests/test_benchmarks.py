@@ -23,6 +23,7 @@ SCRIPTS = (
     "socket_link",
     "network",
     "slow_link",
+    "quality",
 )
 KEYS = {"benchmark", "commit", "machine", "figures"}
 FIGURE_KEYS = {"name", "value", "spread", "target", "better", "ok"}
