@@ -296,6 +296,9 @@ def share_ways(flows: dict[_Way, int], costs: Costs) -> dict[_Way, float]:
         for name in names:
             limits[name] = 1 / max(path.shared_s_per_byte, LEAST_S_PER_BYTE)
             users.setdefault(name, []).append(way)
+    for name, ways in users.items():
+        if sum(flows[way] for way in ways) == 1:  # it shares with nobody
+            limits[name] = float("inf")
     rates: dict[_Way, float] = {}
     while len(rates) < len(flows):
         levels: dict[str, float] = {}

@@ -16,8 +16,9 @@ class Path:
     alpha_s: until a lone message of no size has come, from when both sides are ready for it.
     gap_s: what each message of one peer, sent or received, keeps it busy.
     beta_s_per_byte: of one transfer alone.
-    shared_s_per_byte: of all transfers together that leave a host, or reach one; within a host of
-        all that its peers send each other. Both directions between hosts are apart.
+    shared_s_per_byte: of all transfers together that leave a host, or reach one, where there are
+        several at once; within a host of all that its peers send each other. Both directions
+        between hosts are apart.
     """
 
     alpha_s: float

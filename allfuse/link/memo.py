@@ -16,7 +16,7 @@ from allfuse.link.base import Link
 from allfuse.link.costs import NUMBERS, Costs
 from allfuse.link.probe import probe
 
-FORMAT = 1  # of the files; another number when what is measured changes
+FORMAT = 2  # of the files; another number when what is measured changes
 
 
 def known_costs(

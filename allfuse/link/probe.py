@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,10 +30,14 @@ Samples: TypeAlias = list[float]
 
 
 class Trial(NamedTuple):
-    """Pairs that exchange at the same time. The first one's first peer holds the clock."""
+    """Pairs that exchange at the same time. The first one's first peer holds the clock.
+
+    flows: transfers that leave one host at once.
+    """
 
     pairs: tuple[Pair, ...]
     inside: bool
+    flows: int = 1
 
     @property
     def leader(self) -> int:
@@ -48,7 +53,8 @@ def probe(link: Link, hosts: Sequence[str], device: torch.device | str = "cpu") 
       1. for up to `MOST_PAIRS` pairs within hosts and as many between: small messages there and
          back, `BURST` of them at once, and large ones in both directions at the same time;
       2. for up to `MOST_PAIRS` hosts, and pairs of neighbouring hosts: as many pairs as there are
-         exchange large messages at once, which shows what they share;
+         exchange large messages at once, which shows what they share; and one peer of each of up
+         to `MOST_PAIRS` + 1 hosts with all the others, which shows what crossing streams lose;
       3. all peers add up at the same time;
       4. one sum over the peers brings the table of what was measured to all.
 
@@ -61,7 +67,7 @@ def probe(link: Link, hosts: Sequence[str], device: torch.device | str = "cpu") 
     """
     bench = Bench(link, torch.device(device))
     alone = [Trial((pair,), inside) for inside in (True, False) for pair in pairs(hosts, inside)]
-    together = [*crowds_inside(hosts), *crowds_between(hosts)]
+    together = [*crowds_inside(hosts), *crowds_between(hosts), *crossing(hosts)]
     table = torch.zeros(len(alone) + len(together) + 1, max(4, link.size), dtype=torch.float64)
     for row, trial in zip(table, [*alone, *together], strict=False):
         bench.measure(trial, row)
@@ -83,13 +89,20 @@ def pairs(hosts: Sequence[str], inside: bool) -> list[Pair]:
 def crowds_inside(hosts: Sequence[str]) -> list[Trial]:
     """All peers of a host, two by two, where there are more than two."""
     groups = [group for group in _groups(hosts) if len(group) > 3][:MOST_PAIRS]
-    return [Trial(tuple(zip(group[::2], group[1::2], strict=False)), True) for group in groups]
+    crowds = [tuple(zip(group[::2], group[1::2], strict=False)) for group in groups]
+    return [Trial(crowd, True, len(crowd)) for crowd in crowds]
 
 
 def crowds_between(hosts: Sequence[str]) -> list[Trial]:
     """The peers of a host with those of another, where there are several."""
     found = [tuple(zip(*both, strict=False)) for both in _neighbours(_groups(hosts))]
-    return [Trial(crowd, False) for crowd in found if len(crowd) > 1]
+    return [Trial(crowd, False, len(crowd)) for crowd in found if len(crowd) > 1]
+
+
+def crossing(hosts: Sequence[str]) -> list[Trial]:
+    """One peer of each of a few hosts with all the others, where there are more than two."""
+    few = [group[0] for group in _groups(hosts)][: MOST_PAIRS + 1]
+    return [Trial(tuple(itertools.combinations(few, 2)), False, len(few) - 1)] if few[2:] else []
 
 
 def _groups(hosts: Sequence[str]) -> list[list[int]]:
@@ -121,36 +134,36 @@ class Bench:
         own = [pair for pair in trial.pairs if self.link.rank in pair]
         if not own:
             return
-        (first, second), first_rank = own[0], self.link.rank == own[0][0]
-        peer = second if first_rank else first
+        peers = [pair[pair[0] == self.link.rank] for pair in own]
         numbers = [0.0] * 4
         if len(trial.pairs) == 1:
+            peer, first_rank = peers[0], self.link.rank == trial.leader
             numbers[0] = self._time(lambda: self._there_and_back(peer, first_rank, 1), ROUNDS) / 2
             burst = self._time(lambda: self._there_and_back(peer, first_rank, BURST), ROUNDS) / 2
             numbers[1] = max(0.0, burst - numbers[0]) / (BURST - 1)
-        numbers[2], numbers[3] = self._large(peer, trial)
+        numbers[2], numbers[3] = self._large(peers, trial)
         if self.link.rank == trial.leader:
             row[:4] = torch.tensor(numbers, dtype=torch.float64)
 
-    def _large(self, peer: int, trial: Trial) -> tuple[float, float]:
-        """Bytes of a large message that goes both ways at once, and the seconds that it takes.
+    def _large(self, peers: list[int], trial: Trial) -> tuple[float, float]:
+        """Bytes of large messages that go both ways at once, and the seconds that they take.
 
         It grows until the leader says that it takes long enough to be measured. What a message of a
         quarter takes is taken off, and so is its alpha.
         """
         size = FIRST_BYTES
         while True:
-            own, other = self._block(size), self._block(size)
-            took = self._time(partial(self._exchange, own, other, peer), 1)
+            own, others = self._block(size), [self._block(size) for _ in peers]
+            took = self._time(partial(self._exchange, own, others, peers), 1)
             said = torch.tensor([took], dtype=torch.float64, device=self.device)
             self._tell(said, trial)
             if float(said) >= LONG_S or size >= MOST_BYTES:
                 break
             size *= 4
-        seconds = self._time(partial(self._exchange, own, other, peer), REPEATS)
+        seconds = self._time(partial(self._exchange, own, others, peers), REPEATS)
         less = size // 4
-        own, other = own[:less], other[:less]
-        seconds_less = self._time(partial(self._exchange, own, other, peer), REPEATS)
+        own, others = own[:less], [other[:less] for other in others]
+        seconds_less = self._time(partial(self._exchange, own, others, peers), REPEATS)
         return float(size - less), max(seconds - seconds_less, 0.0)
 
     def _tell(self, said: Tensor, trial: Trial) -> None:
@@ -158,12 +171,13 @@ class Bench:
         if self.link.rank != trial.leader:
             self.link.receive(said, trial.leader, "probe").wait()
             return
-        others = [peer for pair in trial.pairs for peer in pair if peer != trial.leader]
-        for work in [self.link.send(said, peer, "probe") for peer in others]:
+        others = {peer for pair in trial.pairs for peer in pair} - {trial.leader}
+        for work in [self.link.send(said, peer, "probe") for peer in sorted(others)]:
             work.wait()
 
-    def _exchange(self, own: Tensor, other: Tensor, peer: int) -> None:
-        works = [self.link.receive(other, peer, "probe"), self.link.send(own, peer, "probe")]
+    def _exchange(self, own: Tensor, others: list[Tensor], peers: list[int]) -> None:
+        works = [self.link.receive(o, p, "probe") for o, p in zip(others, peers, strict=True)]
+        works += [self.link.send(own, peer, "probe") for peer in peers]
         for work in works:
             work.wait()
 
@@ -232,7 +246,7 @@ def _path(
     if not alone:
         return None
     beta = max(row[3] / row[2] for row in alone)
-    crowds = [row[3] / row[2] / len(trial.pairs) / directions for trial, row in together]
+    crowds = [row[3] / row[2] / trial.flows / directions for trial, row in together]
     return Path(
         alpha_s=max(row[0] for row in alone),
         gap_s=max(row[1] for row in alone),
