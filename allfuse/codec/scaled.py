@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MOST = 1 << 20  # values that share a scale
-PIECE = 1 << 15  # values that are encoded at a time
+PIECE = 1 << 15  # values at a time: what lies between stays in the cache
+GPU_PIECE = 1 << 24  # where each piece costs a dozen launches
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,17 @@ class Scaled(MessageCodec):
     def encoded_bytes(self, elements: int) -> int:
         return 4 * -(-elements // self.block) + whole_words(self.number_bytes(elements))
 
+    def most(self, values: Tensor) -> int:
+        """How many blocks are worked on at a time."""
+        return max(1, (GPU_PIECE if values.is_cuda else PIECE) // self.block)
+
     def encode(self, values: Tensor, seed: int) -> Tensor:
         import torch
 
         size, count = len(values), -(-len(values) // self.block)
         message = values.new_zeros(self.encoded_bytes(size), dtype=torch.uint8)
         scales, numbers = message[: 4 * count].view(torch.float32), message[4 * count :]
-        most = max(1, PIECE // self.block)  # blocks at a time: what lies between stays in the cache
+        most = self.most(values)
         for first in range(0, count, most):
             part = values[first * self.block : (first + most) * self.block]
             if len(part) % self.block:  # the last block is short
@@ -87,7 +92,7 @@ class Scaled(MessageCodec):
         size, count = len(values), -(-len(values) // self.block)
         scales = message[: 4 * count].view(torch.float32).to(values.dtype)
         numbers = message[4 * count :]
-        step = max(1, PIECE // self.block) * self.block
+        step = self.most(values) * self.block
         for first in range(0, size, step):
             part = values[first : first + step]
             part.copy_(self.unpack(numbers[self.number_bytes(first) :], len(part)))
