@@ -34,7 +34,7 @@ def test_digits_train_across_processes_as_well_as_in_one(quality: ModuleType) ->
         "data(4, codec=lowrank(4))",
         *LOSSY,
     ]
-    for figure in quality.compare(quality.DIGITS_MOMENTUM, plans):
+    for figure in quality.compare(quality.DIGITS_SGD, plans):
         assert figure.ok, (figure.name, figure.value, figure.floor)
 
 
@@ -64,7 +64,7 @@ def reached_without_feedback(task: Any, plan: str, seed: int, steps: int) -> flo
 
 @pytest.mark.slow
 def test_training_without_error_feedback_is_found(quality: ModuleType) -> None:
-    task = quality.DIGITS_MOMENTUM
+    task = quality.DIGITS_SGD
     for figure in quality.compare(task, LOSSY, reach=reached_without_feedback):
         assert not figure.ok, (figure.name, figure.value, figure.floor)
 
@@ -91,4 +91,4 @@ def test_a_plan_that_is_too_far_behind_misses_its_target(quality: ModuleType) ->
 def test_every_exact_topology_is_among_the_plans(quality: ModuleType) -> None:
     for name, topology in TOPOLOGIES.items():
         if topology.exact:
-            assert f"data(4, topology={name})" in quality.PLANS
+            assert f"data(4, topology={name})" in quality.SUMS
