@@ -10,8 +10,10 @@ import torch
 from test_topology import ALL, EXACT, GOSSIP, mixing
 from torch import Tensor
 
-from allfuse.base.errors import DistributedError, PeerLost
-from allfuse.execute import plot, run, segments_of
+from allfuse.base.errors import BadMessage, DistributedError, PeerLost
+from allfuse.codec import MessageCodec
+from allfuse.codec.int8 import Int8
+from allfuse.execute import Encoding, plot, run, segments_of
 from allfuse.launcher.base import current_world
 from allfuse.launcher.thread import first_failure, launch_threads
 from allfuse.link import Link
@@ -144,6 +146,41 @@ def test_a_peer_that_is_lost_at_any_moment_is_named_and_no_sum_is_wrong(
                     assert "round 1" in str(outcome)
                 elif rank != victim and topology.exact:  # it needed nothing of the victim any more
                     assert torch.equal(outcome, expected)
+
+
+@pytest.mark.parametrize("topology", ALL, ids=str)
+@pytest.mark.parametrize("codec", [None, Int8()], ids=str)
+def test_garbage_at_any_moment_is_named_and_no_sum_is_wrong(
+    topology: Topology, codec: MessageCodec | None
+) -> None:
+    if codec is not None and (not topology.exact or topology.name == "native"):
+        return  # a pairing that is refused
+    n, size = 4, 12
+    start = values(n, size)
+
+    def work() -> Tensor:
+        link = open_link()
+        link.timeout_s = 10.0
+        block = start[link.rank].clone()
+        encoding = None
+        if codec is not None:
+            encoding = Encoding(codec=codec, error=torch.zeros_like(block), seed=0)
+        run(
+            plot(topology, Layout.of(n), link.rank, 0, 0), link, block, "round 1", encoding=encoding
+        )
+        return block
+
+    fine = all_fine(launch_threads(work, n))
+    for culprit in range(n):
+        for count in range(last_operation(topology, n, culprit)):
+            outcomes = launch_threads(work, n, script=Script(garble={(culprit, count)}))
+            errors = [outcome for outcome in outcomes if isinstance(outcome, DistributedError)]
+            found = [error for error in errors if isinstance(error, BadMessage)]
+            assert bool(found) == bool(errors)  # an operation that receives sends no garbage
+            assert all(error.peer == culprit and "round 1" in str(error) for error in found)
+            for rank, outcome in enumerate(outcomes):
+                if isinstance(outcome, Tensor):
+                    assert torch.equal(outcome, fine[rank])
 
 
 def test_a_garbled_message_is_an_error() -> None:

@@ -61,8 +61,16 @@ class GroupWork(Work):
     `work` is None while the link holds it back.
     """
 
-    def __init__(self, link: GroupLink, work: Any, operation: str, whole: bool = False) -> None:
+    def __init__(
+        self,
+        link: GroupLink,
+        work: Any,
+        operation: str,
+        whole: bool = False,
+        peer: int | None = None,
+    ) -> None:
         self.link, self.work, self.operation, self.whole = link, work, operation, whole
+        self.peer = peer
 
     def wait(self) -> None:
         link, begin = self.link, time.monotonic()
@@ -80,7 +88,7 @@ class GroupWork(Work):
                 timed_out = not self.work.is_completed()
                 if timed_out and waited < link.timeout_s and not link.lookout.alarmed.is_set():
                     continue
-                raise link.lost(self.operation, waited, error) from None
+                raise link.lost(self.operation, waited, error, self.peer) from None
 
     def _wait_slice(self) -> None:
         seconds = self.link.timeout_s if self.whole else min(SLICE_S, self.link.timeout_s)
@@ -165,18 +173,26 @@ class GroupLink(Link):
                 "each; allowed: a GPU for each worker; next: fewer workers, or --device cpu"
             ) from None
 
-    def lost(self, operation: str, seconds: float, error: Exception) -> PeerLost:
-        """The error to raise after a transfer failed: who is lost, found out by a roll call."""
-        peer, why = self.lookout.who_is_lost(self.members, operation, self.step)
+    def lost(
+        self, operation: str, seconds: float, error: Exception, awaited: int | None = None
+    ) -> PeerLost:
+        """The error to raise after a transfer failed: who is lost, found out by a roll call.
+
+        Args:
+            awaited: the peer of a transfer from one to one.
+        """
+        member = None if awaited is None else self.members[awaited]
+        peer, why = self.lookout.who_is_lost(self.members, operation, self.step, member)
         reason = f"{why} ({first_line(error)})" if peer is None else why
         me = self.members[self.rank]
         return PeerLost(
             reason, rank=me, peer=peer, operation=operation, step=self.step, seconds=seconds
         )
 
-    def _start(self, operation: str, begin: Callable[[], Any], whole: bool = False) -> Work:
+    def _start(self, operation: str, begin: Callable[[], Any], peer: int | None = None) -> Work:
         self.start_held()
-        return GroupWork(self, self._begin(operation, begin), operation, whole)
+        work = self._begin(operation, begin)
+        return GroupWork(self, work, operation, whole=peer is not None, peer=peer)
 
     def _begin(self, operation: str, begin: Callable[[], Any]) -> Any:
         while self._under_way and self._under_way[0].is_completed():
@@ -188,11 +204,11 @@ class GroupLink(Link):
         self._under_way.append(work)
         return work
 
-    def _start_one_to_one(self, operation: str, begin: Callable[[], Any]) -> Work:
+    def _start_one_to_one(self, operation: str, peer: int, begin: Callable[[], Any]) -> Work:
         """On CUDA it is held back, and goes with all that is started before somebody waits."""
         if self.device.type != "cuda":
-            return self._start(operation, begin, whole=True)
-        work = GroupWork(self, None, operation)
+            return self._start(operation, begin, peer)
+        work = GroupWork(self, None, operation, peer=peer)
         self._held.append((begin, work))
         return work
 
@@ -223,13 +239,13 @@ class GroupLink(Link):
         check_contiguous(tensor, operation)
         self.sent_bytes += tensor.nbytes
         return self._start_one_to_one(
-            operation, lambda: self.group.send([as_bytes(tensor)], peer, 0)
+            operation, peer, lambda: self.group.send([as_bytes(tensor)], peer, 0)
         )
 
     def receive(self, tensor: Tensor, peer: int, operation: str) -> Work:
         check_contiguous(tensor, operation)
         return self._start_one_to_one(
-            operation, lambda: self.group.recv([as_bytes(tensor)], peer, 0)
+            operation, peer, lambda: self.group.recv([as_bytes(tensor)], peer, 0)
         )
 
     def alive(self) -> tuple[int, ...]:

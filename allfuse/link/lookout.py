@@ -61,15 +61,26 @@ class Lookout:
         self._thread.join(timeout=GRACE_S)
 
     def who_is_lost(
-        self, members: tuple[int, ...], operation: str, step: int | None
+        self,
+        members: tuple[int, ...],
+        operation: str,
+        step: int | None,
+        awaited: int | None = None,
     ) -> tuple[int | None, str]:
-        """Raise the alarm, hold the roll call; the lost member and why, (None, why) if unknown."""
+        """Raise the alarm, hold the roll call; the lost member and why, (None, why) if unknown.
+
+        `awaited` is the only one that was waited for, if there was one: it comes before others that
+        may just have finished their work.
+        """
         others = [member for member in members if member != self.rank]
         try:
             self.board.set("alarm", str(self.rank).encode())
             answers = self._call_the_roll(others)
         except RuntimeError as error:
             return self.host, f"the board is gone ({first_line(error)})"
+        kind, word = answers.get(awaited, ("", "")) if awaited is not None else ("", "")
+        if kind in ("lost", "gone", "silent"):
+            return awaited, word
         for kind in ("lost", "gone", "silent", "left"):
             for member, (answer, word) in answers.items():
                 if answer == kind:

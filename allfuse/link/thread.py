@@ -23,8 +23,9 @@ class Killed(BaseException):
 class Script:
     """Faults of the thread link. Operations of a rank are counted from 0 over all its links.
 
-    `kill` and `stall` name (rank, operation count): there the rank dies, or falls silent until all
-    others have ended. `delay_s` is asked before each operation.
+    `kill`, `stall` and `garble` name (rank, operation count): there the rank dies, falls silent
+    until all others have ended, or sends something else than was agreed. `delay_s` is asked before
+    each operation.
 
     >>> Script(kill={(2, 5)}).kill
     {(2, 5)}
@@ -32,6 +33,7 @@ class Script:
 
     kill: set[tuple[int, int]] = field(default_factory=set)
     stall: set[tuple[int, int]] = field(default_factory=set)
+    garble: set[tuple[int, int]] = field(default_factory=set)
     delay_s: Callable[[int, int], float] = lambda rank, count: 0.0
 
 
@@ -63,8 +65,8 @@ class Hub:
         self._values: dict[str, bytes] = {}
         self._counts = [0] * size
 
-    def count_operation(self, rank: int) -> None:
-        """Plays the script for the next operation of a rank."""
+    def count_operation(self, rank: int) -> bool:
+        """Plays the script for the next operation of a rank; whether it is to send garbage."""
         count = self._counts[rank]
         self._counts[rank] += 1
         if delay := self.script.delay_s(rank, count):
@@ -76,6 +78,7 @@ class Hub:
                 self._stalled.add(rank)
                 self.changed.wait_for(lambda: len(self.lost) + len(self._stalled) == self.size)
             raise Killed(f"rank {rank} stalled at operation {count}")
+        return (rank, count) in self.script.garble
 
     def leave(self, rank: int, reason: str, lost_a_peer: bool = False) -> None:
         """The thread of this rank has ended: nobody will see it again."""
@@ -216,12 +219,13 @@ class ThreadLink(Link):
     def send(self, tensor: Tensor, peer: int, operation: str) -> Work:
         check_contiguous(tensor, operation)
         me, other = self.members[self.rank], self.members[peer]
-        self.hub.count_operation(me)
+        garbled = self.hub.count_operation(me)
         count = self._sent.get(peer, 0)
         self._sent[peer] = count + 1
         self.sent_bytes += tensor.nbytes
         with self.hub.changed:
-            self.hub.mail[(self.name, me, other, count)] = tensor.detach().clone()
+            sent = tensor.detach().reshape(-1)[:-1] if garbled else tensor.detach()
+            self.hub.mail[(self.name, me, other, count)] = sent.clone()
             self.hub.changed.notify_all()
         return ThreadWork(self, operation, lambda: True, set)
 
