@@ -177,11 +177,11 @@ def test_every_rank_names_the_one_that_fell_silent_at_the_deadline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(watch, "GRACE_S", 15.0)  # a loaded machine; ends early, see below
-    error = failing_and_freed(3, victim=1, timeout_s=1.0)
+    error = failing_and_freed(3, victim=1, timeout_s=2.0)
     check_survivors(error, 3, 1, "gave no answer to the roll call")
     seconds = [float(found) for found in re.findall(r"after ([0-9.]+) s", str(error))]
     assert all(second < 10 for second in seconds)
-    assert max(seconds) >= 1.0
+    assert max(seconds) >= 2.0
 
 
 def failing_and_freed(workers: int, victim: int, timeout_s: float) -> WorkerFailed:
