@@ -53,11 +53,15 @@ CODECS = (
     "lowrank(2)",
     "sign",
 )
+DIRECT = ("topk(0.25)", "topk(0.05)", "topk(0.01)", "sign")
+"""Again with topology=exchange, where sums are not encoded a second time: that loses most of what
+the peers of topk have sent at different places."""
 RULES = ("median", "trimmed", "clipped(1.0)", "vote")
 SUMS = tuple(f"data({WORKERS}, topology={name})" for name in EXACT)
 LOSSY = (
     *(f"site({WORKERS}, topology=gossip({graph}))" for graph in GRAPHS),
     *(f"data({WORKERS}, codec={codec})" for codec in CODECS),
+    *(f"data({WORKERS}, codec={codec}, topology=exchange)" for codec in DIRECT),
 )
 TOLD = tuple(f"data({WORKERS}, rule={rule})" for rule in RULES)
 """Without a target: what they fuse is not the mean gradient."""
