@@ -66,6 +66,8 @@ def charge(
     if segments is None:
         native = isinstance(topology, Native)
         block_bytes = elements * element_bytes
+        if encoded_bytes is not None:
+            block_bytes = encoded_bytes(max(elements, 1))
         segments = NATIVE_SEGMENTS if native else segments_of(topology, block_bytes)
     encoded = encoded_bytes or (lambda count: count * element_bytes)
     sizes = _Sizes(schedule.chunks, elements, segments, element_bytes, encoded)

@@ -41,7 +41,8 @@ def plot(topology: Topology, layout: Layout, peer: int, round: int, seed: int) -
 
 
 def segments_of(topology: Topology, block_bytes: int) -> int:
-    """Into how many segments a block is cut that follow each other through the phases."""
+    """Into how many segments a block of so many bytes on the way is cut, that follow each other
+    through the phases."""
     size = SHORT_SEGMENT_BYTES if topology.pipelines else SEGMENT_BYTES
     few = min(FEW_SEGMENTS, block_bytes // LEAST_SEGMENT_BYTES)
     return max(1, few, min(MOST_SEGMENTS, block_bytes // size))

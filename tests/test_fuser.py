@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from math import prod
 from typing import Any
 
@@ -13,7 +14,7 @@ from test_topology import EXACT
 from torch import Tensor
 
 from allfuse.base.errors import BadMessage, DistributedError, PeerLost, PlanError
-from allfuse.codec import Codec, MessageCodec, SumCodec
+from allfuse.codec import Codec, MessageCodec
 from allfuse.codec.int8 import Int8
 from allfuse.codec.lowrank import LowRank
 from allfuse.codec.sign import Sign
@@ -62,18 +63,21 @@ def fuse_rounds(
 
     def work() -> tuple[list[Tensor], Tensor, int]:
         link = open_link()
-        fuser = Fuser(Fusion(topology=topology, codec=codec), link, seed=3)
-        memory = fuser.memory(SHAPES, dtype, "cpu")
-        assert memory is not None
-        fused = []
-        for round in range(rounds):
-            own = values(link.rank, 0 if same else round, dtype)
-            block = torch.cat([own, torch.tensor([1.0, 2.5, link.rank]).to(dtype)])
-            fuser.start(block, "test", round=round, memory=memory, tail=3).wait()
-            assert block[-3:].tolist() == [n, 2.5 * n, n * (n - 1) / 2]  # exact, whatever the codec
-            fused.append(block[:-3])
-        fuser.close()
-        return fused, memory.residual, link.sent_bytes
+        with closing(Fuser(Fusion(topology=topology, codec=codec), link, seed=3)) as fuser:
+            memory = fuser.memory(SHAPES, dtype, "cpu")
+            assert memory is not None
+            fused = []
+            for round in range(rounds):
+                own = values(link.rank, 0 if same else round, dtype)
+                block = torch.cat([own, torch.tensor([1.0, 2.5, link.rank]).to(dtype)])
+                fuser.start(block, "test", round=round, memory=memory, tail=3).wait()
+                assert block[-3:].tolist() == [
+                    n,
+                    2.5 * n,
+                    n * (n - 1) / 2,
+                ]
+                fused.append(block[:-3])
+            return fused, memory.residual, link.sent_bytes
 
     return all_fine(launch_threads(work, n))
 
@@ -125,11 +129,10 @@ def test_bytes_on_the_link_are_those_of_topology_and_codec(codec: MessageCodec) 
 
         def work(topology: Topology = topology) -> int:
             link = open_link()
-            fuser = Fuser(Fusion(topology=topology, codec=codec), link)
-            memory = fuser.memory([(elements,)], torch.float32, "cpu")
-            fuser.start(torch.randn(elements), "test", memory=memory).wait()
-            fuser.close()
-            return link.sent_bytes
+            with closing(Fuser(Fusion(topology=topology, codec=codec), link)) as fuser:
+                memory = fuser.memory([(elements,)], torch.float32, "cpu")
+                fuser.start(torch.randn(elements), "test", memory=memory).wait()
+                return link.sent_bytes
 
         sent = max(all_fine(launch_threads(work, n)))
         whole = codec.payload_bytes([(elements,)], 4)
@@ -151,9 +154,9 @@ def test_whichever_sends_fewer_bytes_is_taken() -> None:
 def test_large_blocks_are_cut_into_segments_without_a_difference_in_what_is_kept(
     codec: Codec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("allfuse.execute.SEGMENT_BYTES", 1000)
+    monkeypatch.setattr("allfuse.execute.SEGMENT_BYTES", 50)
     topology = Central() if isinstance(codec, MessageCodec) else Ring()
-    assert segments_of(topology, 8 * SIZE) > 5
+    assert segments_of(topology, codec.payload_bytes(SHAPES, 8)) > 5
     outcomes = fuse_rounds(topology, codec, 3, rounds=2)
     told = sum(values(rank, round) for rank in range(3) for round in range(2))
     left = sum(residual for _, residual, _ in outcomes)
@@ -169,12 +172,11 @@ def test_a_peer_lost_at_any_moment_is_named(topology: Topology, codec: Codec, ho
     def work() -> Tensor:
         link = open_link()
         link.timeout_s = 0.05 if how == "stall" else 10.0
-        fuser = Fuser(Fusion(topology=topology, codec=codec), link)
-        memory = fuser.memory(SHAPES, torch.float64, "cpu")
-        block = values(link.rank, 0)
-        fuser.start(block, "round 1", memory=memory).wait()
-        fuser.close()
-        return block
+        with closing(Fuser(Fusion(topology=topology, codec=codec), link)) as fuser:
+            memory = fuser.memory(SHAPES, torch.float64, "cpu")
+            block = values(link.rank, 0)
+            fuser.start(block, "round 1", memory=memory).wait()
+            return block
 
     whole = all_fine(launch_threads(work, n))[0] if how == "kill" else None
     for victim in range(n):
@@ -197,10 +199,10 @@ def test_garbage_in_place_of_a_message_is_named() -> None:
             for peer in (0,):
                 link.send(torch.full((size,), 255, dtype=torch.uint8), peer, "test").wait()
             return None
-        fuser = Fuser(Fusion(topology=Exchange(), codec=codec), link)
-        memory = fuser.memory([(100,)], torch.float32, "cpu")
-        fuser.start(torch.randn(100), "test", memory=memory).wait()
-        return None
+        with closing(Fuser(Fusion(topology=Exchange(), codec=codec), link)) as fuser:
+            memory = fuser.memory([(100,)], torch.float32, "cpu")
+            fuser.start(torch.randn(100), "test", memory=memory).wait()
+            return None
 
     outcome = launch_threads(work, 2)[0]
     assert isinstance(outcome, BadMessage)
@@ -211,9 +213,9 @@ def test_peers_of_other_codecs_do_not_sum_in_silence() -> None:
     def work() -> None:
         link = open_link()
         codec = Int8() if link.rank else TopK(0.1)
-        fuser = Fuser(Fusion(topology=Central(), codec=codec), link)
-        memory = fuser.memory(SHAPES, torch.float32, "cpu")
-        fuser.start(torch.randn(SIZE), "test", memory=memory).wait()
+        with closing(Fuser(Fusion(topology=Central(), codec=codec), link)) as fuser:
+            memory = fuser.memory(SHAPES, torch.float32, "cpu")
+            fuser.start(torch.randn(SIZE), "test", memory=memory).wait()
 
     outcomes = launch_threads(work, 2)
     assert any(isinstance(outcome, BadMessage) for outcome in outcomes)
@@ -221,18 +223,20 @@ def test_peers_of_other_codecs_do_not_sum_in_silence() -> None:
 
 def test_what_is_chosen_fits_the_codec() -> None:
     for codec in LOSSY:
-        chosen, why = choose(Mean(), None, Bsp(), codec)
+        chosen, why = choose(Mean(), None, Bsp(), codec, 4)
         assert why is not None
         assert fits(chosen.topology, codec)
-        assert isinstance(codec, SumCodec) or str(chosen.topology) == "central"
+        if isinstance(codec, MessageCodec):
+            few = isinstance(codec, TopK) and codec.fraction < 0.25  # a sum would lose most of it
+            assert str(chosen.topology) == ("exchange" if few else "central")
 
 
 def test_a_world_of_one_loses_nothing() -> None:
     def work() -> Tensor:
-        fuser = Fuser(Fusion(topology=Central(), codec=Sign()), open_link())
-        assert fuser.memory(SHAPES, torch.float32, "cpu") is None
-        block = values(0, 0)
-        fuser.start(block, "test").wait()
-        return block
+        with closing(Fuser(Fusion(topology=Central(), codec=Sign()), open_link())) as fuser:
+            assert fuser.memory(SHAPES, torch.float32, "cpu") is None
+            block = values(0, 0)
+            fuser.start(block, "test").wait()
+            return block
 
     assert torch.equal(all_fine(launch_threads(work, 1))[0], values(0, 0))

@@ -581,7 +581,8 @@ def test_a_closed_link_leaves_no_port_no_thread_and_no_file() -> None:
     ports = list(itertools.chain(*together(work, 3)))
     assert len(ports) == 3
     assert until(lambda: threading.active_count() <= before[0])
-    assert not [thread for thread in threading.enumerate() if "allfuse" in thread.name]
+    names = [thread.name for thread in threading.enumerate()]
+    assert not [name for name in names if name.startswith("allfuse-socket")]
     assert until(lambda: len(os.listdir("/proc/self/fd")) <= before[1])
     for port in ports:
         with socket.socket() as again:

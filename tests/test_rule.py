@@ -119,7 +119,7 @@ def variants() -> list[Rule]:
 
 @pytest.mark.parametrize("rule", [r for r in variants() if r.fuses_weights], ids=str)
 def test_rules_that_gather_travel_only_where_values_meet(rule: Rule) -> None:
-    chosen, why = choose(rule, None, Fusion().sync, Fusion().codec)
+    chosen, why = choose(rule, None, Fusion().sync, Fusion().codec, 3)
     assert why is not None
     assert chosen.topology.gathers == isinstance(rule, GatherRule)
     for topology in ("ring", "native", "gossip", "tree"):

@@ -138,7 +138,7 @@ def tell_job(
         if isinstance(axis, Data | Site) and axis.n > 1:
             from allfuse.fusion import choose
 
-            fusion, _ = choose(axis.rule, axis.topology, axis.sync, axis.codec)
+            fusion, _ = choose(axis.rule, axis.topology, axis.sync, axis.codec, axis.n)
             encoded = payload
             if not fusion.codec.lossless:
                 encoded = fusion.codec.payload_bytes(shapes, 4)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 from allfuse.base.choice import Choice
 
@@ -45,7 +45,13 @@ class Codec(Choice, ABC):
 
 @dataclass(frozen=True)
 class MessageCodec(Codec):
-    """A codec whose messages cannot be summed: who sums decodes, and encodes the sum again."""
+    """A codec whose messages cannot be summed: who sums decodes, and encodes the sum again.
+
+    spreads: the messages of peers tell of different values, so that their sum is as long as all of
+    them together, and would lose most if it were encoded again.
+    """
+
+    spreads: ClassVar[bool] = False
 
     @abstractmethod
     def encoded_bytes(self, elements: int) -> int:

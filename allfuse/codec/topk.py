@@ -23,6 +23,7 @@ class TopK(MessageCodec):
     """
 
     name: ClassVar[str] = "topk"
+    spreads: ClassVar[bool] = True
     fraction: float
 
     def __post_init__(self) -> None:

@@ -12,12 +12,14 @@ from allfuse.base.errors import PeerLost, PlanError
 from allfuse.base.units import format_bytes, format_seconds
 from allfuse.charge import charge
 from allfuse.codec import Codec, MessageCodec
+from allfuse.fusion.base import tells_all
 from allfuse.link.costs import Costs
 from allfuse.link.memo import known_costs
 from allfuse.plan.pairing import refuse_pairing
 from allfuse.rule import Rule
 from allfuse.topology import TOPOLOGIES, Layout, Native, Topology
 from allfuse.topology.central import Central
+from allfuse.topology.exchange import Exchange
 from allfuse.topology.tree import Tree
 
 if TYPE_CHECKING:
@@ -42,14 +44,16 @@ class Pick:
     elements: int = 0
 
 
-def candidates(rule: Rule, codec: Codec) -> tuple[Topology, ...]:
+def candidates(rule: Rule, codec: Codec, peers: int) -> tuple[Topology, ...]:
     """The topologies that make all peers equal and can carry this rule and codec; native first.
 
     >>> from allfuse.codec import Identity
     >>> from allfuse.rule import Median
-    >>> [str(topology) for topology in candidates(Median(), Identity())]
+    >>> [str(topology) for topology in candidates(Median(), Identity(), 4)]
     ['central', 'exchange']
     """
+    if tells_all(codec, peers):
+        return (Exchange(),)
     named = [cls() for cls in TOPOLOGIES.values()]
     return tuple(
         each for each in (*named, Tree("double")) if each.exact and _fits(rule, each, codec)

@@ -55,7 +55,7 @@ def read_axis(
             raise PlanError(given, f"{field.name} {WHOSE}", _again(axis, size))
     if axis.sync.bound != 0:
         raise PlanError(given, f"sync={axis.sync} {WHOSE}", _again(axis, size, without="sync"))
-    return axis, choose(axis.rule, axis.topology, axis.sync, axis.codec)[0]
+    return axis, choose(axis.rule, axis.topology, axis.sync, axis.codec, axis.n)[0]
 
 
 def _again(axis: Data | Site, size: int, kept: tuple[str, ...] = (), without: str = "") -> str:

@@ -10,6 +10,7 @@ from allfuse.rule import GatherRule, Mean, Rule
 from allfuse.sync import Bsp, Sync
 from allfuse.topology import Native, Topology
 from allfuse.topology.central import Central
+from allfuse.topology.exchange import Exchange
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,16 +31,32 @@ class Fusion:
 
 
 def choose(
-    rule: Rule, topology: Topology | None, sync: Sync, codec: Codec
+    rule: Rule, topology: Topology | None, sync: Sync, codec: Codec, peers: int
 ) -> tuple[Fusion, str | None]:
-    """The fusion of an axis, and why its topology was taken when the plan left it open (auto)."""
+    """The fusion of an axis of so many peers, and why its topology was taken when the plan left it
+    open (auto)."""
     if topology is not None:
         return Fusion(rule=rule, topology=topology, sync=sync, codec=codec), None
     if isinstance(rule, GatherRule):
         fusion = Fusion(rule=rule, topology=Central(), sync=sync, codec=codec)
         return fusion, f"central: {rule} needs every peer's value at once"
+    if tells_all(codec, peers):
+        fusion = Fusion(rule=rule, topology=Exchange(), sync=sync, codec=codec)
+        return fusion, f"exchange: a sum of {codec} would lose most if it were encoded again"
     if isinstance(codec, MessageCodec):
         fusion = Fusion(rule=rule, topology=Central(), sync=sync, codec=codec)
         return fusion, f"central: sums of {codec} are encoded again at one place only"
     fusion = Fusion(rule=rule, topology=Native(), sync=sync, codec=codec)
     return fusion, "native: the link's own all-reduce"
+
+
+def tells_all(codec: Codec, peers: int) -> bool:
+    """Whether each message goes to all peers: while that is no more than a ring sends of values that
+    are not encoded."""
+    if not (isinstance(codec, MessageCodec) and codec.spreads):
+        return False
+    part = codec.encoded_bytes(MANY) / (4 * MANY)
+    return part * peers <= 2
+
+
+MANY = 1_000_000  # values, of which a codec's usual share can be told

@@ -153,7 +153,11 @@ class Fuser:
         tail: int = 0,
     ) -> None:
         mine = self._plot(topology, round)
-        segments = segments_of(topology, block.nbytes - tail * block.element_size())
+        elements = block.numel() - tail
+        moved = elements * block.element_size()
+        if encoding is not None:
+            moved = encoding.codec.encoded_bytes(max(elements, 1))
+        segments = segments_of(topology, moved)
         run(
             mine,
             self.link,

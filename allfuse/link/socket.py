@@ -23,7 +23,7 @@ from allfuse.link.peer import WHY_BYTES, Peer
 from allfuse.link.runner import Runner
 from allfuse.link.transfer import Failure, Receiving, Sending, Transfer
 
-LINGER_S = 1.0  # how long a close waits for peers to say that all has come
+LINGER_S = 3.0  # how long a close waits for peers to say that all has come
 
 
 class SocketLink(Link):

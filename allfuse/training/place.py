@@ -106,14 +106,14 @@ class Place:
         axis = self.plan.axis(name)
         if not isinstance(axis, Data | Site):
             return Fuser(Fusion(), link)
-        fusion, why = choose(axis.rule, axis.topology, axis.sync, axis.codec)
+        fusion, why = choose(axis.rule, axis.topology, axis.sync, axis.codec, axis.n)
         if link.size == 1:
             return Fuser(fusion, link)
         hosts = self.world.hosts()
         # of the first group, for all: ranks of other groups that hold the same values must sum
         # them in the same order
         layout = Layout(tuple(hosts[member] for member in self.plan.peers(0, name)))
-        topologies = candidates(fusion.rule, fusion.codec)
+        topologies = candidates(fusion.rule, fusion.codec, axis.n)
         is_open = axis.topology is None and settled(layout, topologies) is None
         if why is not None and not is_open:
             self.choices[f"topology of {name}"] = why

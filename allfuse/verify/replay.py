@@ -44,7 +44,7 @@ class Replay:
     """
 
     def __init__(self, axis: Data | Site, seed: int) -> None:
-        self.fusion, _ = choose(axis.rule, axis.topology, axis.sync, axis.codec)
+        self.fusion, _ = choose(axis.rule, axis.topology, axis.sync, axis.codec, axis.n)
         self.n, self.seed = axis.n, seed
         self._memories: dict[str, list[Memory]] = {}
 
@@ -115,7 +115,7 @@ class Replay:
         assert isinstance(codec, MessageCodec)
         if Exchange().bytes_per_peer(layout, 1) <= topology.bytes_per_peer(layout, 1):
             topology = Exchange()
-        segments = segments_of(topology, values[0].nbytes)
+        segments = segments_of(topology, codec.encoded_bytes(max(len(values[0]), 1)))
         for s in range(segments):
             part = slice(*share(len(values[0]), segments, s))
             held, lost = [value[part] for value in values], [error[part] for error in errors]
