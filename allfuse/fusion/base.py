@@ -51,8 +51,8 @@ def choose(
 
 
 def tells_all(codec: Codec, peers: int) -> bool:
-    """Whether each message goes to all peers: while that is no more than a ring sends of values that
-    are not encoded."""
+    """Whether each message goes to all peers: while that is no more than a ring sends of values as
+    they are."""
     if not (isinstance(codec, MessageCodec) and codec.spreads):
         return False
     part = codec.encoded_bytes(MANY) / (4 * MANY)
