@@ -96,10 +96,10 @@ def test_pairings_without_meaning_are_refused_and_what_is_left_open_is_chosen() 
     with pytest.raises(PlanError, match="median needs every peer's value at once"):
         Fusion(rule=Median())
     plain = Fusion()
-    chosen, why = choose(plain.rule, None, plain.sync, plain.codec)
+    chosen, why = choose(plain.rule, None, plain.sync, plain.codec, 4)
     assert chosen == plain
     assert why is not None
-    assert choose(plain.rule, plain.topology, plain.sync, plain.codec) == (plain, None)
+    assert choose(plain.rule, plain.topology, plain.sync, plain.codec, 4) == (plain, None)
 
 
 def train_with_ddp(hook: str | None) -> list[Tensor]:

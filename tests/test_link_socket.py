@@ -374,11 +374,14 @@ def test_peers_that_disagree_get_a_bad_message_that_names_both(
     assert "elements of torch." in str(error)
 
 
-def test_a_received_tensor_of_another_size_is_a_bad_message() -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_a_received_tensor_of_another_size_is_a_bad_message(late: bool) -> None:
     def work(link: SocketLink) -> None:
         if link.rank == 0:
             link.send(torch.ones(1), 1, "one").wait()
         else:
+            if late:  # the sender has said farewell by then
+                assert until(lambda: link.peers[0].left)
             link.receive(torch.zeros(5), 0, "one").wait()
 
     error = outcomes(work, 2)[1]

@@ -91,6 +91,13 @@ class Peer:
         self.fail(failure)
         self.link.nudge(self)
 
+    def _distrust(self) -> None:
+        """What it sent says more than that it has left, and nothing else of it is given out."""
+        self.failure = None
+        for incoming in self.incoming:
+            incoming.failure = None
+            incoming.arrived.clear()
+
     def close(self) -> None:
         self.socket.close(0)
 
@@ -155,6 +162,7 @@ class Peer:
         try:
             handle()
         except Malformed as error:
+            self._distrust()
             self.drop(Failure(BadMessage, f"sent {error}"))
         for number, incoming in enumerate(self.incoming):
             if stream in (None, number) and (owed := incoming.take_credit()):
