@@ -3,11 +3,12 @@
 The character model of examples/charlm.py, 5.3 MB of gradients, on one rank a host. The loss is the
 one at which a single process has made 90 % of its gain in 288 steps, over the same held-out samples
 for all. Each contender trains there in full: same first weights, batches, optimizer and learning
-rate, which is the best for plain DistributedDataParallel. `data(4)` alone is timed for 24 steps:
-its steps are those of one process. Beside it stands what a step takes on a link without limit.
+rate, which is the better of two for plain DistributedDataParallel. `data(4)` alone is timed for 24
+steps: its steps are those of one process. Beside it stands what a step takes without a limit.
 
 PowerSGD stands here with what served it best: few steps before it begins (torch recommends 10 % of
-all, which takes longer here than all the rest) and one bucket, since with several it aborts.
+all, which takes longer here than all the rest) and one bucket: with several, rank 1 aborted when
+tried.
 Needs root and iproute2, and is skipped elsewhere.
 """
 
