@@ -17,9 +17,8 @@ from allfuse.codec import MessageCodec
 from allfuse.link import Link, Work
 from allfuse.topology import Layout, Piece, Topology, Turn
 
-SEGMENT_BYTES = 4_000_000  # of a block: while one is added up, the next one travels
-LEAST_SEGMENT_BYTES = 1_000_000  # of the first few: with one alone, peers wait for each other
-FEW_SEGMENTS = 4
+SEGMENT_BYTES = 50_000_000  # of a block, so that memory stays bounded
+TWO_SEGMENTS_BYTES = 1_000_000  # from here on: while one is added up, the other travels
 SHORT_SEGMENT_BYTES = 500_000  # where a topology's phases would leave links idle
 MOST_SEGMENTS = 64
 
@@ -44,8 +43,8 @@ def segments_of(topology: Topology, block_bytes: int) -> int:
     """Into how many segments a block of so many bytes on the way is cut, that follow each other
     through the phases."""
     size = SHORT_SEGMENT_BYTES if topology.pipelines else SEGMENT_BYTES
-    few = min(FEW_SEGMENTS, block_bytes // LEAST_SEGMENT_BYTES)
-    return max(1, few, min(MOST_SEGMENTS, block_bytes // size))
+    least = 1 if block_bytes < TWO_SEGMENTS_BYTES else 2
+    return max(least, min(MOST_SEGMENTS, block_bytes // size))
 
 
 @dataclass(frozen=True, kw_only=True)
