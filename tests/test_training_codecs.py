@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_codec import LOSSY, variants
+from test_codec import LOSSY
 from test_rule import variants as rule_variants
 from torch import nn
 from training_cases import assert_equal, job, network, points, session, train, under
@@ -252,7 +252,3 @@ def test_a_step_that_is_not_finite_leaves_nothing_behind() -> None:
             return all(bool(value.isfinite().all()) for value in kept["residuals"].values())
 
     assert under("data(2, codec=topk(0.5))", work) == [True, True]
-
-
-def test_every_codec_of_the_table_is_tested_here() -> None:
-    assert {type(codec) for codec in LOSSY} == {type(c) for c in variants() if not c.lossless}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from allfuse.base.errors import PlanError
-from allfuse.codec.base import Error, MessageCodec
+from allfuse.codec.base import Codec, Error, MessageCodec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,14 +73,15 @@ def find_largest(sizes: Tensor, k: int) -> Tensor:
     return sizes.topk(k, sorted=False).indices
 
 
-def check_fraction(codec: TopK | object, fraction: object) -> None:
+def check_fraction(codec: Codec, fraction: object) -> None:
     """Refuse what is no part of a whole.
 
     Raises:
         PlanError: the fraction is not above 0 and at most 1.
     """
-    name = getattr(codec, "name", "")
     if not isinstance(fraction, int | float) or isinstance(fraction, bool) or not 0 < fraction <= 1:
         raise PlanError(
-            f"{name}({fraction})", "the fraction is above 0 and at most 1", f"{name}(0.01)"
+            f"{codec.name}({fraction})",
+            "the fraction is above 0 and at most 1",
+            f"{codec.name}(0.01)",
         )

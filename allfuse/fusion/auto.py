@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
     from allfuse.link import Board, Link
 
-MARGIN = 0.05  # by which another must be faster than the first that can be: the clock errs as much
+MARGIN = (
+    0.05  # by which another must be faster than the first that can be: the clock errs by 4 to 8 %
+)
 MOST_AT_ONCE = 1024  # transfers of a phase: with more, nothing is fast and the clock is slow
 
 

@@ -14,7 +14,7 @@ def refuse_pairing(rule: Rule, topology: Topology | None, codec: Codec) -> None:
     Raises:
         PlanError: says with which topology, rule or codec it can be.
     """
-    if not codec.lossless and not getattr(rule, "linear", False):
+    if not codec.lossless and not rule.linear:
         why = (
             f"{codec} sends later what it leaves out now, which only a mean can add up, and {rule} "
             "is none"

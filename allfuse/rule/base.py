@@ -17,9 +17,11 @@ class Rule(Choice, ABC):
     """Pure tensor math on one block; the same object serves a stream, a shard and a round.
 
     fuses_weights: whether it makes weights of weights, or has a meaning for gradients only.
+    linear: whether what is missing in one round may be added later, as error feedback does.
     """
 
     fuses_weights: ClassVar[bool] = True
+    linear: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,8 @@ class SumRule(Rule):
     """A rule whose statistic is summed over the peers, in any order, by any topology.
 
     The fused value is `finish(sum(prepare(value_i, weight_i)), sum(weight_i))`.
-
-    linear: what is missing in one sum may be added to a later one, as error feedback does.
     """
 
-    linear: ClassVar[bool] = False
     needs_norm: ClassVar[bool] = False
 
     def shrink(self, norm: float) -> float:

@@ -435,14 +435,14 @@ class Session:
 
     def _choose_topologies(self) -> None:
         """Where the plan leaves them open and there is something to choose."""
-        blocks = {
-            "data": [bucket.values for each in self.learners for bucket in each.fusion.buckets],
-            "site": self.rounds.blocks(self.models.values()),
-        }
         links = self.keeper.recorded("links")
         for name, fuser in self.place.fusers_by_axis.items():
             if fuser.auto is not None:
-                text = settle(fuser.auto, blocks[name], links.get(name, {}))
+                if name == "site":
+                    blocks = self.rounds.blocks(self.models.values())
+                else:
+                    blocks = [b.values for each in self.learners for b in each.fusion.buckets]
+                text = settle(fuser.auto, blocks, links.get(name, {}))
                 self.choices[f"topology of {name}"] = text
                 links[name] = record_of(fuser.auto)
         if links:
