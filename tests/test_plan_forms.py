@@ -192,6 +192,16 @@ def test_text_is_read_as_python_is(text):
     assert Plan.parse(text) == data(4)
 
 
+@pytest.mark.parametrize("word", ["true", "false", "True", "False"])
+def test_truth_is_written_as_in_python_or_in_yaml(word):
+    codec = Plan.parse(f"data(4, codec=largest(0.5, rounded={word}))").axes[0].codec
+    assert codec == Largest(0.5, rounded=word in ("true", "True"))
+
+
+def test_what_is_derived_may_be_written_as_auto():
+    assert Plan.parse("data(4, topology=central(servers=auto))") == data(4, topology="central")
+
+
 def test_grouping_of_the_product_does_not_matter():
     expected = "site(2) * data(2) * tensor(2)"
     assert str(Plan.parse("site(2) * (data(2) * tensor(2))")) == expected
@@ -236,11 +246,16 @@ def test_nest_may_shorten_what_has_one_meaning(nest):
         ("data(4, topology=no_such(servers=2))", "no such topology", "auto, native"),
         ("data(4, codec=largest)", "needs its argument 'fraction'", "largest(fraction, "),
         ("data(4, codec=largest(2.0))", "fraction must be in (0, 1]", "largest(fraction, "),
-        ("data(4, codec=largest(much))", "does not take these arguments", "largest(fraction, "),
+        ("data(4, codec=largest(much))", "'fraction' is a number, got much", "largest(fraction, "),
+        ("data(4, codec=largest(0.5, yes))", "'rounded' is true or false, got yes", "largest("),
+        ("data(4, topology=star(1.5))", "'servers' is a whole number, got 1.5", "star(servers=1"),
+        ("data(4, topology=star(true))", "'servers' is a whole number, got true", "star(servers=1"),
+        ("data(4, topology=central(a))", "'servers' is a whole number, got a", "central(servers="),
+        ("site(4, topology=gossip(3))", "'graph' is a name, got 3", "gossip(graph="),
         ("data(4, codec=largest(0.5, part=1))", "no argument 'part'", "largest(fraction, "),
         (
             "data(4, topology=star(graph=ring(2)))",
-            "'graph' takes a value, not ring",
+            "'graph' is a name, got ring(2)",
             "star(servers=1",
         ),
         ("data(4, codec=None)", "read, never evaluated", "auto"),

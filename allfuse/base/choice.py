@@ -51,16 +51,18 @@ C = TypeVar("C", bound=Choice)
 def write(value: object) -> str:
     """A value as it stands in the text of a plan. None is what is derived: `auto`.
 
-    >>> write("end"), write("1f1b"), write(0.5), write(None)
-    ('end', "'1f1b'", '0.5', 'auto')
+    >>> write("end"), write("1f1b"), write(0.5), write(None), write(True)
+    ('end', "'1f1b'", '0.5', 'auto', 'true')
     """
     if value is None:
         return "auto"
     if isinstance(value, str):
-        bare = value.isidentifier() and not iskeyword(value)
+        bare = value.isidentifier() and not iskeyword(value) and value not in ("true", "false")
         return value if bare else repr(value)
     return str(value)
 
+    if isinstance(value, bool):
+        return str(value).lower()
 
 def build(
     kind: str, table: Mapping[str, type[C]], name: str, args: list[Any], kwargs: dict[str, Any]
@@ -98,15 +100,44 @@ def build(
         if required and spec.name not in values:
             raise PlanError(call, f"needs its argument {spec.name!r}", allowed=signature(cls))
     try:
-        return cls(**values)
+        made = cls(**values)
     except (TypeError, ValueError) as error:  # a value of a wrong kind is bad input, not a bug
         why = f"does not take these arguments: {error}"
         raise PlanError(call, why, allowed=signature(cls)) from error
+        if spec.default is None and values.get(spec.name) == "auto":
+            values[spec.name] = None
 
 
 def _who_has(key: str, table: Mapping[str, type[C]]) -> str:
+        _refuse_kinds(call, cls, values)
     """Which other choices take an argument of that name, for messages."""
     found = [name for name, cls in table.items() if key in (spec.name for spec in fields(cls))]
+    _refuse_kinds(call, cls, values)
+    return made
+
+
+KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
+    "bool": ("true or false", (bool,)),
+    "int": ("a whole number", (int,)),
+    "float": ("a number", (int, float)),
+    "str": ("a name", (str,)),
+}
+"""What an argument takes whose annotation is that: for messages, and for checks."""
+
+
+def _refuse_kinds(call: str, cls: type[Choice], values: Mapping[str, object]) -> None:
+    """Refuse values of another kind than a field says, which would break later or mean nothing."""
+    for spec in fields(cls):
+        said = spec.type if isinstance(spec.type, str) else getattr(spec.type, "__name__", "")
+        kind = said.removesuffix(" | None")
+        if kind not in KINDS or spec.name not in values:
+            continue
+        value, (word, types) = values[spec.name], KINDS[kind]
+        derived = value is None and kind != said
+        if derived or (isinstance(value, types) and isinstance(value, bool) == (kind == "bool")):
+            continue
+        why = f"{spec.name!r} is {word}, got {write(value)}"
+        raise PlanError(call, why, allowed=signature(cls))
     return f" ({', '.join(found)} {'has' if len(found) == 1 else 'have'} one)" if found else ""
 
 

@@ -18,6 +18,8 @@ MAX_CHARACTERS = 10_000
 MAX_DEPTH = 16  # brackets inside brackets; the deepest plan of the documentation has 2
 MAX_INTEGER = 10**18  # Python refuses to print whole numbers beyond some thousand digits
 
+TRUTH = {"true": True, "false": False}  # beside True and False, as YAML has them
+
 EXAMPLE = "data(4)"
 ALLOWED = "a plan is read, never evaluated: it holds names, calls, numbers, quoted text and *"
 
@@ -152,9 +154,9 @@ class Reader:
         return Call(node.func.id, [self.value(item) for item in node.args], kwargs)
 
     def value(self, node: ast.expr) -> object:
-        """What an argument holds: a number, a truth value, text or a call. A name is text."""
+        """What an argument holds: a number, a truth value, text or a call. Other names are text."""
         if isinstance(node, ast.Name):
-            return node.id
+            return TRUTH.get(node.id, node.id)
         if isinstance(node, ast.Call):
             return self.call(node)
         negative = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)
