@@ -357,6 +357,19 @@ def test_a_topology_that_is_named_is_drawn(tmp_path: Path) -> None:
     assert "hierarchy, 4 peers on 2 hosts" in drawn
 
 
+def test_hosts_are_those_of_ranks_as_many_as_were_said(tmp_path: Path) -> None:
+    hosts = ("--hosts", "3")
+    drawn = allfuse("plan", "data(4, topology=hierarchy)", *hosts, cwd=tmp_path, ok=True).stdout
+    assert "hierarchy, 4 peers on 3 hosts" in drawn
+    plan = "site(3, topology=ring) * data(2, topology=tree)"
+    drawn = allfuse("plan", plan, *hosts, cwd=tmp_path, ok=True).stdout
+    assert "site: ring, 3 peers on 3 hosts" in drawn
+    assert "data: tree, 2 peers: " in drawn
+    refused = allfuse("plan", "data(2)", *hosts, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "data(2) has 2 workers; allowed: from 1 to 2 hosts" in refused.stderr
+
+
 def test_a_plan_tells_the_bytes_of_a_codec(tmp_path: Path) -> None:
     job = str(ROOT / "examples/digits.py")
     told = allfuse("plan", job, "--plan", "data(4, codec=int8)", cwd=tmp_path, ok=True).stdout

@@ -15,6 +15,7 @@ from allfuse.base.errors import PlanError
 from allfuse.plan import as_plan
 from allfuse.topology import TOPOLOGIES, Layout, Schedule, Topology
 from allfuse.topology.central import Central
+from allfuse.topology.draw import draw
 from allfuse.topology.gossip import GRAPHS, Gossip
 from allfuse.topology.hierarchy import Hierarchy
 from allfuse.topology.ring import Ring
@@ -171,10 +172,10 @@ def test_one_peer_gossip_is_exact_after_log_n_rounds(n: int) -> None:
 
 
 def test_matchings_are_drawn_anew_in_each_round_and_alike_on_all_peers() -> None:
-    draw = [Gossip("matching").schedule(Layout.of(8), round, seed=3) for round in range(5)]
-    assert draw == [Gossip("matching").schedule(Layout.of(8), round, seed=3) for round in range(5)]
-    assert len({schedule.phases for schedule in draw}) > 1
-    assert draw[0] != Gossip("matching").schedule(Layout.of(8), 0, seed=4)
+    drawn = [Gossip("matching").schedule(Layout.of(8), round, seed=3) for round in range(5)]
+    assert drawn == [Gossip("matching").schedule(Layout.of(8), round, seed=3) for round in range(5)]
+    assert len({schedule.phases for schedule in drawn}) > 1
+    assert drawn[0] != Gossip("matching").schedule(Layout.of(8), 0, seed=4)
 
 
 @pytest.mark.parametrize("n", range(2, 18))
@@ -208,6 +209,12 @@ def test_arguments_that_make_no_sense_are_refused() -> None:
         with pytest.raises(PlanError):
             as_plan(f"site(4, topology={text})")
     assert str(as_plan("site(4, topology=gossip(ring))")) == "site(4, topology=gossip(graph=ring))"
+
+
+def test_a_drawing_that_nobody_could_read_is_not_made() -> None:
+    head, why = draw(Ring(), Layout.of(1_000_000))  # would have 2 * 10^12 transfers
+    assert head == "ring, 1000000 peers: 1999998 phases; the busiest peer sends 2 x the payload"
+    assert why == "  not drawn: more than 128 peers"
 
 
 @pytest.mark.parametrize("name", ["draw", "layout", "schedule"])

@@ -51,6 +51,11 @@ def plan(
     if text is None:
         raise UserError('no plan was given; next: allfuse plan JOB --plan "data(2)"')
     chosen = as_plan(text)
+    if hosts > chosen.workers:
+        raise UserError(
+            f"--hosts {hosts}: {chosen} has {chosen.workers} workers; allowed: from 1 to "
+            f"{chosen.workers} hosts"
+        )
     lines = [*describe(chosen), "", *layout(chosen), *draw_topologies(chosen, hosts)]
     facts: dict[str, object] = {}
     if job is not None:
@@ -80,14 +85,15 @@ def draw_topologies(plan: Plan, hosts: int) -> list[str]:
     lines: list[str] = []
     for axis in plan.axes:
         if isinstance(axis, Data | Site) and axis.topology is not None and axis.n > 1:
-            head, *phases = draw(axis.topology, spread(axis, hosts))
+            head, *phases = draw(axis.topology, spread(plan, axis, hosts))
             lines += ["", f"{axis.name}: {head}", *phases]
     return lines
 
 
-def spread(axis: Data | Site, hosts: int) -> Layout:
-    """The peers of an axis on so many hosts, filled one after the other."""
-    return Layout.of(axis.n, -(-axis.n // hosts))
+def spread(plan: Plan, axis: Data | Site, hosts: int) -> Layout:
+    """Rank 0 and its peers on an axis, where ranks fill so many hosts evenly, in order."""
+    peers = plan.peers(0, axis.name)
+    return Layout(tuple(str(rank * hosts // plan.workers) for rank in peers))
 
 
 def tell_job(
@@ -147,7 +153,7 @@ def tell_job(
                     f"  {axis.name:<11} {fusion.codec} makes {format_bytes(encoded)} of "
                     f"{format_bytes(payload)}, {share_of:.1%}"
                 )
-            sent = round(fusion.topology.bytes_per_peer(spread(axis, hosts), encoded))
+            sent = round(fusion.topology.bytes_per_peer(spread(plan, axis, hosts), encoded))
             lines.append(
                 f"  {axis.name:<11} a fusion over {fusion.topology} sends {format_bytes(sent)} "
                 "from the busiest worker"

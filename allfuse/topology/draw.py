@@ -8,10 +8,11 @@ from allfuse.topology.schedule import Phase, Schedule
 
 WIDTH = 96  # characters of a line
 PHASES = 24  # that are shown
+PEERS = 128  # with more nobody reads a drawing, and a schedule may have millions of transfers
 
 
 def draw(topology: Topology, layout: Layout) -> list[str]:
-    """A head line, and a line or more for each phase.
+    """A head line, and a line or more for each phase, of up to `PEERS` peers.
 
     >>> from allfuse.topology.ring import Ring
     >>> for line in draw(Ring(), Layout.of(2)): print(line)
@@ -19,10 +20,16 @@ def draw(topology: Topology, layout: Layout) -> list[str]:
       1 add      0.5 x  0>1 [0]  1>0 [1]
       2 copy     0.5 x  0>1 [1]  1>0 [0]
     """
-    schedule = topology.schedule(layout)
     sent = topology.bytes_per_peer(layout, 1.0)
     hosts = len(layout.by_host)
     where = f"{layout.size} peers" + (f" on {hosts} hosts" if hosts > 1 else "")
+    if layout.size > PEERS:
+        return [
+            f"{topology}, {where}: {_count(topology.phases(layout), 'phase')}; the busiest peer "
+            f"sends {sent:.3g} x the payload",
+            f"  not drawn: more than {PEERS} peers",
+        ]
+    schedule = topology.schedule(layout)
     lines = [
         f"{topology}, {where}: {_count(len(schedule.phases), 'phase')}, "
         f"{_count(schedule.chunks, 'chunk')}; the busiest peer sends {sent:.3g} x the payload"
