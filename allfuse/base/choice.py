@@ -56,13 +56,13 @@ def write(value: object) -> str:
     """
     if value is None:
         return "auto"
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, str):
         bare = value.isidentifier() and not iskeyword(value) and value not in ("true", "false")
         return value if bare else repr(value)
     return str(value)
 
-    if isinstance(value, bool):
-        return str(value).lower()
 
 def build(
     kind: str, table: Mapping[str, type[C]], name: str, args: list[Any], kwargs: dict[str, Any]
@@ -99,19 +99,14 @@ def build(
         required = spec.default is MISSING and spec.default_factory is MISSING
         if required and spec.name not in values:
             raise PlanError(call, f"needs its argument {spec.name!r}", allowed=signature(cls))
+        if spec.default is None and values.get(spec.name) == "auto":
+            values[spec.name] = None
     try:
         made = cls(**values)
     except (TypeError, ValueError) as error:  # a value of a wrong kind is bad input, not a bug
+        _refuse_kinds(call, cls, values)
         why = f"does not take these arguments: {error}"
         raise PlanError(call, why, allowed=signature(cls)) from error
-        if spec.default is None and values.get(spec.name) == "auto":
-            values[spec.name] = None
-
-
-def _who_has(key: str, table: Mapping[str, type[C]]) -> str:
-        _refuse_kinds(call, cls, values)
-    """Which other choices take an argument of that name, for messages."""
-    found = [name for name, cls in table.items() if key in (spec.name for spec in fields(cls))]
     _refuse_kinds(call, cls, values)
     return made
 
@@ -138,6 +133,11 @@ def _refuse_kinds(call: str, cls: type[Choice], values: Mapping[str, object]) ->
             continue
         why = f"{spec.name!r} is {word}, got {write(value)}"
         raise PlanError(call, why, allowed=signature(cls))
+
+
+def _who_has(key: str, table: Mapping[str, type[C]]) -> str:
+    """Which other choices take an argument of that name, for messages."""
+    found = [name for name, cls in table.items() if key in (spec.name for spec in fields(cls))]
     return f" ({', '.join(found)} {'has' if len(found) == 1 else 'have'} one)" if found else ""
 
 
