@@ -21,6 +21,7 @@ from training_cases import (
     weights,
 )
 
+from allfuse.base.errors import UserError
 from allfuse.split.data import as_source, plan_batches
 
 WORKERS = (2, 3, 4)
@@ -485,6 +486,18 @@ def test_fp16_leaves_out_steps_that_overflow_and_so_does_the_scheduler() -> None
         assert rate == 1.0
         assert steps == 1
         assert scale < 2.0**16
+
+
+@pytest.mark.parametrize("plan", ["data(1)", "data(2)", "site(2, codec=int8)"])
+def test_sparse_gradients_are_refused_also_where_they_are_not_fused(plan: str) -> None:
+    def embedding() -> nn.Module:
+        return nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 1)).double()
+
+    def loss(outputs: Tensor, batch: Any) -> Tensor:
+        return outputs.square().mean()
+
+    with pytest.raises(UserError, match=r"the gradient of 0\.weight is sparse; allowed: dense"):
+        run(plan, model=embedding, data=(torch.arange(12) % 5, torch.zeros(12)), loss=loss)
 
 
 @pytest.mark.slow

@@ -94,10 +94,7 @@ class Bucket:
                 self._has_all = False
                 continue
             if gradient.layout != torch.strided:
-                raise UserError(
-                    f"the gradient of {self.names[place]} is sparse; allowed: dense gradients; "
-                    "next: build the embedding with sparse=False"
-                )
+                raise sparse_gradient(self.names[place])
             views.append(view)
             gradients.append(gradient.detach() if gradient.requires_grad else gradient)
             parameter.grad = view  # frees what autograd made, for the layers that still come
@@ -128,6 +125,13 @@ class Bucket:
     def reset(self) -> None:
         self.work, self.missing = None, len(self.parameters)
         self._begun, self._has_all = False, True
+
+
+def sparse_gradient(name: str) -> UserError:
+    return UserError(
+        f"the gradient of {name} is sparse; allowed: dense gradients; next: build the embedding "
+        "with sparse=False"
+    )
 
 
 def _count_holders(views: list[Tensor]) -> int:

@@ -13,6 +13,7 @@ from torch.nn import Parameter
 
 from allfuse.base.errors import UserError
 from allfuse.base.torch_private import foreach_multiply
+from allfuse.fusion.bucket import sparse_gradient
 from allfuse.fusion.gradients import GradientFusion
 
 if TYPE_CHECKING:
@@ -184,10 +185,16 @@ class Learner:
         if self.precision.scaler is not None and not self._unscaled:
             self.precision.scaler.unscale_(self.optimizer)
             self._unscaled = True
+        if any(gradient.layout != torch.strided for gradient in gradients):  # was not fused
+            raise sparse_gradient(self._find_sparse())
         norm = torch.nn.utils.get_total_norm(gradients)
         if largest is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, largest, norm)
         return norm
+
+    def _find_sparse(self) -> str:
+        named = zip(self.names, self.parameters, strict=True)
+        return next(n for n, p in named if p.grad is not None and p.grad.layout != torch.strided)
 
     def step(self) -> None:
         """One optimizer step, left out where fp16 overflowed. Its gradients are spent.
