@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from math import prod
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from allfuse.base.errors import PlanError
-from allfuse.codec import CODECS, Codec, MessageCodec, SumCodec
+from allfuse.codec import CODECS, Codec, Identity, MessageCodec, SumCodec
 from allfuse.codec.base import WORD_BYTES
 from allfuse.codec.bf16 import Bf16
 from allfuse.codec.fp16 import Fp16
@@ -271,6 +272,7 @@ def test_lowrank_survives_gradients_of_zero() -> None:
     [
         "topk(0)", "topk(1.5)", "topk(yes)", "randomk(-1)", "randomk(true)", "lowrank(0)",
         "lowrank(1.5)", "int8(block=7)", "int8(block=0)", "sign(block=100000000)", "topk", "int9",
+        "identity(warm=1)", "sign(64, 1)", "topk(0.1, 1)",
     ],
 )  # fmt: skip
 def test_arguments_that_make_no_sense_are_refused(text: str) -> None:
@@ -278,12 +280,40 @@ def test_arguments_that_make_no_sense_are_refused(text: str) -> None:
         as_plan(f"data(4, codec={text})")
 
 
-@pytest.mark.parametrize("codec", ALL, ids=str)
+@pytest.mark.parametrize("codec", LOSSY, ids=str)
+@pytest.mark.parametrize("warm", [-1, 1.5, True, "auto"])
+def test_warm_rounds_that_cannot_be_counted_are_refused(codec: Codec, warm: object) -> None:
+    with pytest.raises(PlanError, match="a whole number from 0"):
+        replace(codec, warm=warm)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("codec", LOSSY, ids=str)
+def test_the_first_rounds_are_not_encoded_and_all_others_are(codec: Codec) -> None:
+    later = replace(codec, warm=3)  # type: ignore[call-arg]
+    assert [later.encodes(round) for round in range(5)] == [False] * 3 + [True] * 2
+    assert codec.encodes(0)
+    assert not Identity().encodes(0)
+
+
+WARM = [replace(codec, warm=50) for codec in LOSSY]  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("codec", [*ALL, *WARM], ids=str)
 def test_codecs_stand_in_plans_and_come_back(codec: Codec) -> None:
     plan = as_plan(f"data(4, codec={codec})")
     assert as_plan(str(plan)) == plan
     assert as_plan(plan.to_nest()) == plan
+    assert plan.axes[0].codec == codec  # type: ignore[attr-defined]
     assert plan.promise == ("exact" if codec.lossless else "replayed")
+
+
+def test_warm_rounds_are_written_after_what_a_codec_says_itself() -> None:
+    assert str(as_plan("data(4, codec=topk(warm=50, fraction=0.01))")) == (
+        "data(4, codec=topk(0.01, warm=50))"
+    )
+    assert as_plan("data(4, codec=topk(0.01, warm=50))").to_nest() == [
+        {"data": {"n": 4, "codec": {"topk": {"fraction": 0.01, "warm": 50}}}}
+    ]
 
 
 def test_codecs_that_cannot_travel_are_refused_with_what_can() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -14,9 +15,10 @@ from test_topology import EXACT
 from torch import Tensor
 
 from allfuse.base.errors import BadMessage, DistributedError, PeerLost, PlanError
-from allfuse.codec import Codec, MessageCodec
+from allfuse.codec import Codec, Identity, MessageCodec
 from allfuse.codec.int8 import Int8
 from allfuse.codec.lowrank import LowRank
+from allfuse.codec.memory import Memory
 from allfuse.codec.sign import Sign
 from allfuse.codec.topk import TopK
 from allfuse.execute import segments_of
@@ -32,6 +34,7 @@ from allfuse.topology.ring import Ring
 
 SHAPES = [(40, 23), (7,), (3, 5, 11), (1,)]
 SIZE = sum(map(prod, SHAPES))
+CPU = torch.device("cpu")
 
 
 def fits(topology: Topology, codec: Codec) -> bool:
@@ -58,19 +61,23 @@ def fuse_rounds(
     rounds: int,
     same: bool = False,
     dtype: torch.dtype = torch.float64,
+    first: int = 0,
 ) -> list[tuple[list[Tensor], Tensor, int]]:
-    """What each peer ended each round with, its residual at the end, and the bytes it sent."""
+    """What each peer ended each round with, its residual at the end, and the bytes it sent.
+
+    Of round 0 on, or of the `first` one.
+    """
 
     def work() -> tuple[list[Tensor], Tensor, int]:
         link = open_link()
         with closing(Fuser(Fusion(topology=topology, codec=codec), link, seed=3)) as fuser:
-            memory = fuser.memory(SHAPES, dtype, "cpu")
-            assert memory is not None
+            memory = fuser.memory(SHAPES, dtype, "cpu") or Memory(SHAPES, dtype, CPU)
             fused = []
-            for round in range(rounds):
+            for round in range(first, first + rounds):
                 own = values(link.rank, 0 if same else round, dtype)
                 block = torch.cat([own, torch.tensor([1.0, 2.5, link.rank]).to(dtype)])
-                fuser.start(block, "test", round=round, memory=memory, tail=3).wait()
+                kept = None if codec.lossless else memory
+                fuser.start(block, "test", round=round, memory=kept, tail=3).wait()
                 assert block[-3:].tolist() == [
                     n,
                     2.5 * n,
@@ -92,6 +99,31 @@ def test_what_arrives_and_what_is_left_is_all_there_was(topology: Topology, code
         told = sum(values(rank, round) for rank in range(n) for round in range(3))
         left = sum(residual for _, residual, _ in outcomes)
         torch.testing.assert_close(sum(first) + left, told)
+
+
+@pytest.mark.parametrize(("topology", "codec"), PAIRS, ids=names)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_warm_rounds_are_those_of_no_codec_and_the_next_ones_as_if_there_were_none_before(
+    topology: Topology, codec: Codec, dtype: torch.dtype
+) -> None:
+    n, warm = 3, 2
+    later = replace(codec, warm=warm)  # type: ignore[call-arg]
+    outcomes = fuse_rounds(topology, later, n, rounds=warm + 2, dtype=dtype)
+    messages = isinstance(topology, Exchange) and isinstance(codec, MessageCodec)
+    whole = fuse_rounds(Central() if messages else topology, Identity(), n, warm, dtype=dtype)
+    coded = fuse_rounds(topology, codec, n, rounds=2, dtype=dtype, first=warm)
+    for (fused, residual, sent), plain, then in zip(outcomes, whole, coded, strict=True):
+        for own, expected in zip(fused, [*plain[0], *then[0]], strict=True):
+            assert torch.equal(own, expected)
+        assert torch.equal(residual, then[1])
+        assert sent == plain[2] + then[2]
+
+
+def test_whole_values_do_not_go_to_everybody_where_that_would_send_more_bytes() -> None:
+    n = 5
+    sent = [each[2] for each in fuse_rounds(Exchange(), TopK(0.01, warm=1), n, 1)]
+    whole = Central().bytes_per_peer(Layout.of(n), 8 * (SIZE + 3))
+    assert max(sent) == pytest.approx(whole, rel=0.02)
 
 
 @pytest.mark.parametrize(("topology", "codec"), PAIRS, ids=names)

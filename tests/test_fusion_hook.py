@@ -226,6 +226,29 @@ def test_a_lossy_codec_sends_later_what_it_leaves_out(keywords: str) -> None:
     assert left.abs().max() > 0 or "fp16" in keywords
 
 
+def warm_up() -> list[tuple[bool, bool]]:
+    """Of each step: whether it is that of no codec, and whether all of it was sent. The second
+    one is that of a run that goes on where the first has stopped."""
+    found = []
+    plain, coded = Owner("topology=central"), Owner("topology=central, codec=topk(0.1, warm=2)")
+    for step in range(3):
+        if step == 1:
+            assert coded.hook is not None
+            state, random = coded.hook.state_dict(), coded.random
+            coded = Owner("topology=central, codec=topk(0.1, warm=2)")
+            assert coded.hook is not None
+            coded.hook.load_state_dict(state)
+            coded.random = random
+        plain.backward()
+        coded.backward()
+        found.append((torch.equal(plain.gradient(), coded.gradient()), not coded.residual().any()))
+    return found
+
+
+def test_warm_rounds_are_counted_through_a_run_that_is_resumed() -> None:
+    assert run(warm_up, 2) == [(True, True), (True, True), (False, False)]
+
+
 def overflow() -> dict[str, tuple[bool, bool]]:
     """A step in which one rank's gradient is infinite, as loss scaling provokes, and the next."""
     found = {}

@@ -66,6 +66,40 @@ def test_what_was_not_sent_is_saved_so_that_resuming_is_bit_equal(
     assert_equal(resumed[0].weights, whole[0].weights, exact=True)
 
 
+WARM = ["topk(0.1, warm={})", "lowrank(2, warm={})", "int4(stochastic=true, warm={})"]
+
+
+@pytest.mark.parametrize("codec", WARM)
+@pytest.mark.parametrize(
+    "plan", ["data(3, topology={}, codec={})", "site(3, topology={}, codec={})"]
+)
+def test_warm_rounds_train_as_no_codec_does_and_the_next_one_does_not(
+    codec: str, plan: str
+) -> None:
+    for steps, equal in ((4, True), (5, False)):
+        made = wide_job(stop=Stop(steps=steps))
+        coded = train(made, plan.format("central", codec.format(4)))[0].weights
+        plain = train(made, plan.format("central", "identity"))[0].weights
+        assert equal == all(torch.equal(coded[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("codec", WARM)
+@pytest.mark.parametrize(
+    "plan",
+    ["data(3, codec={})", "site(2, every=2, codec={})", "site(2, every=2) * data(2, codec={})"],
+)
+def test_a_run_that_is_resumed_goes_on_counting_its_warm_rounds(
+    codec: str, plan: str, tmp_path: Path
+) -> None:
+    text = plan.format(codec.format(2 if plan.startswith("site(2, every=2, codec") else 4))
+    for steps in (3, 6, 10):  # within the warm rounds and after them
+        resumed = train(wide_job(stop=Stop(steps=steps)), text, out=tmp_path / "run", resume="auto")
+    whole = train(wide_job(stop=Stop(steps=10)), text)
+    assert_equal(resumed[0].weights, whole[0].weights, exact=True)
+    cold = train(wide_job(stop=Stop(steps=10)), plan.format(codec.replace(", warm={}", "")))
+    assert any(not torch.equal(whole[0].weights[n], cold[0].weights[n]) for n in whole[0].weights)
+
+
 def residual_sums(folder: Path, step: int) -> dict[str, torch.Tensor]:
     """Of each parameter, the sum over ranks of what they had not sent at a checkpoint."""
     checkpoints = Checkpoints(folder / "checkpoints")
@@ -133,6 +167,9 @@ REPLAYED = [
     "data(3, codec=lowrank(2), topology=ring)",
     "data(3, codec=int8, rule=clipped(0.1))",
     "data(1, rule=vote)",
+    *(f"data(3, codec={codec.format(3)})" for codec in WARM),
+    *(f"site(3, every=2, codec={codec.format(1)})" for codec in WARM),
+    "data(5, codec=sign(warm=2), topology=exchange)",
     "site(2, every=3, codec=topk(0.2)) * data(2, codec=int8)",
     "site(2, every=2, rule=median) * data(2, rule=vote)",
 ]
@@ -156,6 +193,15 @@ def test_verify_finds_a_residual_that_is_forgotten(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Fuser, "start", forgets)
     assert not verify_job(wide_job, "data(3, codec=topk(0.1))", steps=4, threads=True).ok
+
+
+@pytest.mark.parametrize("plan", ["data(3, codec=sign(warm=2))", "site(3, codec=int4(warm=2))"])
+def test_verify_finds_warm_rounds_that_are_miscounted(
+    plan: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Fuser.encodes
+    monkeypatch.setattr(Fuser, "encodes", lambda self, round: whole(self, round + 1))
+    assert not verify_job(wide_job, plan, steps=4, threads=True).ok
 
 
 def test_verify_finds_a_weight_that_is_not_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:

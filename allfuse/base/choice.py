@@ -7,7 +7,7 @@ name to class; `build` makes a choice from such a table and explains what is all
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from keyword import iskeyword
 from typing import Any, ClassVar, TypeVar
 
@@ -27,7 +27,7 @@ class Choice:
         """Positional and keyword arguments that make this choice again, defaults left out."""
         positional: list[Any] = []
         keyword: dict[str, Any] = {}
-        for spec in fields(self):
+        for spec in arguments_of(type(self)):
             value = getattr(self, spec.name)
             default = (
                 spec.default_factory() if spec.default_factory is not MISSING else spec.default
@@ -46,6 +46,11 @@ class Choice:
 
 
 C = TypeVar("C", bound=Choice)
+
+
+def arguments_of(cls: type[Choice]) -> list[Field[Any]]:
+    """The fields as they are written: those by name only, which a base may have, come last."""
+    return sorted(fields(cls), key=lambda spec: bool(spec.kw_only))
 
 
 def write(value: object) -> str:
@@ -78,7 +83,7 @@ def build(
         hint = nearest(name, table)
         why = f"there is no {kind} of that name{hint}"
         raise PlanError(call, why, allowed=", ".join(table))
-    specs = fields(cls)
+    specs = arguments_of(cls)
     names = [spec.name for spec in specs]
     positional = [spec.name for spec in specs if not spec.kw_only]
     if len(args) > len(positional):
@@ -144,7 +149,7 @@ def _who_has(key: str, table: Mapping[str, type[C]]) -> str:
 def signature(cls: type[Choice]) -> str:
     """How a choice is written, for messages: `site(n, every=1)`."""
     parts = []
-    for spec in fields(cls):
+    for spec in arguments_of(cls):
         default = spec.default_factory() if spec.default_factory is not MISSING else spec.default
         parts.append(spec.name if default is MISSING else f"{spec.name}={write(default)}")
     return f"{cls.name}({', '.join(parts)})" if parts else cls.name

@@ -17,6 +17,7 @@ from allfuse.cli.options import (
     parse_settings,
     print_json,
 )
+from allfuse.codec import Codec, LossyCodec
 from allfuse.plan import Data, Plan, Site, as_plan, describe, layout
 from allfuse.topology import Layout
 
@@ -90,6 +91,12 @@ def draw_topologies(plan: Plan, hosts: int) -> list[str]:
     return lines
 
 
+def tell_warm(codec: Codec) -> str:
+    """From when on a codec is used, where that is not the first round."""
+    warm = codec.warm if isinstance(codec, LossyCodec) else 0
+    return f", from round {warm + 1} on" if warm else ""
+
+
 def spread(plan: Plan, axis: Data | Site, hosts: int) -> Layout:
     """Rank 0 and its peers on an axis, where ranks fill so many hosts evenly, in order."""
     peers = plan.peers(0, axis.name)
@@ -151,7 +158,7 @@ def tell_job(
                 share_of = encoded / max(payload, 1)
                 lines.append(
                     f"  {axis.name:<11} {fusion.codec} makes {format_bytes(encoded)} of "
-                    f"{format_bytes(payload)}, {share_of:.1%}"
+                    f"{format_bytes(payload)}, {share_of:.1%}{tell_warm(fusion.codec)}"
                 )
             sent = round(fusion.topology.bytes_per_peer(spread(plan, axis, hosts), encoded))
             lines.append(

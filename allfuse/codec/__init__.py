@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from allfuse.codec.base import Codec, MessageCodec, SumCodec
+from allfuse.codec.base import Codec, LossyCodec, MessageCodec, SumCodec
 from allfuse.codec.bf16 import Bf16
 from allfuse.codec.fp16 import Fp16
 from allfuse.codec.identity import Identity
@@ -25,4 +25,4 @@ CODECS: dict[str, type[Codec]] = {
     "sign": Sign,
 }
 
-__all__ = ["CODECS", "Codec", "Identity", "MessageCodec", "SumCodec"]
+__all__ = ["CODECS", "Codec", "Identity", "LossyCodec", "MessageCodec", "SumCodec"]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 from allfuse.base.choice import Choice
+from allfuse.base.errors import PlanError
 
 if TYPE_CHECKING:  # plans are read without loading torch
     from torch import Tensor
@@ -38,13 +39,41 @@ class Codec(Choice, ABC):
     def lossless(self) -> bool:
         return self.error == "exact"
 
+    def encodes(self, round: int) -> bool:
+        """Whether a round, of 0, 1, 2, ..., is encoded. All peers know by its number."""
+        return not self.lossless
+
     @abstractmethod
     def payload_bytes(self, shapes: Shapes, element_bytes: int) -> int:
         """Bytes that stand for a block of tensors of these shapes on the way."""
 
 
 @dataclass(frozen=True)
-class MessageCodec(Codec):
+class LossyCodec(Codec):
+    """A codec with error feedback around it.
+
+    warm: rounds before the first one that is encoded, while gradients are large and turn quickly,
+    and an optimizer that divides by their size (Adam) gets to know it (as start_powerSGD_iter of
+    torch's PowerSGD; Tang et al. 2021, arXiv:2102.02888, 1-bit Adam). They leave the residual as
+    it is.
+    """
+
+    warm: int = field(default=0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if type(self.warm) is not int or self.warm < 0:
+            raise PlanError(
+                str(self),
+                "warm is how many rounds come before the first encoded one, a whole number from 0",
+                str(replace(self, warm=0)),
+            )
+
+    def encodes(self, round: int) -> bool:
+        return round >= self.warm and super().encodes(round)
+
+
+@dataclass(frozen=True)
+class MessageCodec(LossyCodec):
     """A codec whose messages cannot be summed: who sums decodes, and encodes the sum again.
 
     spreads: the messages of peers tell of different values, so that their sum is as long as all of
@@ -77,7 +106,7 @@ class MessageCodec(Codec):
 
 
 @dataclass(frozen=True)
-class SumCodec(Codec):
+class SumCodec(LossyCodec):
     """A codec whose encoded values are summed, by any topology and in any order."""
 
     @abstractmethod

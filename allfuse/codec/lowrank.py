@@ -36,6 +36,7 @@ class LowRank(SumCodec):
     rank: int
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if type(self.rank) is not int or not 1 <= self.rank <= 1024:
             raise PlanError(
                 f"lowrank({self.rank})", "the rank is a whole number from 1 to 1024", "lowrank(4)"

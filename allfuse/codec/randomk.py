@@ -29,6 +29,7 @@ class RandomK(SumCodec):
     fraction: float
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fraction(self, self.fraction)
 
     @property

@@ -28,6 +28,7 @@ class Scaled(MessageCodec):
     block: int = 256
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if type(self.block) is not int or not 8 <= self.block <= MOST or self.block % 8:
             raise PlanError(
                 str(self),

@@ -27,6 +27,7 @@ class TopK(MessageCodec):
     fraction: float
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fraction(self, self.fraction)
 
     @property

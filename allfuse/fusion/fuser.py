@@ -19,6 +19,7 @@ from allfuse.fusion.base import Fusion
 from allfuse.link.runner import Runner
 from allfuse.rule import GatherRule
 from allfuse.topology import Layout, Native, Topology
+from allfuse.topology.central import Central
 from allfuse.topology.exchange import Exchange
 
 if TYPE_CHECKING:
@@ -81,6 +82,10 @@ class Fuser:
             return None
         return Memory(shapes, dtype, torch.device(device))
 
+    def encodes(self, round: int) -> bool:
+        """Whether what has a memory is encoded in this round."""
+        return self.link.size > 1 and self.fusion.codec.encodes(round)
+
     def start(
         self,
         block: Tensor,
@@ -94,15 +99,16 @@ class Fuser:
         """Start to sum a contiguous block over the peers, in place; or to mix it.
 
         A rule that gathers fuses it with the peers' `weights` (all alike if there are none). With a
-        `memory` it is encoded, and what that loses is kept there. The last `tail` elements are
-        summed as they are whatever the rule and the codec. 2 (n-1)/n of its bytes are sent by each
-        peer with native; see each topology for its own, and each codec for what stands for them.
+        `memory` it is encoded, once the codec's `warm` rounds are over, and what that loses is kept
+        there. The last `tail` elements are summed as they are whatever the rule and the codec.
+        2 (n-1)/n of its bytes are sent by each peer with native; see each topology for its own, and
+        each codec for what stands for them.
         """
         link = self.link
         if link.size == 1 or not self.needs_own_link:
             return link.all_reduce(block, operation)
         self.topology(block)  # what is to be measured is measured here, before others use the link
-        if memory is None:
+        if memory is None or not self.encodes(round):
             gather = self._gather(block, weights)
             return self._runner.start(
                 lambda: self._fuse(block, operation, round, gather=gather, tail=tail)
@@ -135,11 +141,17 @@ class Fuser:
         gather: Gather | None = None,
         tail: int = 0,
     ) -> None:
-        topology = self.topology(block)
+        topology = self._for_whole_values(self.topology(block))
         if isinstance(topology, Native):
             self.link.all_reduce(block, operation).wait()
         else:
             self._run(topology, block, operation, round, gather=gather, tail=tail)
+
+    def _for_whole_values(self, topology: Topology) -> Topology:
+        """Where an exchange was taken for short messages, what is not encoded takes central."""
+        if isinstance(topology, Exchange) and isinstance(self.fusion.codec, MessageCodec):
+            return min(topology, Central(), key=lambda t: t.bytes_per_peer(self.layout, 1))
+        return topology
 
     def _run(
         self,

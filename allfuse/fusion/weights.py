@@ -72,12 +72,11 @@ class WeightFusion:
                 names = [str(number) for number in held]
                 self.bundles.append(Bundle(names, [self.tensors[n] for n in held], fuser))
 
-    @property
-    def payload_bytes(self) -> int:
+    def payload_bytes(self, round: int) -> int:
         """What a peer has to say in a round, encoded."""
         codec = self.fuser.fusion.codec
         shapes = [tuple(tensor.shape) for tensor in self.tensors]
-        return codec.payload_bytes(shapes, 4) if not codec.lossless else self.plain_bytes
+        return codec.payload_bytes(shapes, 4) if codec.encodes(round) else self.plain_bytes
 
     @property
     def plain_bytes(self) -> int:
@@ -99,11 +98,13 @@ class WeightFusion:
             return
         rule: Rule | None = None if self.fuser.mixes else self.fuser.fusion.rule
         own, total = weights[self.fuser.link.rank], sum(weights)
-        under_way: list[tuple[Bundle, Work]] = []
+        encodes = self.fuser.encodes(round)
+        under_way: list[tuple[Bundle, Tensor | None, Work]] = []
         for number, bundle in enumerate(self.bundles):
             flat = bundle.flat = bundle.read()
-            if bundle.agreed is not None:
-                flat -= bundle.agreed
+            base = bundle.agreed if encodes else None
+            if base is not None:
+                flat -= base
             if isinstance(rule, SumRule):
                 rule.prepare(flat, own)
             work = self.fuser.start(
@@ -111,15 +112,15 @@ class WeightFusion:
                 f"fuse weights, bucket {number}",
                 round=round,
                 weights=weights,
-                memory=None if bundle.agreed is None else bundle.memory,
+                memory=None if base is None else bundle.memory,
             )
-            under_way.append((bundle, work))
-        for bundle, work in under_way:
+            under_way.append((bundle, base, work))
+        for bundle, base, work in under_way:
             work.wait()
             if isinstance(rule, SumRule):
                 rule.finish(bundle.flat, total)
-            if bundle.agreed is not None:
-                bundle.flat += bundle.agreed
+            if base is not None:
+                bundle.flat += base
             bundle.write()
 
     def capture(self) -> dict[str, Any] | None:

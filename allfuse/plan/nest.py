@@ -10,9 +10,8 @@ its arguments by name. A value that is no dict stands for the first argument: `d
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 
-from allfuse.base.choice import Choice
+from allfuse.base.choice import Choice, arguments_of
 from allfuse.base.errors import PlanError
 from allfuse.plan.parse import MAX_DEPTH, Call, check_number, clip, read_call
 
@@ -72,7 +71,7 @@ def _read_value(value: object, depth: int) -> object:
 def write_nest(choice: Choice) -> dict[str, object] | str:
     """A choice in its YAML form, by the names of all its arguments that are not defaults."""
     positional, keyword = choice.arguments()
-    names = [spec.name for spec in fields(choice)]  # those without default come first
+    names = [spec.name for spec in arguments_of(type(choice))]  # those without default come first
     arguments = {**dict(zip(names, positional, strict=False)), **keyword}
     if not arguments:
         return choice.name

@@ -76,7 +76,7 @@ class Rounds:
         self.samples, self.steps_since = 0.0, 0
         self._is_mean = exact or not self.mixes
         seconds = time.perf_counter() - begin
-        self.bus.emit("round", axis="site", bytes=fusion.payload_bytes, seconds=seconds)
+        self.bus.emit("round", axis="site", bytes=fusion.payload_bytes(number), seconds=seconds)
 
     def begin(self, models: Iterable[nn.Module]) -> None:
         """Before the first step: all sites hold the same weights."""

@@ -280,17 +280,18 @@ class Rounds:
             return
         alike = [1 / len(learners)] * len(learners)
         weights = [learner.samples / total for learner in learners] if total else alike
+        encodes = self.replay.encodes(number)
         for bundle, places in enumerate(self.bundles(learners)):
             blocks = self.blocks(learners, places)
-            if self.replay.encodes:
+            if encodes:
                 blocks = [block - self.agreed[bundle] for block in blocks]
             held = [[floating(each)[place] for place in places] for each in learners]
             shapes = [tuple(tensor.shape) for tensor in held[0]]
             name = f"fuse weights, bucket {bundle}"
             fused = self.replay.fuse(blocks, weights, shapes, name, number)
-            if self.replay.encodes:
+            if encodes:
                 fused = fused + self.agreed[bundle]
-                self.agreed[bundle] = fused.clone()
+            self.agreed[bundle] = fused.clone()
             pieces = fused.split([tensor.numel() for tensor in held[0]])
             for own in held:
                 for tensor, piece in zip(own, pieces, strict=True):

@@ -53,8 +53,13 @@ class Replay:
         return self.fusion.rule
 
     @property
-    def encodes(self) -> bool:
+    def loses(self) -> bool:
+        """Whether anything is lost and kept, sooner or later."""
         return self.n > 1 and not self.fusion.codec.lossless
+
+    def encodes(self, round: int) -> bool:
+        """Whether this round is encoded: the first `warm` ones are not."""
+        return self.loses and self.fusion.codec.encodes(round)
 
     @torch.no_grad()
     def fuse(
@@ -81,7 +86,7 @@ class Replay:
         self, blocks: list[Tensor], shapes: Sequence[tuple[int, ...]], name: str, round: int
     ) -> Tensor:
         """The sum of the blocks (changed) as the codec brings it to all."""
-        if not self.encodes:
+        if not self.encodes(round):
             return torch.stack(blocks).sum(0)
         first = blocks[0]
         memories = self._memories.setdefault(
@@ -177,4 +182,4 @@ def play(
 
 def is_plain_mean(replay: Replay) -> bool:
     """Whether the whole batch can be learned from at once: nothing depends on who has what."""
-    return isinstance(replay.rule, Mean) and not replay.encodes
+    return isinstance(replay.rule, Mean) and not replay.loses
