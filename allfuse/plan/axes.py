@@ -17,12 +17,13 @@ from allfuse.base.choice import Choice
 from allfuse.base.errors import PlanError
 from allfuse.codec import CODECS, Codec, Identity
 from allfuse.plan.option import Option
-from allfuse.plan.pairing import refuse_pairing
+from allfuse.plan.pairing import refuse_out_of_step, refuse_pairing
 from allfuse.plan.parse import clip
 from allfuse.rule import RULES, Mean, Rule
 from allfuse.sync import SYNCS, Bsp, Sync
 from allfuse.sync.outer import OUTERS, Average, Outer
 from allfuse.topology import TOPOLOGIES, Topology
+from allfuse.topology.central import Central
 
 Promise = Literal["exact", "replayed", "statistical"]
 
@@ -85,10 +86,12 @@ class Data(Axis):
     sync: Option[Sync] = Option(SYNCS, Bsp())
     codec: Option[Codec] = Option(CODECS, Identity())
     rule: Option[Rule] = Option(RULES, Mean())
+    min: int | None = None
+    max: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_pairing(self.rule, self.topology, self.codec)
+        _refuse_meaningless(self)
         if self.topology is not None and not self.topology.exact:
             raise PlanError(
                 f"{self.name}({clip(repr(self.n), 20)}, topology={self.topology})",
@@ -96,6 +99,11 @@ class Data(Axis):
                 f"{self.topology.name} only mixes",
                 f"site({_nearest_size(self.n)}, topology={self.topology})",
             )
+
+    @property
+    def has_roles(self) -> bool:
+        """Whether a scheduler and servers run it: it is out of step, or names its servers."""
+        return _has_roles(self)
 
     @property
     def promise(self) -> Promise:
@@ -133,10 +141,12 @@ class Site(Axis):
     sync: Option[Sync] = Option(SYNCS, Bsp())
     codec: Option[Codec] = Option(CODECS, Identity())
     rule: Option[Rule] = Option(RULES, Mean())
+    min: int | None = None
+    max: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_pairing(self.rule, self.topology, self.codec)
+        _refuse_meaningless(self)
         if not self.rule.fuses_weights:
             size = _nearest_size(self.n)
             raise PlanError(
@@ -145,13 +155,23 @@ class Site(Axis):
                 f"data({size}, rule={self.rule})",
             )
         every: object = self.every
-        if every == "end" or (type(every) is int and every >= 1):
-            return
-        raise PlanError(
-            f"{self.name}({self.n}, every={clip(repr(every), 40)})",
-            "every must be a whole number of steps from 1, or the word end",
-            f"{self.name}({self.n}, every=1)",
-        )
+        if every != "end" and not (type(every) is int and every >= 1):
+            raise PlanError(
+                f"{self.name}({self.n}, every={clip(repr(every), 40)})",
+                "every must be a whole number of steps from 1, or the word end",
+                f"{self.name}({self.n}, every=1)",
+            )
+        if every == "end" and self.has_roles:
+            raise PlanError(
+                f"{self.name}({self.n}, every=end, sync={self.sync})",
+                "weights that are fused once, at the end, have nobody to be ahead of",
+                f"{self.name}({self.n}, every=end)",
+            )
+
+    @property
+    def has_roles(self) -> bool:
+        """Whether a scheduler and servers run it: it is out of step, or names its servers."""
+        return _has_roles(self)
 
     @property
     def promise(self) -> Promise:
@@ -230,6 +250,35 @@ AXES: dict[str, type[Axis]] = {
     "pipe": Pipe,
     "shard": Shard,
 }
+
+
+def _refuse_meaningless(axis: Data | Site) -> None:
+    """Refuse choices of an axis that have no meaning together."""
+    refuse_pairing(axis.rule, axis.topology, axis.codec)
+    refuse_out_of_step(axis.name, axis.n, axis.sync, axis.topology, axis.rule, axis.codec)
+    for name, value, low, high in (
+        ("min", axis.min, 1, axis.n),
+        ("max", axis.max, axis.n, MAX_SIZE),
+    ):
+        if value is not None and not (type(value) is int and low <= value <= high):
+            raise PlanError(
+                f"{axis.name}({axis.n}, {name}={clip(repr(value), 40)})",
+                f"{name} is a whole number of replicas from {low:,} to {high:,}, with n between "
+                "min and max",
+                f"{axis.name}({axis.n}, {name}={axis.n})",
+            )
+    if (axis.min, axis.max) != (None, None) and not axis.has_roles:
+        raise PlanError(
+            f"{axis.name}({axis.n}, min={axis.min or axis.n}, max={axis.max or axis.n})",
+            "replicas can come and go only where a scheduler hands out the work",
+            f"{axis.name}({axis.n}, topology=central, sync=asp, min={axis.min or axis.n}, "
+            f"max={axis.max or axis.n})",
+        )
+
+
+def _has_roles(axis: Data | Site) -> bool:
+    named = isinstance(axis.topology, Central) and axis.topology.servers is not None
+    return axis.sync.bound != 0 or named
 
 
 def _explain_fusion(axis: Data | Site) -> str:

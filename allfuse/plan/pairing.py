@@ -1,11 +1,13 @@
-"""Which rules and codecs travel over which topologies."""
+"""Which rules and codecs travel over which topologies, in and out of step."""
 
 from __future__ import annotations
 
 from allfuse.base.errors import PlanError
-from allfuse.codec import Codec, MessageCodec
+from allfuse.codec import Codec, MessageCodec, SumCodec
 from allfuse.rule import GatherRule, Mean, Rule
+from allfuse.sync import Sync
 from allfuse.topology import Native, Topology
+from allfuse.topology.central import Central
 
 
 def refuse_pairing(rule: Rule, topology: Topology | None, codec: Codec) -> None:
@@ -38,3 +40,28 @@ def refuse_pairing(rule: Rule, topology: Topology | None, codec: Codec) -> None:
     if isinstance(topology, Native) and isinstance(codec, MessageCodec):
         why = f"messages of {codec} cannot be summed, and {topology} only sums"
         raise PlanError(given, why, f"topology=central, codec={codec}")
+
+
+def refuse_out_of_step(
+    axis: str, n: int, sync: Sync, topology: Topology | None, rule: Rule, codec: Codec
+) -> None:
+    """Refuse choices that servers cannot carry out, and peers out of step that have none.
+
+    Raises:
+        PlanError: says what can be, in or out of step.
+    """
+    named = isinstance(topology, Central) and topology.servers is not None
+    if sync.bound == 0 and not named:
+        return
+    given = f"{axis}({n}, topology={topology or 'auto'}, sync={sync})"
+    if not (topology is None or isinstance(topology, Central)):
+        why = f"{topology} needs all peers at once, and sync={sync} lets none wait for another"
+        if not topology.exact:
+            why = f"{topology} out of step is not there yet"
+        raise PlanError(given, why, f"{axis}({n}, topology=central, sync={sync})")
+    if not isinstance(rule, Mean):
+        why = f"servers take updates one by one, and {rule} needs those of all peers"
+        raise PlanError(f"{given[:-1]}, rule={rule})", why, f"{axis}({n}, rule={rule})")
+    if isinstance(codec, SumCodec):
+        why = f"{codec} encodes a sum of all peers together, and servers take updates one by one"
+        raise PlanError(f"{given[:-1]}, codec={codec})", why, f"{given[:-1]}, codec=int8)")

@@ -64,6 +64,21 @@ class Plan:
         if ordered != self.axes:
             why = "axes stand in the order member, site, data, then those that split one model"
             raise PlanError(_join(self.axes), why, _join(ordered))
+        self._refuse_nesting()
+
+    def _refuse_nesting(self) -> None:
+        """Groups are in step inside, and may be out of step between each other."""
+        shared = [axis for axis in self.axes if isinstance(axis, Data | Site)]
+        for inner in shared[1:]:
+            if inner.has_roles:
+                calm = replace(inner, sync="bsp", topology=None, min=None, max=None)
+                first = replace(shared[0], sync=inner.sync, topology=inner.topology)
+                nearest = [{inner: calm, shared[0]: first}.get(axis, axis) for axis in self.axes]
+                why = (
+                    f"{inner.name} stands inside {shared[0].name}, and only the outermost axis can "
+                    "have servers and be out of step"
+                )
+                raise PlanError(_join(self.axes), why, _join(nearest))
 
     @classmethod
     def parse(cls, text: str) -> Plan:
@@ -122,6 +137,18 @@ class Plan:
         process. "statistical": a stated loss at equal samples.
         """
         return min((axis.promise for axis in self.axes), key=WEAKEST_FIRST.index)
+
+    @property
+    def outer(self) -> Data | Site | None:
+        """The axis that a scheduler and servers run, if any: its replicas may come and go."""
+        shared = (axis for axis in self.axes if isinstance(axis, Data | Site))
+        return next((axis for axis in shared if axis.has_roles), None)
+
+    @property
+    def inner(self) -> Plan:
+        """The plan of one replica of `outer`: what is in step. The plan itself without one."""
+        inner = tuple(axis for axis in self.axes if axis is not self.outer)
+        return Plan(inner or (Data(1),))
 
     def axis(self, name: str) -> Axis | None:
         """The axis of that name, None where the plan has none."""
