@@ -104,13 +104,28 @@ def test_a_damaged_or_foreign_file_is_measured_anew(tmp_path: Path, content: byt
     assert on_threads(ask(tmp_path, []), 4) == [(COSTS, False)] * 4
 
 
-@pytest.mark.parametrize("numbers", [[1.0], [-1.0] * 9, ["1"] * 9, [float("nan")] * 9, [True] * 9])
+@pytest.mark.parametrize(
+    "numbers",
+    [[1.0], [-1.0] * 9, ["1"] * 9, [float("nan")] * 9, [float("inf")] * 9, [10**400] * 9, [True] * 9],
+)
 def test_numbers_that_cannot_be_costs_are_not_believed(tmp_path: Path, numbers: list[Any]) -> None:
     remember(tmp_path, "key", COSTS)
     (file,) = tmp_path.iterdir()
     assert look_up(tmp_path, "key") == COSTS
     file.write_text(json.dumps({"key": "key", "numbers": numbers}))
     assert look_up(tmp_path, "key") is None
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["folder", "pipe"])
+def test_what_is_no_file_in_its_place_is_no_error(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    on_threads(ask(tmp_path, []), 2)
+    (file,) = tmp_path.iterdir()
+    file.unlink()
+    make(file)
+    assert on_threads(ask(tmp_path, []), 2)[0][0] == COSTS
+    assert [each.name for each in tmp_path.iterdir()] == [file.name]
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -61,7 +61,7 @@ class Costs:
         for number in numbers:
             if isinstance(number, bool) or not isinstance(number, int | float):
                 raise ValueError(f"{number!r} is no number")
-            if not (math.isfinite(number) and number >= 0):
+            if not 0 <= number <= sys.float_info.max:
                 raise ValueError(f"{number} cannot be a cost")
         names = Path.__dataclass_fields__
         inside, between = (

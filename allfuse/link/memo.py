@@ -81,8 +81,11 @@ def key_of(link: Link, hosts: Sequence[str], device: torch.device | str) -> str:
 
 def look_up(folder: Path, key: str) -> Costs | None:
     """What is remembered under a key; None where nothing is that can be trusted."""
+    file = _file(folder, key)
     try:
-        found = json.loads(_file(folder, key).read_text(encoding="utf-8"))
+        if not file.is_file():  # a pipe would keep who opens it waiting
+            return None
+        found = json.loads(file.read_text(encoding="utf-8"))
         return Costs.from_numbers(found["numbers"]) if found["key"] == key else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
