@@ -106,7 +106,15 @@ def test_a_damaged_or_foreign_file_is_measured_anew(tmp_path: Path, content: byt
 
 @pytest.mark.parametrize(
     "numbers",
-    [[1.0], [-1.0] * 9, ["1"] * 9, [float("nan")] * 9, [float("inf")] * 9, [10**400] * 9, [True] * 9],
+    [
+        [1.0],
+        [-1.0] * 9,
+        ["1"] * 9,
+        [float("nan")] * 9,
+        [float("inf")] * 9,
+        [10**400] * 9,
+        [True] * 9,
+    ],
 )
 def test_numbers_that_cannot_be_costs_are_not_believed(tmp_path: Path, numbers: list[Any]) -> None:
     remember(tmp_path, "key", COSTS)
