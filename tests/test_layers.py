@@ -15,7 +15,7 @@ LAYERS = (
     ("rule", "topology", "sync", "codec", "link", "launcher"),
     ("execute", "charge", "plan", "fusion", "split"),
     ("job", "store"),
-    ("training", "prediction", "merge"),
+    ("roles", "training", "prediction", "merge"),
     ("distill", "judge", "planner", "verify"),
     ("observe",),
     ("api",),

@@ -1,0 +1,277 @@
+"""What servers hold, in plain values: the tensors, and which optimizer steps each group of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from allfuse.base.choice import build
+from allfuse.base.errors import PlanError, UserError
+from allfuse.codec import CODECS, Codec, MessageCodec
+from allfuse.link.post import Malformed
+from allfuse.plan.parse import read_call
+from allfuse.roles.cutting import Block
+from allfuse.roles.elementwise import check_optimizer, find_class, is_option, to_plain
+
+Pushed: TypeAlias = Literal["gradient", "change"]
+"""gradient: of the loss. change: weights as read less weights now, which is a gradient for the
+optimizer that steps replicas' weights, and the whole story for buffers."""
+
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MOST_BYTES = 1 << 44
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor that servers hold."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    group: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors that one optimizer steps.
+
+    optimizer: a class of torch.optim. options: its plain arguments.
+    """
+
+    optimizer: str
+    options: Mapping[str, Any]
+    pushed: Pushed = "gradient"
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """All that servers need to know of a model. Optimizers begin without a past.
+
+    codec: of updates and of weights on the way.
+
+    Example:
+        blueprint = Blueprint.of_gradients(optimizer, model.named_parameters())
+        assert Blueprint.from_plain(blueprint.plain()) == blueprint
+    """
+
+    tensors: tuple[Held, ...]
+    groups: tuple[Group, ...]
+    codec: str = "identity"
+
+    @classmethod
+    def of_gradients(
+        cls,
+        optimizer: Optimizer,
+        parameters: Iterable[tuple[str, Parameter]],
+        buffers: Iterable[tuple[str, Tensor]] = (),
+        *,
+        codec: str = "identity",
+        share: float = 1.0,
+    ) -> Blueprint:
+        """Of a model whose gradients are pushed.
+
+        Frozen parameters and buffers that are not floating point are not held: they are the
+        workers' own. Floating buffers become the mean of what workers make of them.
+
+        Args:
+            optimizer: whose parameters and options servers take; its state is not.
+            share: of a push in the value of a buffer: 1 where the pushes of all workers are
+                averaged, 1 / workers where each is applied by itself.
+
+        Raises:
+            UserError: an optimizer that is not per element, a parameter without a name, or one of
+                a type that servers do not hold.
+            PlanError: a codec whose messages are sums.
+        """
+        names = {id(parameter): name for name, parameter in parameters}
+        tensors: list[Held] = []
+        groups: list[Group] = []
+        for number, options in enumerate(optimizer.param_groups):
+            plain = to_plain(options, type(optimizer))
+            check_optimizer(type(optimizer), plain)
+            groups.append(Group(type(optimizer).__name__, plain))
+            for parameter in options["params"]:
+                if not parameter.requires_grad:
+                    continue
+                if id(parameter) not in names:
+                    raise UserError(
+                        f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that "
+                        "the model does not name; allowed: parameters of the model; next: make "
+                        "the optimizer of model.parameters()"
+                    )
+                tensors.append(_held(names[id(parameter)], parameter, number))
+        return cls._with_buffers(tensors, groups, buffers, codec, share)
+
+    @classmethod
+    def of_changes(
+        cls,
+        parameters: Iterable[tuple[str, Tensor]],
+        buffers: Iterable[tuple[str, Tensor]] = (),
+        *,
+        optimizer: str = "SGD",
+        options: Mapping[str, Any],
+        codec: str = "identity",
+        share: float = 1.0,
+    ) -> Blueprint:
+        """Of a model whose sites step on their own and push what that changed.
+
+        Args:
+            optimizer: the outer one; SGD with lr=1 over averaged changes is the average of sites.
+
+        Raises:
+            UserError, PlanError: as `of_gradients`.
+        """
+        found = find_class(optimizer)
+        if found is None:
+            raise UserError(f"there is no torch.optim.{optimizer}")
+        check_optimizer(found, options)
+        tensors = [_held(name, tensor, 0) for name, tensor in parameters]
+        groups = [Group(optimizer, dict(options), "change")]
+        return cls._with_buffers(tensors, groups, buffers, codec, share)
+
+    @classmethod
+    def _with_buffers(
+        cls,
+        tensors: list[Held],
+        groups: list[Group],
+        buffers: Iterable[tuple[str, Tensor]],
+        codec: str,
+        share: float,
+    ) -> Blueprint:
+        floating = [(name, buffer) for name, buffer in buffers if buffer.is_floating_point()]
+        tensors += [_held(name, buffer, len(groups)) for name, buffer in floating]
+        if floating:
+            groups.append(Group("SGD", {"lr": float(share)}, "change"))
+        read_codec(codec)
+        return cls(tuple(tensors), tuple(groups), codec)
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """Tensors of one group and type end to end, in the order in which they are first met."""
+        found: dict[tuple[int, torch.dtype], list[Held]] = {}
+        for held in self.tensors:
+            found.setdefault((held.group, held.dtype), []).append(held)
+        return tuple(
+            Block(group, dtype, tuple(h.name for h in held), tuple(h.shape for h in held))
+            for (group, dtype), held in found.items()
+        )
+
+    def pushes_changes(self, block: int) -> bool:
+        return self.groups[self.blocks[block].group].pushed == "change"
+
+    def changed_options(self, optimizer: Optimizer) -> list[dict[str, Any]]:
+        """For each group, the options that are not what they were when this was made.
+
+        Raises:
+            UserError: groups were added.
+        """
+        own = [group for group in self.groups if group.pushed == "gradient"]
+        if len(own) != len(optimizer.param_groups):
+            raise UserError(
+                f"the optimizer has {len(optimizer.param_groups)} groups, servers hold {len(own)}; "
+                "next: add all groups before training"
+            )
+        changed: list[dict[str, Any]] = [{} for _ in self.groups]
+        for number, options in enumerate(optimizer.param_groups):
+            now = to_plain(options, type(optimizer))
+            before = own[number].options
+            changed[number] = {k: v for k, v in now.items() if before.get(k) != v}
+        return changed
+
+    def plain(self) -> dict[str, Any]:
+        """As lists, dicts, numbers and texts."""
+        return {
+            "tensors": [[h.name, list(h.shape), NAMES[h.dtype], h.group] for h in self.tensors],
+            "groups": [
+                {"optimizer": g.optimizer, "options": dict(g.options), "pushed": g.pushed}
+                for g in self.groups
+            ],
+            "codec": self.codec,
+        }
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Blueprint:
+        """From what `plain` gives.
+
+        Raises:
+            Malformed: it is something else, or an optimizer or codec that servers cannot run.
+        """
+        try:
+            groups = tuple(_read_group(each) for each in plain["groups"])
+            tensors = tuple(_read_held(each, len(groups)) for each in plain["tensors"])
+            names = {held.name for held in tensors}
+            total = sum(prod(held.shape) * held.dtype.itemsize for held in tensors)
+            if len(names) < len(tensors) or total > MOST_BYTES or len(plain) != 3:
+                raise ValueError("names that come twice, too many bytes, or strange entries")
+            read_codec(plain["codec"])
+            return cls(tensors, groups, plain["codec"])
+        except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
+            raise Malformed(f"a blueprint that cannot be: {error}") from error
+
+    @cached_property
+    def digest(self) -> str:
+        """Equal for equal blueprints."""
+        return hashlib.sha256(json.dumps(self.plain(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _held(name: str, tensor: Tensor, group: int) -> Held:
+    if tensor.dtype not in NAMES:
+        raise UserError(
+            f"{name} is of {tensor.dtype}, which servers do not hold; allowed: {', '.join(DTYPES)}"
+        )
+    return Held(name, tuple(tensor.shape), tensor.dtype, group)
+
+
+def _read_group(plain: Any) -> Group:
+    name, options, pushed = plain["optimizer"], plain["options"], plain["pushed"]
+    found = find_class(name) if isinstance(name, str) else None
+    if found is None or pushed not in get_args(Pushed) or len(plain) != 3:
+        raise ValueError(f"optimizer {name!r}, pushed {pushed!r}")
+    if not all(isinstance(key, str) and is_option(value) for key, value in options.items()):
+        raise ValueError(f"options of {name}")
+    check_optimizer(found, options)
+    return Group(name, dict(options), pushed)
+
+
+def _read_held(plain: Any, groups: int) -> Held:
+    name, shape, dtype, group = plain
+    sizes = [size for size in shape if type(size) is int and size >= 0]
+    if not isinstance(name, str) or len(sizes) < len(shape) or len(shape) > 64:
+        raise ValueError(f"tensor {name!r} of shape {shape!r}")
+    if type(group) is not int or not 0 <= group < groups:
+        raise ValueError(f"tensor {name!r} of group {group!r}")
+    return Held(name, tuple(sizes), DTYPES[dtype], group)
+
+
+def read_codec(text: str) -> MessageCodec | None:
+    """The codec that a text names; None where nothing is encoded.
+
+    Raises:
+        PlanError: it cannot be read, or its messages are sums, which have no meaning at a server.
+    """
+    call = read_call(text)
+    codec: Codec = build("codec", CODECS, call.name, call.args, call.kwargs)
+    if isinstance(codec, MessageCodec):
+        return codec
+    if codec.lossless:
+        return None
+    fitting = [name for name, cls in CODECS.items() if issubclass(cls, MessageCodec)]
+    raise PlanError(
+        f"codec={text}",
+        "its encoded values are summed by all peers together, which servers do not do",
+        allowed=", ".join(["identity", *fitting]),
+    )

@@ -1,0 +1,140 @@
+"""How what servers hold lies in memory: tensors end to end in blocks, in shards and pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+PIECE_BYTES = 4_000_000
+
+
+class Span(NamedTuple):
+    """Elements start..stop of a block."""
+
+    block: int
+    start: int
+    stop: int
+
+    @property
+    def elements(self) -> int:
+        return self.stop - self.start
+
+
+Piece: TypeAlias = tuple[Span, ...]
+"""What travels as one, in the order of blocks."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Tensors of one group and one type, end to end."""
+
+    group: int
+    dtype: torch.dtype
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def sizes(self) -> list[int]:
+        return [prod(shape) for shape in self.shapes]
+
+    @property
+    def elements(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def bytes(self) -> int:
+        return self.elements * self.dtype.itemsize
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """Each tensor of the block in a flat one (elements,)."""
+        parts = zip(self.names, flat.split(self.sizes), self.shapes, strict=True)
+        return {name: part.view(shape) for name, part, shape in parts}
+
+
+def find_places(blocks: Sequence[Block]) -> dict[str, Span]:
+    """Where each tensor lies, by its name."""
+    found: dict[str, Span] = {}
+    for number, block in enumerate(blocks):
+        at = 0
+        for name, size in zip(block.names, block.sizes, strict=True):
+            found[name] = Span(number, at, at + size)
+            at += size
+    return found
+
+
+def cut_shards(blocks: Sequence[Block], servers: int) -> list[list[Span]]:
+    """The spans of each server: all blocks end to end, cut at equal bytes.
+
+    Shards differ by less than two elements in size. Some are empty where there are more servers
+    than elements.
+    """
+    total = sum(block.bytes for block in blocks)
+    shards = []
+    for index in range(servers):
+        low, high = total * index // servers, total * (index + 1) // servers
+        spans, at = [], 0
+        for number, block in enumerate(blocks):
+            first, last = (
+                min(max(edge - at, 0), block.bytes) // block.dtype.itemsize for edge in (low, high)
+            )
+            if last > first:
+                spans.append(Span(number, first, last))
+            at += block.bytes
+        shards.append(spans)
+    return shards
+
+
+def cut_pieces(
+    blocks: Sequence[Block], spans: Iterable[Span], most_bytes: int = PIECE_BYTES
+) -> list[Piece]:
+    """A shard in pieces of at most so many bytes. There is one at least, which may be empty."""
+    pieces: list[list[Span]] = [[]]
+    room = most_bytes
+    for span in spans:
+        size, start = blocks[span.block].dtype.itemsize, span.start
+        while start < span.stop:
+            if room < size:
+                pieces.append([])
+                room = most_bytes
+            stop = min(span.stop, start + room // size)
+            pieces[-1].append(Span(span.block, start, stop))
+            room -= (stop - start) * size
+            start = stop
+    return [tuple(piece) for piece in pieces]
+
+
+def cut(blocks: Sequence[Block], servers: int) -> list[list[Piece]]:
+    """The pieces of each server."""
+    return [cut_pieces(blocks, spans) for spans in cut_shards(blocks, servers)]
+
+
+def view_all(blocks: Sequence[Block], flats: Sequence[Tensor]) -> dict[str, Tensor]:
+    """All tensors by name, in the flat tensors of the blocks."""
+    found: dict[str, Tensor] = {}
+    for block, flat in zip(blocks, flats, strict=True):
+        found |= block.views(flat)
+    return found
+
+
+def overlaps(
+    blocks: Sequence[Block], shards: Sequence[Sequence[Piece]]
+) -> Mapping[str, list[tuple[int, int]]]:
+    """Which pieces hold something of a tensor, as (server, piece), by the tensor's name."""
+    homes: list[list[tuple[int, int, int, int]]] = [[] for _ in blocks]
+    for server, pieces in enumerate(shards):
+        for number, piece in enumerate(pieces):
+            for span in piece:
+                homes[span.block].append((span.start, span.stop, server, number))
+    found: dict[str, list[tuple[int, int]]] = {}
+    for name, place in find_places(blocks).items():
+        found[name] = [
+            (server, number)
+            for start, stop, server, number in homes[place.block]
+            if start < place.stop and place.start < stop
+        ]
+    return found
