@@ -16,6 +16,7 @@ from allfuse.launcher.host import host_identity
 if TYPE_CHECKING:
     import torch
 
+    from allfuse.launcher.crewmate import Crewmate
     from allfuse.link.base import Board, Link
 
 
@@ -32,6 +33,7 @@ class World(ABC):
         step: where this rank is, told by the session, for reports of failures.
         has_process_groups: whether a default process group can be made (threads share one process).
         spans_process: whether all threads of this process belong to this rank.
+        crew: what this process is besides, where a scheduler hands out the work; else None.
     """
 
     kind: str = "alone"
@@ -44,6 +46,7 @@ class World(ABC):
     timeout_s: float = 300.0
     has_process_groups: bool = True
     spans_process: bool = False
+    crew: Crewmate | None = None
     board: Board
 
     def __init__(self) -> None:

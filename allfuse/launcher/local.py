@@ -44,7 +44,7 @@ def launch_local(
         raise UserError(f"workers: received {workers}; allowed: 1 or more")
     with asked_to_stop() as signals:
         warm_up()
-        packed = _pack_function(function)
+        packed = pack_function(function)
         from allfuse.base.torch_private import PrefixStore  # while the zygote loads torch too
 
         store, run = open_store(), uuid.uuid4().hex
@@ -53,7 +53,7 @@ def launch_local(
             _pack_request(rank, workers, store.port, run, plan, threads, timeout_s)
             for rank in range(workers)
         ]
-        _flush_output()
+        flush_output()
         board = PrefixStore(run, store)
         with borrowed() as zygote:
             watch = Watch(zygote, signals, lambda rank, how: board.set(f"lost/{rank}", how))
@@ -81,8 +81,8 @@ def _pack_request(
             plan=plan,
             threads=threads,
             timeout_s=timeout_s,
-            folder=_current_folder(),
-            environment={**os.environ, **_facts(rank, workers, port)},
+            folder=current_folder(),
+            environment={**os.environ, **rank_facts(rank, workers, port)},
             path=list(sys.path),
             command=list(sys.argv),
         )
@@ -93,7 +93,7 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _facts(rank: int, workers: int, port: int) -> dict[str, str]:
+def rank_facts(rank: int, workers: int, port: int) -> dict[str, str]:
     """What torchrun tells a process, for scripts that call init_process_group() themselves."""
     return {
         "RANK": str(rank),
@@ -106,7 +106,7 @@ def _facts(rank: int, workers: int, port: int) -> dict[str, str]:
     }
 
 
-def _current_folder() -> str:
+def current_folder() -> str:
     try:
         return os.getcwd()
     except FileNotFoundError:
@@ -115,7 +115,7 @@ def _current_folder() -> str:
         ) from None
 
 
-def _pack_function(function: Callable[[], Any]) -> bytes:
+def pack_function(function: Callable[[], Any]) -> bytes:
     import cloudpickle
 
     try:
@@ -138,7 +138,7 @@ def open_store() -> Any:
     return TCPStore("127.0.0.1", port, None, True, wait_for_workers=False, master_listen_fd=handle)
 
 
-def _flush_output() -> None:
+def flush_output() -> None:
     """What was printed before the launch comes before what the workers print."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):

@@ -95,7 +95,8 @@ class Outcome:
     """What the launcher knows of one worker.
 
     `status` is its exit status once it has ended, `order` its place among those that failed, and
-    `killed_here` says that the launcher itself ended it, so that it is nobody's cause.
+    `killed_here` says that the launcher itself ended it, so that it is nobody's cause; `is_lost`
+    that the others go on without it. `name` is what messages call it.
     """
 
     rank: int
@@ -104,6 +105,11 @@ class Outcome:
     failure: Failure | None = None
     order: int | None = None
     killed_here: bool = False
+    is_lost: bool = False
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        self.name = self.name or f"rank {self.rank}"
 
     @property
     def is_cause(self) -> bool:
@@ -127,7 +133,7 @@ def judge(outcomes: Sequence[Outcome], interrupted: bool) -> Any:
     if interrupted and failed and causes == stopped:
         raise Interrupted(_text(stopped[0]) if stopped else "interrupted; the workers were killed")
     if causes and causes[0].failure is not None:
-        raise _cause(causes[0].rank, causes[0].failure, causes[1:])
+        raise _cause(causes[0], causes[0].failure, causes[1:])
     if failed:
         lines = [_line(outcome) for outcome in failed if not outcome.killed_here]
         raise WorkerFailed("\n".join(lines), failed[0].rank)
@@ -152,10 +158,10 @@ def _text(outcome: Outcome) -> str:
 def _line(outcome: Outcome) -> str:
     if outcome.failure is not None:
         return outcome.failure.text  # of a lost peer: it names its rank
-    return f"rank {outcome.rank} {how_it_ended(outcome.status)}"
+    return f"{outcome.name} {how_it_ended(outcome.status)}"
 
 
-def _cause(rank: int, failure: Failure, others: Sequence[Outcome]) -> AllfuseError:
+def _cause(outcome: Outcome, failure: Failure, others: Sequence[Outcome]) -> AllfuseError:
     """The error to raise here for what a worker raised there. Its traceback goes along."""
     if failure.expected and failure.exit_code != WorkerFailed.exit_code:
         if failure.error is not None:
@@ -166,12 +172,12 @@ def _cause(rank: int, failure: Failure, others: Sequence[Outcome]) -> AllfuseErr
         return kind(failure.text)
     where = "before the first step" if failure.step is None else f"at step {failure.step}"
     name = "" if failure.expected else f"{failure.type}: "
-    lines = [f"rank {rank} failed {where}: {name}{failure.text}"]
+    lines = [f"{outcome.name} failed {where}: {name}{failure.text}"]
     lines += [_line(other) for other in others if other.failure is None]
     trace = "" if failure.expected else failure.trace
-    failed = WorkerFailed("\n".join(lines), rank, trace, failure.exit_code)
+    failed = WorkerFailed("\n".join(lines), outcome.rank, trace, failure.exit_code)
     if trace:
-        failed.add_note(f"\nThe traceback of rank {rank}:\n{trace}")
+        failed.add_note(f"\nThe traceback of {outcome.name}:\n{trace}")
     return failed
 
 

@@ -21,6 +21,7 @@ import cloudpickle
 from allfuse.base.errors import UserError
 from allfuse.launcher.base import entered
 from allfuse.launcher.channel import receive_frame, send_frame
+from allfuse.launcher.crewmate import Crewmate, CrewRequest
 from allfuse.launcher.outcome import Failure, describe_failure
 from allfuse.launcher.signals import catch_signals
 from allfuse.launcher.store import StoreWorld
@@ -44,6 +45,7 @@ class Request:
     environment: dict[str, str]
     path: list[str]
     command: list[str]
+    crew: CrewRequest | None = None
 
 
 def work(channel: socket.socket) -> None:
@@ -126,6 +128,9 @@ def _enter_world(request: Request) -> StoreWorld:
     )
     world.kind, world.plan = "local", request.plan
     world.local_rank, world.local_size = request.rank, request.size
+    if request.crew is not None:
+        world.crew = Crewmate.of(request.crew, store)
+        world.local_rank, world.local_size = request.crew.local_rank, request.crew.local_size
     return world
 
 
