@@ -79,7 +79,7 @@ class Caller(End):
     """Writes to one desk, under a name. It comes back by itself when its connection ends.
 
     Attributes:
-        name: by which the desk knows it. A second one of the same name takes the place of the first.
+        name: by which the desk knows it. A second one of the same name takes the first one's place.
         place: of the desk.
         trouble: why it is not let in, empty where it is, or nobody answers.
     """
