@@ -25,6 +25,7 @@ from allfuse.plan.axes import (
 from allfuse.plan.nest import read_nest, write_nest
 from allfuse.plan.option import make
 from allfuse.plan.parse import Call, clip, read_product
+from allfuse.sync import Bsp
 
 WEAKEST_FIRST: tuple[Promise, ...] = ("statistical", "replayed", "exact")
 
@@ -71,9 +72,10 @@ class Plan:
         shared = [axis for axis in self.axes if isinstance(axis, Data | Site)]
         for inner in shared[1:]:
             if inner.has_roles:
-                calm = replace(inner, sync="bsp", topology=None, min=None, max=None)
-                first = replace(shared[0], sync=inner.sync, topology=inner.topology)
-                nearest = [{inner: calm, shared[0]: first}.get(axis, axis) for axis in self.axes]
+                calm: Axis = replace(inner, sync=Bsp(), topology=None, min=None, max=None)
+                first: Axis = replace(shared[0], sync=inner.sync, topology=inner.topology)
+                swapped: dict[Axis, Axis] = {inner: calm, shared[0]: first}
+                nearest = [swapped.get(axis, axis) for axis in self.axes]
                 why = (
                     f"{inner.name} stands inside {shared[0].name}, and only the outermost axis can "
                     "have servers and be out of step"

@@ -65,6 +65,8 @@ class Place:
         data_fuser, site_fuser: what fuses over them.
         replicas: a link to the same coordinates of all replicas that divide the batch.
         index, parts: which of the replicas that divide the batch this rank belongs to.
+        plan: of the ranks that are in step. whole: the plan of the job, which is the same where all
+            are.
     """
 
     def __init__(self, plan: Plan | str | None, device: str | None, seed: int = 0) -> None:
@@ -78,13 +80,21 @@ class Place:
 
     def _take_place(self, asked: Plan | None, device: str | None, seed: int) -> None:
         world = self.world
-        told = None if world.plan is None else as_plan(world.plan)
+        text = world.plan if world.crew is None else world.crew.plan
+        told = None if text is None else as_plan(text)
         if asked is not None and told is not None and asked != told:
             raise PlanError(
                 f"session(plan={str(asked)!r})", f"the launcher was given {told}", "one of the two"
             )
-        self.plan = asked or told or as_plan(f"data({world.size})")
-        self.plan.validate_executable()
+        self.whole = asked or told or as_plan(f"data({world.size})")
+        self.whole.validate_executable()
+        if self.whole.outer is not None and world.crew is None:
+            why = (
+                "a scheduler and servers are started by `allfuse train`, `allfuse run` and "
+                "af.train, and this process was started otherwise"
+            )
+            raise PlanError(str(self.whole), why, f"data({self.whole.workers})")
+        self.plan = self.whole.inner
         check_workers(self.plan, world.size)
         self.device = choose_device(device, world)
         self.rank, self.coordinates = world.rank, self.plan.coordinates(world.rank)

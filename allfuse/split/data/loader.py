@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from allfuse.base.errors import DataError, UserError
 from allfuse.base.tensors import share
 from allfuse.launcher.scratch import use_scratch
 from allfuse.split.data.base import Source
-from allfuse.split.data.batches import Batches
+from allfuse.split.data.batches import Batches, BatchPlan
 from allfuse.split.data.permutation import Indices
 from allfuse.split.data.portion import Portion, pin
 
@@ -79,13 +79,45 @@ class Loader:
 
         With loader processes only the latest call's iterator is valid.
         """
-        requests = self._requests(epoch, first_step)
+        yield from self._read(self._requests(epoch, first_step))
+
+    def _read(self, requests: Iterator[_Request]) -> Iterator[Portion]:
         if self._workers is not None:
             yield from self._workers.read(requests)
             return
         for request in requests:
-            batch = self.source.fetch(request.indices, epoch, self.plan.seed)
+            batch = self.source.fetch(request.indices, request.epoch, self.plan.seed)
             yield request.fill(pin(batch) if self._pin else batch)
+
+    def leased(
+        self, steps: Iterable[tuple[int, int]], part: int, parts: int
+    ) -> Iterator[Portion]:
+        """The portions of some steps, where this loader's replicas are one of several groups.
+
+        Args:
+            steps: (epoch, step) of each.
+            part, parts: which of how many groups that share each batch. `shares` are of the group.
+
+        Raises:
+            DataError: the batches come from a sampler, which cannot begin anywhere.
+        """
+        requests = (self._leased(epoch, step, part, parts) for epoch, step in steps)
+        yield from self._read(requests)
+
+    def _leased(self, epoch: int, step: int, part: int, parts: int) -> _Request:
+        plan = self.plan
+        if not isinstance(plan, BatchPlan):
+            raise DataError(
+                "the data brings its own sampler, and work that a scheduler hands out begins "
+                "anywhere in an epoch; next: give the DataLoader's dataset, or a plan in step"
+            )
+        batch = plan.indices(epoch, step)
+        several = range(part * self.parts, (part + 1) * self.parts)
+        bounds = [share(len(batch), parts * self.parts, index) for index in several]
+        start, stop = bounds[self.index]
+        own = batch[start:stop] if stop > start else batch[:1]
+        shares = tuple(end - begin for begin, end in bounds)
+        return _Request(own, stop - start, shares, epoch, step, step + 1 == plan.steps_per_epoch)
 
     def close(self) -> None:
         """End the loader processes. The loader gives nothing afterwards."""
