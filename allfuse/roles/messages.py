@@ -36,6 +36,9 @@ from torch import Tensor
 
 from allfuse.link.post import Letter, Malformed
 
+SCHEDULER = "scheduler"
+"""Its name among those that it sends to; no worker may have it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
@@ -206,10 +209,11 @@ class Lease(Message):
 
     lease: unique in a run, -1 when there is no more work. clock: the worker's own count, or that of
     all where they are in step. first_step: of the run, counted from 0. part, parts: which share of
-    each batch. sequence: the version of the weights to begin with, which the servers send; -1 at
-    the end of a job that failed: no weights come. done: batches learned by all. due: what falls to
-    this worker before it begins: "evaluate", "save". notes: states that were handed in, where
-    something is due and at the end. reason: why there is no more work.
+    each batch. sequence: the version of the weights to begin with, which the servers send; -1 where
+    none come: at the end of a job that failed, or has not begun. done: batches learned by all.
+    due: what falls to this worker before it begins: "evaluate", "save". notes: states that were
+    handed in, where something is due and at the end. reason: why there is no more work. failed: it
+    is an error.
     """
 
     kind: ClassVar[str] = "lease"
@@ -224,6 +228,7 @@ class Lease(Message):
     due: list[str] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
+    failed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

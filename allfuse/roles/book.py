@@ -1,0 +1,305 @@
+"""The scheduler's memory on disk: it goes on from here when its process is started again."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgpack
+
+from allfuse.base.errors import RunError
+from allfuse.roles.ledger import Unit
+from allfuse.roles.records import (
+    Commit,
+    Offer,
+    Order,
+    Presence,
+    Result,
+    Server,
+    State,
+    Work,
+    Worker,
+)
+
+FORMAT = 1
+SCHEMA = """
+CREATE TABLE facts (name TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID;
+CREATE TABLE notes (name TEXT PRIMARY KEY, done INTEGER, state BLOB) WITHOUT ROWID;
+CREATE TABLE workers (name TEXT PRIMARY KEY, number INTEGER, host TEXT, presence TEXT,
+    clock INTEGER, held INTEGER) WITHOUT ROWID;
+CREATE TABLE servers (shard INTEGER, birth INTEGER, name TEXT, place TEXT, found INTEGER,
+    PRIMARY KEY (shard, birth));
+CREATE TABLE leases (lease INTEGER PRIMARY KEY, worker TEXT, clock INTEGER, block INTEGER,
+    part INTEGER, offers TEXT, due TEXT, state TEXT, read INTEGER, births TEXT, loss REAL,
+    count REAL, rows INTEGER, seconds REAL, options BLOB);
+CREATE INDEX open_leases ON leases (state) WHERE state IN ('out', 'staged', 'revoked');
+CREATE TABLE orders (sequence INTEGER PRIMARY KEY, updates INTEGER, readers TEXT, dropped TEXT,
+    save INTEGER);
+CREATE TABLE commits (sequence INTEGER, place INTEGER, lease INTEGER, weight REAL, read INTEGER,
+    missed INTEGER, lag INTEGER, PRIMARY KEY (sequence, place)) WITHOUT ROWID;
+"""
+
+
+class Book:
+    """Rows of an SQLite file (write-ahead log); ":memory:" keeps it off the disk.
+
+    What is written between two calls of `commit` is there as a whole or not at all. It survives the
+    end of the process; a crash of the machine may take the last transactions back.
+
+    Raises:
+        RunError: the file is no book, or of another version.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        try:
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            (version,) = self._db.execute("PRAGMA user_version").fetchone()
+            if version == 0:
+                self._db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version={FORMAT}; COMMIT;")
+        except sqlite3.Error as error:
+            raise RunError(f"{path} cannot be used as the scheduler's book: {error}") from error
+        if version not in (0, FORMAT):
+            raise RunError(
+                f"{path} is a scheduler's book of version {version}; this allfuse reads {FORMAT}"
+            )
+
+    def close(self) -> None:
+        self._db.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All that is written inside is kept, or nothing where it raises."""
+        try:
+            yield
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+        if self._db.in_transaction:
+            self._db.execute("COMMIT")
+
+    def _write(self, statement: str, *values: Any) -> None:
+        if not self._db.in_transaction:
+            self._db.execute("BEGIN")
+        self._db.execute(statement, values)
+
+    # Facts and notes: plain values by name.
+
+    def put(self, name: str, value: Any) -> None:
+        self._write("INSERT OR REPLACE INTO facts VALUES (?, ?)", name, msgpack.packb(value))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+        return default if row is None else _unpack(row[0])
+
+    def put_note(self, name: str, done: int, state: dict[str, Any]) -> None:
+        packed = msgpack.packb(state)
+        self._write("INSERT OR REPLACE INTO notes VALUES (?, ?, ?)", name, done, packed)
+
+    def notes(self) -> dict[str, tuple[int, dict[str, Any]]]:
+        """Each note's state, with the batches that were done when it was made."""
+        rows = self._db.execute("SELECT name, done, state FROM notes ORDER BY name")
+        return {name: (done, _unpack(state)) for name, done, state in rows}
+
+    # Workers and servers.
+
+    def put_worker(self, worker: Worker, clock: int) -> None:
+        self._write(
+            "INSERT OR REPLACE INTO workers VALUES (?, ?, ?, ?, ?, ?)",
+            worker.name,
+            worker.number,
+            worker.host,
+            worker.presence.value,
+            clock,
+            worker.held,
+        )
+
+    def workers(self) -> list[tuple[Worker, int]]:
+        """Each worker with its clock, in the order of joining."""
+        rows = self._db.execute("SELECT * FROM workers ORDER BY number")
+        return [
+            (Worker(name, number, host, Presence(presence), held), clock)
+            for name, number, host, presence, clock, held in rows
+        ]
+
+    def put_server(self, server: Server) -> None:
+        self._write(
+            "INSERT OR REPLACE INTO servers VALUES (?, ?, ?, ?, ?)",
+            server.shard,
+            server.birth,
+            server.name,
+            server.place,
+            server.found,
+        )
+
+    def servers(self) -> list[Server]:
+        """All that there ever were, the newest of each shard last."""
+        rows = self._db.execute(
+            "SELECT name, shard, birth, place, found FROM servers ORDER BY rowid"
+        )
+        return [
+            Server(name, shard, birth, place, found, found)
+            for name, shard, birth, place, found in rows
+        ]
+
+    # Leases.
+
+    def put_work(self, work: Work) -> None:
+        """A new lease."""
+        self._write(
+            "INSERT INTO leases (lease, worker, clock, block, part, offers, due, state) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            work.lease,
+            work.worker,
+            work.clock,
+            work.unit.block,
+            work.unit.part,
+            json.dumps(work.offers),
+            json.dumps(work.due),
+            work.state.value,
+        )
+
+    def put_offers(self, work: Work) -> None:
+        self._write(
+            "UPDATE leases SET offers = ? WHERE lease = ?", json.dumps(work.offers), work.lease
+        )
+
+    def put_state(self, work: Work) -> None:
+        self._write("UPDATE leases SET state = ? WHERE lease = ?", work.state.value, work.lease)
+
+    def put_dropped(self, lease: int) -> None:
+        """Servers are told to forget a revoked lease."""
+        self._write("UPDATE leases SET state = 'dropped' WHERE lease = ?", lease)
+
+    def put_result(self, work: Work) -> None:
+        """State and result of a lease that was finished."""
+        result = work.result
+        assert result is not None
+        self._write(
+            "UPDATE leases SET state = ?, read = ?, births = ?, loss = ?, count = ?, rows = ?, "
+            "seconds = ?, options = ? WHERE lease = ?",
+            work.state.value,
+            result.sequence,
+            json.dumps(result.births),
+            result.loss,
+            result.count,
+            result.rows,
+            result.seconds,
+            msgpack.packb(result.options),
+            work.lease,
+        )
+
+    def open_work(self) -> list[Work]:
+        """Leases that are out or staged, and those revoked that servers are still to forget."""
+        rows = self._db.execute(
+            "SELECT lease, worker, clock, block, part, offers, due, state, read, births, loss, "
+            "count, rows, seconds, options FROM leases "
+            "WHERE state IN ('out', 'staged', 'revoked') ORDER BY lease"
+        )
+        found = []
+        for lease, worker, clock, block, part, offers, due, state, *result in rows:
+            work = Work(lease, worker, clock, Unit(block, part), [], json.loads(due), State(state))
+            work.offers = [Offer(*each) for each in json.loads(offers)]
+            if result[0] is not None:
+                read, births, loss, count, rows, seconds, options = result
+                work.result = Result(
+                    read, json.loads(births), loss, count, rows, seconds, _unpack(options)
+                )
+            found.append(work)
+        return found
+
+    def next_lease(self) -> int:
+        (highest,) = self._db.execute("SELECT max(lease) FROM leases").fetchone()
+        return 0 if highest is None else int(highest) + 1
+
+    def next_clock(self) -> int:
+        """A clock that no worker had yet."""
+        (highest,) = self._db.execute("SELECT max(clock) FROM leases").fetchone()
+        return 0 if highest is None else int(highest) + 1
+
+    def consumed(self) -> list[Unit]:
+        """Units whose updates were ordered."""
+        rows = self._db.execute("SELECT block, part FROM leases WHERE state = 'committed'")
+        return [Unit(block, part) for block, part in rows]
+
+    # Orders.
+
+    def put_order(self, order: Order, commits: list[Commit]) -> None:
+        self._write(
+            "INSERT INTO orders VALUES (?, ?, ?, ?, ?)",
+            order.sequence,
+            order.updates,
+            json.dumps(order.to),
+            json.dumps(order.dropped),
+            int(order.save),
+        )
+        for commit in commits:
+            self._write("INSERT INTO commits VALUES (?, ?, ?, ?, ?, ?, ?)", *commit)
+
+    def orders(self, first: int, last: int) -> list[Order]:
+        """Those from one sequence to another, both included."""
+        rows = self._db.execute(
+            "SELECT sequence, updates, readers, dropped, save FROM orders "
+            "WHERE sequence BETWEEN ? AND ? ORDER BY sequence",
+            (first, last),
+        ).fetchall()
+        return [
+            Order(
+                sequence,
+                updates,
+                [(each.lease, each.weight) for each in self.commits(sequence, sequence)],
+                json.loads(readers),
+                json.loads(dropped),
+                bool(save),
+            )
+            for sequence, updates, readers, dropped, save in rows
+        ]
+
+    def newest(self) -> tuple[int, int]:
+        """The last sequence, -1 for none, and the number of updates up to it."""
+        row = self._db.execute("SELECT max(sequence), updates FROM orders").fetchone()
+        return (-1, 0) if row[0] is None else (int(row[0]), int(row[1]))
+
+    def commits(self, first: int, last: int) -> list[Commit]:
+        """The updates of the orders from one sequence to another, in their order."""
+        rows = self._db.execute(
+            "SELECT * FROM commits WHERE sequence BETWEEN ? AND ? ORDER BY sequence, place",
+            (first, last),
+        )
+        return [Commit(*row) for row in rows]
+
+    def updates_until(self, sequence: int) -> int:
+        """How many updates were ordered up to a sequence."""
+        row = self._db.execute(
+            "SELECT updates FROM orders WHERE sequence <= ? ORDER BY sequence DESC LIMIT 1",
+            (sequence,),
+        ).fetchone()
+        return 0 if row is None else int(row[0])
+
+    def strike(self, last: int) -> int:
+        """Take back all that came after a sequence, for a job that starts again from there: nobody
+        is here, and what was learned since is to be learned again. How many updates were lost."""
+        lost = self.newest()[1] - self.updates_until(last)
+        late = "SELECT lease FROM commits WHERE sequence > ?"
+        self._write(f"UPDATE leases SET state = 'dropped' WHERE lease IN ({late})", last)
+        self._write(
+            "UPDATE leases SET state = 'dropped' WHERE state IN ('out', 'staged', 'revoked')"
+        )
+        self._write("DELETE FROM commits WHERE sequence > ?", last)
+        self._write("DELETE FROM orders WHERE sequence > ?", last)
+        self._write("UPDATE workers SET presence = 'gone'")
+        self._write("DELETE FROM servers")
+        self._write(
+            "DELETE FROM facts WHERE name IN ('stop', 'end', 'due', 'final_due', 'lacking')"
+        )
+        return lost
+
+
+def _unpack(packed: bytes) -> Any:
+    return msgpack.unpackb(packed, strict_map_key=False)

@@ -1,0 +1,198 @@
+"""Leases: who works on which unit, from which weights, until its update is ordered."""
+
+from __future__ import annotations
+
+from allfuse.roles import messages as say
+from allfuse.roles.book import Book
+from allfuse.roles.clocks import Clocks, Staleness
+from allfuse.roles.ledger import Ledger, Unit
+from allfuse.roles.members import Task
+from allfuse.roles.records import Commit, Offer, Result, State, Work, Worker
+from allfuse.roles.terms import Terms
+
+KINDS = ("evaluate", "save")
+
+
+class Leases:
+    """The leases that are open: out with a worker, or staged on all servers.
+
+    A lease ends in one of two ways: its update is ordered, or it is revoked and its unit is given
+    back. What is not open can neither be ordered nor revoked.
+
+    Attributes:
+        open: by number.
+        forget: revoked ones that servers may still hold something of.
+        due: what the next worker that gets a lease is to do.
+        notes: by name, with the batches that were done when each was made.
+    """
+
+    def __init__(self, book: Book, terms: Terms, clocks: Clocks, task: Task) -> None:
+        self._book, self._terms, self._clocks = book, terms, clocks
+        self.ledger = Ledger(terms.parts, terms.every, task.limit)
+        self.staleness = Staleness()
+        self._every = {kind: task.every(f"{kind}_every") for kind in KINDS}
+        works = book.open_work()
+        self.open = {work.lease: work for work in works if work.state is not State.REVOKED}
+        self.forget = [work.lease for work in works if work.state is State.REVOKED]
+        self._next = book.next_lease()
+        self.ledger.restore(book.consumed(), (work.unit for work in self.open.values()))
+        for commit in book.commits(0, book.newest()[0]):
+            self.staleness.count(commit.missed, commit.lag)
+        self.due: list[str] = book.get("due", [])
+        done = self.ledger.done
+        self.notes = {name: note for name, note in book.notes().items() if note[0] <= done}
+
+    def of(self, worker: Worker) -> Work | None:
+        """What a worker works on."""
+        return None if worker.lease is None else self.open.get(worker.lease)
+
+    def available(self) -> Unit | None:
+        """A unit that may be handed out now; in step only those of one block at a time."""
+        unit = self.ledger.upcoming
+        if unit is None or not self._terms.in_step or not self.open:
+            return unit
+        block = next(iter(self.open.values())).unit.block
+        return unit if unit.block == block else None
+
+    def grant(self, worker: Worker, offer: Offer) -> Work:
+        """Lease the next unit to a worker."""
+        unit = self.ledger.take()
+        assert unit is not None, "nothing is available"
+        clock = unit.block if self._terms.in_step else self._clocks.of(worker.name)
+        work = Work(self._next, worker.name, clock, unit, [offer], self.take_due())
+        self._next += 1
+        self.open[work.lease] = work
+        worker.lease, worker.held = work.lease, offer.sequence
+        self._book.put_work(work)
+        return work
+
+    def offer(self, work: Work, offer: Offer) -> None:
+        """Other weights for a lease, since those before did not come."""
+        work.offers.append(offer)
+        self._book.put_offers(work)
+
+    def finish(self, work: Work, result: Result) -> None:
+        """The update is on all servers."""
+        work.result, work.state = result, State.STAGED
+        if self._terms.in_step:  # others are ordered before anything is said
+            self._book.put_result(work)
+
+    def unstage(self, work: Work) -> None:
+        """The update is not on all servers any more."""
+        work.state = State.OUT
+        self._book.put_state(work)
+
+    def revoke(self, work: Work) -> None:
+        del self.open[work.lease]
+        self.forget.append(work.lease)
+        work.state = State.REVOKED
+        self._book.put_state(work)
+        self.ledger.give_back(work.unit)
+        self._set_due(self.due + [kind for kind in work.due if kind not in self.due])
+
+    def ready(self) -> list[Work]:
+        """Leases whose updates are to be ordered now, together."""
+        staged = [work for work in self.open.values() if work.state is State.STAGED]
+        if not self._terms.in_step or not staged:
+            return staged[:1]
+        block = staged[0].unit.block
+        whole = len(staged) == self._terms.parts and len(self.open) == self._terms.parts
+        assert all(work.unit.block == block for work in self.open.values())
+        return sorted(staged, key=lambda work: work.unit.part) if whole else []
+
+    def commit(self, works: list[Work], sequence: int, updates: int) -> list[Commit]:
+        """Count samples as used and clocks as done. updates: ordered before these."""
+        before = self.ledger.done
+        results = [work.result for work in works if work.result is not None]
+        total = sum(result.count for result in results)
+        commits = []
+        for place, (work, result) in enumerate(zip(works, results, strict=True)):
+            read = work.offered(result.sequence)
+            assert read is not None, "made from weights that were not offered"
+            missed = updates - read.updates
+            lag = 0 if self._terms.in_step else work.clock - read.low
+            weight = 1 / (missed + 1) if self._terms.is_scaled else 1.0
+            if self._terms.in_step:
+                weight = result.count / total if total > 0 else 0.0
+            commits.append(Commit(sequence, place, work.lease, weight, read.sequence, missed, lag))
+            self.staleness.count(missed, lag)
+            self.ledger.consume(work.unit)
+            del self.open[work.lease]
+            work.state = State.COMMITTED
+            if self._terms.in_step:
+                self._book.put_state(work)
+            else:
+                self._book.put_result(work)
+        self._fall_due(before)
+        return commits
+
+    def drop(self) -> list[int]:
+        """The leases that servers are to forget, once."""
+        dropped, self.forget = self.forget, []
+        for lease in dropped:
+            self._book.put_dropped(lease)
+        return dropped
+
+    def take_due(self) -> list[str]:
+        """What is due, which falls to whoever this is given to."""
+        due = self.due
+        if due:
+            self._set_due([])
+        return due
+
+    def note(self, message: say.Note) -> None:
+        done, _ = self.notes.get(message.name, (-1, {}))
+        if message.done >= done:
+            self.notes[message.name] = message.done, message.state
+            self._book.put_note(message.name, message.done, message.state)
+
+    def message(self, work: Work) -> say.Lease:
+        """What its worker is told."""
+        unit = work.unit
+        return say.Lease(
+            lease=work.lease,
+            clock=work.clock,
+            first_step=self.ledger.first_step(unit),
+            steps=self.ledger.steps(unit),
+            part=unit.part,
+            parts=self._terms.parts,
+            sequence=work.offers[-1].sequence,
+            done=self.ledger.done,
+            due=list(work.due),
+            notes=self.plain_notes() if work.due else {},
+        )
+
+    def last(self, reason: str, failed: bool, sequence: int, due: list[str]) -> say.Lease:
+        """What a worker is told when there is no more work."""
+        return say.Lease(
+            lease=-1,
+            clock=-1,
+            first_step=-1,
+            steps=0,
+            part=0,
+            parts=self._terms.parts,
+            sequence=sequence,
+            done=self.ledger.done,
+            due=due,
+            notes=self.plain_notes(),
+            reason=reason,
+            failed=failed,
+        )
+
+    def plain_notes(self) -> dict[str, object]:
+        return {name: state for name, (_, state) in sorted(self.notes.items())}
+
+    def _fall_due(self, before: int) -> None:
+        done = self.ledger.done
+        due = [
+            kind
+            for kind, every in self._every.items()
+            if every is not None and before // every < done // every and kind not in self.due
+        ]
+        if due:
+            self._set_due(self.due + due)
+
+    def _set_due(self, due: list[str]) -> None:
+        if due != self.due:
+            self.due = due
+            self._book.put("due", due)
