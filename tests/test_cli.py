@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import runpy
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -259,7 +260,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-def test_run_gives_a_script_its_plan_and_its_arguments(tmp_path: Path) -> None:
+def test_run_gives_a_script_its_plan_and_its_arguments(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "import sys\nimport allfuse as af\n"
@@ -270,10 +273,10 @@ def test_run_gives_a_script_its_plan_and_its_arguments(tmp_path: Path) -> None:
     done = allfuse_outside("run", script, "--plan", "data(2)", "--", "--epochs", 3, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert line in done.stdout
-    alone = subprocess.run(
-        [sys.executable, script, "--epochs", "3"], capture_output=True, text=True, check=True
-    )
-    assert line.replace("data(2)", "data(1)") in alone.stdout
+    with pytest.MonkeyPatch.context() as patch:  # as `python script.py --epochs 3`
+        patch.setattr(sys, "argv", [str(script), "--epochs", "3"])
+        runpy.run_path(str(script), run_name="__main__")
+    assert line.replace("data(2)", "data(1)") in capsys.readouterr().out
 
 
 def test_plan_says_what_it_would_do_without_starting_anything(tmp_path: Path, job: Path) -> None:

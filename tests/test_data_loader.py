@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import pkgutil
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -50,8 +50,15 @@ def samples_of(portion: Portion) -> list[int]:
 
 @pytest.mark.parametrize("parts", range(1, 8))
 @pytest.mark.parametrize("drop_last", [False, True])
-def test_every_sample_is_used_exactly_once_over_all_replicas(parts: int, drop_last: bool) -> None:
-    for samples in range(1, 51):
+@pytest.mark.parametrize(
+    "sizes",
+    [(*range(1, 10), 16, 23, 50), pytest.param(range(10, 50), marks=pytest.mark.slow)],
+    ids=("few", "many"),
+)
+def test_every_sample_is_used_exactly_once_over_all_replicas(
+    parts: int, drop_last: bool, sizes: Sequence[int]
+) -> None:
+    for samples in sizes:
         source = ColumnSource(torch.arange(samples))
         for batch_size in (2, 5, 8, 50):
             if drop_last and samples < batch_size:

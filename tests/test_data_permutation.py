@@ -11,6 +11,8 @@ import pytest
 from allfuse.base.keys import mix
 from allfuse.split.data import Permutation
 
+SLOW = pytest.mark.slow
+
 
 def whole(size: int, seed: int = 0, epoch: int = 0) -> np.ndarray:
     return Permutation(size, seed, epoch)(np.arange(size))
@@ -64,7 +66,7 @@ def test_without_shuffle_the_order_is_the_data_sets() -> None:
     assert Permutation(9, 1, 1, shuffle=False)(np.arange(9)).tolist() == list(range(9))
 
 
-@pytest.mark.parametrize("size", [2, 3, 4, 5])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=SLOW), pytest.param(4, marks=SLOW), 5])
 def test_every_order_of_few_samples_is_equally_likely(size: int) -> None:
     draws = 2400
     found = Counter(tuple(whole(size, seed).tolist()) for seed in range(draws))
@@ -73,7 +75,9 @@ def test_every_order_of_few_samples_is_equally_likely(size: int) -> None:
     assert excess(counts, draws / len(orders), len(orders) - 1) < 5
 
 
-@pytest.mark.parametrize("size", [6, 16, 17, 100])
+@pytest.mark.parametrize(
+    "size", [6, pytest.param(16, marks=SLOW), 17, pytest.param(100, marks=SLOW)]
+)
 def test_every_sample_is_equally_likely_at_every_position(size: int) -> None:
     draws = 1000
     counts = np.zeros((size, size))

@@ -35,8 +35,8 @@ def train(name: str, plan: str, **settings: object) -> af.Result:
     return af.train(EXAMPLES / name, plan, settings=settings, quiet=True)
 
 
-def run_alone(name: str, *arguments: str, starter: Sequence[str] = (sys.executable,)) -> str:
-    """What `python examples/NAME ARGUMENTS` prints."""
+def run_by(starter: Sequence[str], name: str, *arguments: str) -> str:
+    """What `STARTER examples/NAME ARGUMENTS` prints."""
     command = [*starter, str(EXAMPLES / name), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -90,9 +90,13 @@ def test_loop_runs_with_two_workers(capfd: pytest.CaptureFixture[str]) -> None:
     assert "with plan data(2)" in out
 
 
-def test_loop_runs_alone() -> None:
+def test_loop_runs_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     needs("sklearn")
-    assert "with plan data(1)" in run_alone("loop.py", "--epochs", "2")
+    monkeypatch.setattr(sys, "argv", ["loop.py", "--epochs", "2"])
+    runpy.run_path(str(EXAMPLES / "loop.py"), run_name="__main__")
+    assert "with plan data(1)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("plan", ["data(2)", "site(2, every=4)"])
@@ -138,7 +142,7 @@ def test_ddp_hook_runs_under_allfuse_run(capfd: pytest.CaptureFixture[str]) -> N
 def test_ddp_hook_runs_under_torchrun() -> None:
     needs("sklearn")
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
-    assert last_loss(run_alone("ddp_hook.py", "--epochs", "3", starter=torchrun)) < 0.5
+    assert last_loss(run_by(torchrun, "ddp_hook.py", "--epochs", "3")) < 0.5
 
 
 def last_loss(out: str) -> float:

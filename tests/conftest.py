@@ -1,0 +1,35 @@
+"""What all tests share: workers that need not load what training loads, each by itself."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+
+from allfuse.cli.options import PRELOAD
+from allfuse.launcher import zygotes
+
+# torch's optimizers and DistributedDataParallel load torch._dynamo where they are first used: 1.4 s
+# of each worker. Forked from a zygote that has it, they find it there.
+TRAINING = (*PRELOAD, "torch._dynamo")
+PRELOADS = {
+    "test_cli": TRAINING,
+    "test_docs": (*TRAINING, "sklearn.datasets"),
+    "test_examples": (*TRAINING, "sklearn.datasets"),
+    "test_fusion_hook": TRAINING,
+    "test_training_killed": TRAINING,
+}
+
+_ready: zygotes.Zygote | None = None
+
+
+@pytest.fixture(autouse=True)
+def _workers_have_loaded_what_they_need(request: pytest.FixtureRequest) -> None:
+    """Modules whose workers train get a zygote that has loaded it once for all of them."""
+    global _ready
+    needed = PRELOADS.get(request.module.__name__)
+    if needed is None or (_ready in zygotes._idle and _ready.alive):
+        return
+    zygotes._end_all()
+    zygotes.warm_up([name for name in needed if find_spec(name.partition(".")[0]) is not None])
+    (_ready,) = zygotes._idle
