@@ -867,7 +867,7 @@ def test_all_who_wait_name_the_one_that_was_killed_or_stopped(
         found = json.loads((tmp_path / str(rank)).read_text(encoding="utf-8"))
         words = "lost rank 1 in sum in which one is lost at step 3"
         assert found["told"].startswith(f"rank {rank} {words}"), found
-        assert found["took"] < 3.0 + 4  # a roll call that a silent rank does not answer takes 2 s
+        assert found["took"] < 3.0 + 10  # a roll call that a silent rank does not answer takes 2 s
         assert 1 not in found["alive"]
         assert found["goes on"]
 
