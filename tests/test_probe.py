@@ -20,7 +20,7 @@ from allfuse.link import costs as costs_module
 from allfuse.link.costs import Costs
 from allfuse.link.costs import Path as Way
 from allfuse.link.memo import cache_folder, key_of, known_costs, look_up, remember
-from allfuse.link.probe import MOST_PAIRS, crowds_between, crowds_inside, pairs, probe
+from allfuse.link.probe import MOST_PAIRS, confirm, crowds_between, crowds_inside, pairs, probe
 from allfuse.link.thread import Script
 
 TWO_HOSTS = ("a", "a", "b", "b")
@@ -73,6 +73,10 @@ def test_few_pairs_stand_for_all() -> None:
     assert crowds_between(("a", "b")) == []
 
 
+def believed(*_: object) -> bool:
+    return True
+
+
 def ask(folder: Path, measured: list[int]) -> Callable[[Link], tuple[Costs, bool]]:
     """Asks for the costs; who measures says so."""
 
@@ -80,7 +84,7 @@ def ask(folder: Path, measured: list[int]) -> Callable[[Link], tuple[Costs, bool
         measured.append(link.rank)
         return COSTS
 
-    return lambda link: known_costs(link, TWO_HOSTS, folder=folder, measure=measure)
+    return lambda link: known_costs(link, TWO_HOSTS, folder=folder, measure=measure, holds=believed)
 
 
 def test_what_was_measured_is_remembered(tmp_path: Path) -> None:
@@ -134,6 +138,32 @@ def test_what_is_no_file_in_its_place_is_no_error(
     make(file)
     assert on_threads(ask(tmp_path, []), 2)[0][0] == COSTS
     assert [each.name for each in tmp_path.iterdir()] == [file.name]
+
+
+def test_what_is_remembered_of_another_link_is_measured_anew(tmp_path: Path) -> None:
+    def work(link: Link) -> tuple[Costs, bool]:
+        return known_costs(link, TWO_HOSTS, folder=tmp_path, measure=lambda *_: costs)
+
+    for beta in (1e-3, 1e-16):  # a link much slower or faster than threads are
+        way = Way(alpha_s=0.0, gap_s=0.0, beta_s_per_byte=beta, shared_s_per_byte=beta)
+        costs = Costs(inside=way, between=way, gamma_s_per_byte=0.0)
+        for _ in range(2):  # what was measured is wrong, so that it never holds
+            assert on_threads(work, 4) == [(costs, True)] * 4
+
+
+def test_what_a_link_costs_still_holds_for_all_peers_or_for_none() -> None:
+    delay_s = 0.05  # far more than a busy machine adds
+
+    def script() -> Script:
+        return Script(delay_s=lambda rank, count: delay_s)
+
+    hosts = ("a", "b")
+    way = Way(alpha_s=2 * delay_s, gap_s=0.0, beta_s_per_byte=1e-9, shared_s_per_byte=1e-9)
+    costs = Costs(inside=way, between=way, gamma_s_per_byte=0.0)
+    told = on_threads(lambda link: confirm(costs, link, hosts), 2, script())
+    assert told == [True] * 2
+    told = on_threads(lambda link: confirm(costs, link, hosts), 2)
+    assert told == [False] * 2
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from allfuse.base.errors import PeerLost, PlanError
@@ -13,6 +13,7 @@ from allfuse.base.units import format_bytes, format_seconds
 from allfuse.charge import charge
 from allfuse.codec import Codec, MessageCodec
 from allfuse.fusion.base import tells_all
+from allfuse.fusion.race import race
 from allfuse.link.costs import Costs
 from allfuse.link.memo import known_costs
 from allfuse.plan.pairing import refuse_pairing
@@ -24,12 +25,13 @@ from allfuse.topology.tree import Tree
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from allfuse.link import Board, Link
 
-MARGIN = (
-    0.05  # by which another must be faster than the first that can be: the clock errs by 4 to 8 %
-)
+MARGIN = 0.1  # by which another must be faster than the first: the clock errs by 4 to 8 %
+DOUBT = 0.25  # by which it may err on one topology
+LONGEST_S = 0.5  # that a sum is charged when it is tried: of a larger block it is a part
 MOST_AT_ONCE = 1024  # transfers of a phase: with more, nothing is fast and the clock is slow
 
 
@@ -37,13 +39,16 @@ MOST_AT_ONCE = 1024  # transfers of a phase: with more, nothing is fast and the 
 class Pick:
     """A topology, the seconds that a fusion by it is charged, and why it was taken, for people.
 
-    seconds is None where there was nothing to compare. elements: of the block.
+    seconds is None where there was nothing to compare. elements: of the block. rival: another that
+    may be faster for all that the clock can tell; only beside the link's own sum, of which it knows
+    no more than that it is a ring.
     """
 
     topology: Topology
     seconds: float | None
     why: str
     elements: int = 0
+    rival: Topology | None = None
 
 
 def candidates(rule: Rule, codec: Codec, peers: int) -> tuple[Topology, ...]:
@@ -107,22 +112,30 @@ def pick(
     ]
     seconds = [(each.seconds, topology) for each, topology in charged]
     ranked = sorted(seconds, key=lambda entry: entry[0])  # stable: of equals the first stays
-    best = ranked[0]
-    if seconds[0][0] <= best[0] * (1 + MARGIN):
-        best = seconds[0]
+    first = seconds[0]
+    best = first if first[0] <= ranked[0][0] * (1 + MARGIN) else ranked[0]
+    rival = None
+    if isinstance(first[1], Native) and first[0] <= ranked[0][0] * (1 + DOUBT):
+        rival = next((t for _, t in (ranked[0], first) if t is not best[1]), None)
     others = [entry for entry in ranked if entry[1] is not best[1]]
-    size = format_bytes(elements * element_bytes)
-    why = f"{best[1]}: {format_seconds(best[0])} for {size} over {_hosts(layout)}"
-    if others:
-        why += f"; next {others[0][1]} {format_seconds(others[0][0])}"
-    return Pick(topology=best[1], seconds=best[0], why=why, elements=elements)
+    why = _why(layout, elements * element_bytes, [best, *others[:1]])
+    return Pick(topology=best[1], seconds=best[0], why=why, elements=elements, rival=rival)
+
+
+def _why(layout: Layout, size: int, ranked: Sequence[tuple[float, Topology]]) -> str:
+    """The seconds of the one that is taken, and of the next."""
+    best, *others = [(str(topology), format_seconds(seconds)) for seconds, topology in ranked]
+    why = f"{best[0]}: {best[1]} for {format_bytes(size)} over {_hosts(layout)}"
+    return why + "".join(f"; next {name} {seconds}" for name, seconds in others)
 
 
 class Auto:
     """Picks the topology of each block of a fusion whose plan leaves it open.
 
     `costs` are measured when the first block asks, or set before: those of a run that is resumed,
-    so that it goes on bit for bit. All peers ask for the same blocks in the same order.
+    so that it goes on bit for bit. All peers ask for the same blocks in the same order. Where the
+    clock cannot tell whether the link's own sum is faster, `settle` tries both; `tried` is what
+    came out, or comes from the run that is resumed.
 
     An axis may have several groups of peers, which must pick alike: all ranks of a replica follow
     one decision. So the `layout` is that of the first group, which alone measures and tells the
@@ -148,6 +161,7 @@ class Auto:
         self._notice, self._leads = notice, leads
         self.costs: Costs | None = None
         self.measured_s: float | None = None  # None where they were known already
+        self.tried: dict[tuple[int, int], str] = {}  # by elements of a block, and bytes of each
         self._picks: dict[tuple[int, int], Pick] = {}
 
     def pick(self, elements: int, element_bytes: int) -> Pick:
@@ -166,6 +180,40 @@ class Auto:
                 codec=self.codec,
             )
         return self._picks[key]
+
+    def settle(self, block: Tensor) -> Pick:
+        """The fastest topology for blocks like this one, by trying where the clock cannot tell.
+
+        Nothing else may use the link meanwhile. The block itself is only looked at.
+        """
+        key = block.numel(), block.element_size()
+        found = self.pick(*key)
+        if found.rival is None or not self.codec.lossless:  # of what is encoded other blocks go
+            return found
+        rivals = {str(each): each for each in (found.topology, found.rival)}
+        if (known := rivals.get(self.tried.get(key, ""))) is not None:
+            why = f"{known}: tried before, for {format_bytes(block.nbytes)}"
+            found = replace(found, topology=known, why=why, rival=None)
+        else:
+            part = LONGEST_S / max(found.seconds or 0.0, LONGEST_S)
+            sample = block.new_zeros(max(1, int(block.numel() * part)))
+            seconds = self._race(list(rivals.values()), sample)
+            ranked = sorted(zip(seconds, rivals.values(), strict=True), key=lambda each: each[0])
+            why = f"{_why(self.layout, sample.nbytes, ranked)}, as tried"
+            found = replace(found, topology=ranked[0][1], why=why, rival=None)
+            self.tried[key] = str(found.topology)
+        self._picks[key] = found
+        return found
+
+    def _race(self, rivals: Sequence[Topology], sample: Tensor) -> tuple[float, ...]:
+        notice = self._notice and self._notice.of(f"{sample.numel()}/{sample.element_size()}")
+        if not self._leads:
+            assert notice is not None
+            return tuple(map(float, json.loads(notice.read(self.link))))
+        seconds = race(self.link, self.layout, rivals, sample)
+        if notice is not None and self.link.rank == 0:
+            notice.write(json.dumps(seconds).encode())
+        return seconds
 
     def _measure(self) -> None:
         begin, now = time.perf_counter(), True
@@ -190,6 +238,10 @@ class Notice:
     board: Board
     key: str
     author: int
+
+    def of(self, name: str) -> Notice:
+        """Another place, below this one."""
+        return replace(self, key=f"{self.key}/{name}")
 
     def write(self, text: bytes) -> None:
         self.board.set(self.key, text)

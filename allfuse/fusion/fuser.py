@@ -65,11 +65,12 @@ class Fuser:
         only_sums = isinstance(self.fusion.topology, Native) and self.fusion.codec.lossless
         return not only_sums or self.auto is not None
 
-    def topology(self, block: Tensor) -> Topology:
-        """Over which a block of this size goes. The first time may measure the link."""
+    def topology(self, block: Tensor, tail: int = 0) -> Topology:
+        """Over which a block of this size goes, its tail not counted. The first time may measure
+        the link."""
         if self.auto is None:
             return self.fusion.topology
-        return self.auto.pick(block.numel(), block.element_size()).topology
+        return self.auto.pick(block.numel() - tail, block.element_size()).topology
 
     def memory(
         self, shapes: Shapes, dtype: torch.dtype, device: torch.device | str
@@ -107,7 +108,7 @@ class Fuser:
         link = self.link
         if link.size == 1 or not self.needs_own_link:
             return link.all_reduce(block, operation)
-        self.topology(block)  # what is to be measured is measured here, before others use the link
+        self.topology(block, tail)  # what is to be measured is measured before others use the link
         if memory is None or not self.encodes(round):
             gather = self._gather(block, weights)
             return self._runner.start(
@@ -141,7 +142,7 @@ class Fuser:
         gather: Gather | None = None,
         tail: int = 0,
     ) -> None:
-        topology = self._for_whole_values(self.topology(block))
+        topology = self._for_whole_values(self.topology(block, tail))
         if isinstance(topology, Native):
             self.link.all_reduce(block, operation).wait()
         else:
@@ -190,7 +191,7 @@ class Fuser:
     ) -> None:
         """Values travel as messages; sums are encoded again, or all messages go to all peers,
         whichever sends fewer bytes (one encoding loses less, so that is taken at a tie)."""
-        codec, topology = self.fusion.codec, self.topology(values[: len(values) - tail])
+        codec, topology = self.fusion.codec, self.topology(values, tail)
         assert isinstance(codec, MessageCodec)
         everywhere = Exchange()
         if everywhere.bytes_per_peer(self.layout, 1) <= topology.bytes_per_peer(self.layout, 1):

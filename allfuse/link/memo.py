@@ -14,7 +14,7 @@ import torch
 
 from allfuse.link.base import Link
 from allfuse.link.costs import NUMBERS, Costs
-from allfuse.link.probe import probe
+from allfuse.link.probe import confirm, probe
 
 FORMAT = 2  # of the files; another number when what is measured changes
 
@@ -26,12 +26,14 @@ def known_costs(
     *,
     folder: Path | None = None,
     measure: Callable[[Link, Sequence[str], torch.device | str], Costs] = probe,
+    holds: Callable[[Costs, Link, Sequence[str], torch.device | str], bool] = confirm,
 ) -> tuple[Costs, bool]:
     """The constants of a link, and whether they were measured now rather than remembered.
 
     All peers must call it; all end with the same numbers, bit for bit: the first one looks them up
     and tells the others. A file that is damaged or of something else counts as none, and where none
-    can be written, they are measured again the next time.
+    can be written, they are measured again the next time. What is remembered is tried on the link,
+    which may have become another since, and measured anew where it does not hold.
 
     Args:
         hosts: the identity of each peer's host, in the order of peers.
@@ -49,7 +51,9 @@ def known_costs(
     link.broadcast(numbers, "probe").wait()
     told = numbers.tolist()
     if told[0] >= 0:
-        return Costs.from_numbers(told), False
+        costs = Costs.from_numbers(told)
+        if holds(costs, link, hosts, device):
+            return costs, False
     costs = measure(link, hosts, device)
     if link.rank == 0 and place is not None:
         with contextlib.suppress(OSError):  # no home, a full disk, or one that is read-only

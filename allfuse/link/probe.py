@@ -24,6 +24,8 @@ LONG_S = 0.05
 REPEATS = 3  # of a large message
 MOST_PAIRS = 3  # that are measured within hosts, and between hosts
 ADD_BYTES = 1 << 22
+CONFIRM_S = 0.02  # that a message takes by what is remembered
+CHANGED = 2.0  # times as long or as short: it is another link than it was
 
 Pair: TypeAlias = tuple[int, int]
 Samples: TypeAlias = list[float]
@@ -66,7 +68,7 @@ def probe(link: Link, hosts: Sequence[str], device: torch.device | str = "cpu") 
         PeerLost: from the link.
     """
     bench = Bench(link, torch.device(device))
-    alone = [Trial((pair,), inside) for inside in (True, False) for pair in pairs(hosts, inside)]
+    alone = lone_trials(hosts)
     together = [*crowds_inside(hosts), *crowds_between(hosts), *crossing(hosts)]
     table = torch.zeros(len(alone) + len(together) + 1, max(4, link.size), dtype=torch.float64)
     for row, trial in zip(table, [*alone, *together], strict=False):
@@ -76,6 +78,38 @@ def probe(link: Link, hosts: Sequence[str], device: torch.device | str = "cpu") 
     link.all_reduce(table, "probe").wait()
     rows = table.tolist()
     return _combine(alone, together, rows)
+
+
+def confirm(
+    costs: Costs, link: Link, hosts: Sequence[str], device: torch.device | str = "cpu"
+) -> bool:
+    """Whether a link still costs what was measured on it before: about 0.1 s for each pair.
+
+    Hosts keep their names when their network becomes another. All peers must call it; all get the
+    same answer.
+
+    Phases: each pair that `probe` measures alone exchanges large messages, one pair after the
+    other; one sum over the peers brings all what it took.
+
+    Raises:
+        PeerLost: from the link.
+    """
+    bench, trials = Bench(link, torch.device(device)), lone_trials(hosts)
+    table = torch.zeros(len(trials), dtype=torch.float64)
+    for row, trial in enumerate(trials):
+        table[row] = bench.compare(trial, costs.inside if trial.inside else costs.between)
+    table = table.to(device)
+    link.all_reduce(table, "probe").wait()
+    for within in (True, False):  # the slowest pair of a class stood for it
+        found = [r for r, t in zip(table.tolist(), trials, strict=True) if t.inside == within]
+        if found and not 1 / CHANGED <= max(found) <= CHANGED:
+            return False
+    return True
+
+
+def lone_trials(hosts: Sequence[str]) -> list[Trial]:
+    """Those of one pair each."""
+    return [Trial((pair,), inside) for inside in (True, False) for pair in pairs(hosts, inside)]
 
 
 def pairs(hosts: Sequence[str], inside: bool) -> list[Pair]:
@@ -144,6 +178,19 @@ class Bench:
         numbers[2], numbers[3] = self._large(peers, trial)
         if self.link.rank == trial.leader:
             row[:4] = torch.tensor(numbers, dtype=torch.float64)
+
+    def compare(self, trial: Trial, path: Path) -> float:
+        """How many times as long as it costs an exchange of a pair takes, as its leader says."""
+        self._meet()
+        (pair,) = trial.pairs
+        if self.link.rank not in pair:
+            return 0.0
+        peer = pair[pair[0] == self.link.rank]
+        size = CONFIRM_S / max(path.beta_s_per_byte, CONFIRM_S / MOST_BYTES)
+        own, other = (self._block(max(FIRST_BYTES, int(size))) for _ in range(2))
+        took = self._time(partial(self._exchange, own, [other], [peer]), REPEATS)
+        said = path.alpha_s + own.nbytes * path.beta_s_per_byte
+        return took / max(said, 1e-9) if self.link.rank == trial.leader else 0.0
 
     def _large(self, peers: list[int], trial: Trial) -> tuple[float, float]:
         """Bytes of large messages that go both ways at once, and the seconds that they take.

@@ -21,7 +21,8 @@ def settle(auto: Auto, blocks: Iterable[Tensor], recorded: Mapping[str, Any]) ->
     """
     if recorded.get("hosts") == _places(auto):
         auto.costs = Costs.from_numbers(recorded["numbers"])
-    picks = [auto.pick(block.numel(), block.element_size()) for block in blocks]
+        auto.tried = {(size, width): name for size, width, name in recorded.get("tried", ())}
+    picks = [auto.settle(block) for block in blocks]
     told = list(dict.fromkeys(pick.why for pick in sorted(picks, key=lambda pick: -pick.elements)))
     text = ". ".join(told[:MOST_TOLD])
     if len(told) > MOST_TOLD:
@@ -33,7 +34,9 @@ def settle(auto: Auto, blocks: Iterable[Tensor], recorded: Mapping[str, Any]) ->
 
 def record_of(auto: Auto) -> dict[str, Any]:
     """What a run keeps, so that resuming picks the same."""
-    return {"hosts": _places(auto), "numbers": [] if auto.costs is None else auto.costs.numbers()}
+    numbers = [] if auto.costs is None else auto.costs.numbers()
+    tried = [[*key, name] for key, name in auto.tried.items()]
+    return {"hosts": _places(auto), "numbers": numbers, "tried": tried}
 
 
 def _places(auto: Auto) -> list[list[int]]:
