@@ -249,6 +249,21 @@ def test_warm_rounds_are_counted_through_a_run_that_is_resumed() -> None:
     assert run(warm_up, 2) == [(True, True), (True, True), (False, False)]
 
 
+def other_rank() -> bool:
+    """What is left after one step by lowrank(2) that begins with what lowrank(1) has left."""
+    first, second = Owner("codec=lowrank(1)"), Owner("codec=lowrank(2)")
+    assert first.hook is not None
+    assert second.hook is not None
+    first.backward()
+    second.hook.load_state_dict(first.hook.state_dict())
+    second.backward()
+    return bool(second.residual().isfinite().all())
+
+
+def test_a_codec_does_not_go_on_from_what_another_remembers() -> None:
+    assert run(other_rank, 2)
+
+
 def overflow() -> dict[str, tuple[bool, bool]]:
     """A step in which one rank's gradient is infinite, as loss scaling provokes, and the next."""
     found = {}

@@ -143,6 +143,13 @@ def test_a_plan_without_codecs_goes_on_from_one_with_them_and_back(tmp_path: Pat
         assert all(bool(value.isfinite().all()) for value in results[0].weights.values())
 
 
+@pytest.mark.parametrize("axis", ["data(2, codec={})", "site(2, codec={})"])
+def test_a_codec_does_not_go_on_from_what_another_remembers(axis: str, tmp_path: Path) -> None:
+    for number, codec in enumerate(["lowrank(1)", "lowrank(2)", "lowrank(1)"], start=1):
+        plan = axis.format(codec)
+        train(wide_job(stop=Stop(steps=2 * number)), plan, out=tmp_path / "run", resume="auto")
+
+
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_gradients_are_fused_by_every_rule_alike_on_all_ranks(rule: Rule, tmp_path: Path) -> None:
     plan = f"data(3, rule={rule})"

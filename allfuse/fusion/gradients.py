@@ -272,15 +272,23 @@ class GradientFusion:
         """What codecs keep, by the names of parameters: live tensors. None where nothing is."""
         if not self._memories:
             return None
-        return {"rounds": self.rounds, **capture_all(self._memories)}
+        codec = str(self.fuser.fusion.codec)
+        return {"rounds": self.rounds, "codec": codec, **capture_all(self._memories)}
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
         """Take back what fits: parameters that are new have no past."""
         if state is not None:
             self.rounds = state["rounds"]
-            restore_all(self._memories, state)
+            restore_all(self._memories, read_state(state, self.fuser))
 
     def _rest(self) -> None:
         self._started = 0
         self.rounds += 1
         self._is_final = [False] * len(self.parameters)
+
+
+def read_state(state: Mapping[str, Any], fuser: Fuser) -> Mapping[str, Any]:
+    """What a codec can go on from: what was not sent by any, and what it remembers itself. The
+    memory of another means nothing to it (of lowrank: that of another rank)."""
+    same = state.get("codec") == str(fuser.fusion.codec)
+    return state if same else {**state, "kept": {}}

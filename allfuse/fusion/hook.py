@@ -31,6 +31,7 @@ class State(TypedDict):
     """What a rank must keep to go on: rounds done, and what was not sent of each parameter."""
 
     round: int
+    codec: str
     parameters: list[Remainder]
 
 
@@ -168,16 +169,20 @@ class CommHook:
 
         Plain numbers, lists and tensors. Empty before the first step, and without a lossy codec.
         """
-        return State(round=self.round, parameters=self._residuals.state_dict())
+        parameters = self._residuals.state_dict()
+        return State(round=self.round, codec=str(self.fusion.codec), parameters=parameters)
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from what `state_dict` gave to the same rank, for the same model.
+        """Go on from what `state_dict` gave to the same rank, for the same model. What another
+        codec remembered for itself is left out.
 
         Raises:
             UserError: the parameters are others; known at the first step only, if none was yet.
         """
-        self.round = state["round"]
-        self._residuals.load_state_dict(state["parameters"])
+        parameters, self.round = state["parameters"], state["round"]
+        if state["codec"] != str(self.fusion.codec):
+            parameters = [Remainder(residual=each["residual"], kept=None) for each in parameters]
+        self._residuals.load_state_dict(parameters)
 
     def close(self) -> None:
         """End the hook's own thread. Waits for nobody; groups end when their owner ends all."""

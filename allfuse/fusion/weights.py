@@ -12,7 +12,7 @@ from allfuse.base.tensors import split_buckets
 from allfuse.base.torch_private import foreach_copy
 from allfuse.codec.memory import capture_all, restore_all
 from allfuse.fusion.fuser import Fuser
-from allfuse.fusion.gradients import BUCKET_BYTES
+from allfuse.fusion.gradients import BUCKET_BYTES, read_state
 from allfuse.link import Work
 from allfuse.rule import Rule, SumRule
 
@@ -132,11 +132,13 @@ class WeightFusion:
         for bundle in self.bundles:
             if bundle.agreed is not None:
                 agreed |= dict(zip(bundle.names, bundle.agreed.split(bundle.sizes), strict=True))
-        return {"agreed": agreed, **capture_all(memories)}
+        codec = str(self.fuser.fusion.codec)
+        return {"agreed": agreed, "codec": codec, **capture_all(memories)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take back what is kept."""
-        restore_all([(b.names, b.memory) for b in self.bundles if b.memory is not None], state)
+        memories = [(b.names, b.memory) for b in self.bundles if b.memory is not None]
+        restore_all(memories, read_state(state, self.fuser))
         for bundle in self.bundles:
             found = [state["agreed"].get(name) for name in bundle.names]
             if bundle.memory is not None and all(piece is not None for piece in found):
