@@ -215,9 +215,12 @@ def test_ranks_that_came_with_different_things_are_all_told() -> None:
         (torch.ones(2).to_sparse(), "tensor 0 is sparse"),
         (torch.ones(2) * 1j, "view_as_real"),
         (torch.ones(2).to(torch.float8_e4m3fn), "tensor 0 is of torch.float8_e4m3fn"),
+        (torch.ones(1).expand(2), "tensor 0 is expanded: its elements share memory"),
+        (torch.ones(2, device="meta"), "tensor 0 is on the meta device"),
+        (3.0, "received a float; allowed: a tensor, or a list of them"),
     ],
 )
-def test_what_one_rank_cannot_fuse_is_told_to_all(tensor: Tensor, why: str) -> None:
+def test_what_one_rank_cannot_fuse_is_told_to_all(tensor: Any, why: str) -> None:
     first, second = refusals(
         lambda: af.fuse_([tensor if my_rank() == 1 else torch.ones(2)], af.site(2))
     )
@@ -225,8 +228,30 @@ def test_what_one_rank_cannot_fuse_is_told_to_all(tensor: Tensor, why: str) -> N
     assert why in second
 
 
-@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
-def test_weights_without_meaning_are_refused(weight: float) -> None:
+@pytest.mark.parametrize("given", [None, 3.0, "abc", {"a": torch.ones(2)}], ids=repr)
+def test_what_is_no_list_of_tensors_is_refused(given: Any) -> None:
+    first, second = refusals(
+        lambda: af.fuse_(given if my_rank() == 1 else torch.ones(2), af.site(2))
+    )
+    assert "rank 1 has something that cannot be fused" in first
+    assert f"received a {type(given).__name__}; allowed: a tensor" in second
+
+
+def test_a_tensor_of_one_row_may_have_any_stride_there() -> None:
+    def work() -> Tensor:
+        row = torch.full((3,), float(my_rank())).as_strided((1, 3), (0, 1))
+        af.fuse_(row, af.site(2))
+        return row
+
+    assert [fused.tolist() for fused in run(work, 2)] == [[[0.5] * 3]] * 2
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [-1.0, float("nan"), float("inf"), 10**400, "1", [1.0], torch.ones(2)],
+    ids=lambda weight: repr(weight)[:20],
+)
+def test_weights_without_meaning_are_refused(weight: Any) -> None:
     first, second = refusals(
         lambda: af.fuse_([torch.ones(2)], af.site(2), weight=weight if my_rank() else 1.0)
     )
@@ -234,6 +259,8 @@ def test_weights_without_meaning_are_refused(weight: float) -> None:
     assert "allowed: 0 or more" in second
     zero = refusals(lambda: af.fuse_([torch.ones(2)], af.site(2), weight=0))
     assert "the weights of all ranks are 0" in zero[0]
+    large = refusals(lambda: af.fuse_([torch.ones(2)], af.site(2), weight=1e308))
+    assert "beyond the range of numbers" in large[0]
     mixed = refusals(
         lambda: af.fuse_([torch.ones(2)], "site(2, topology=gossip(ring))", weight=1.0)
     )
@@ -254,6 +281,7 @@ def test_a_rank_of_weight_0_is_heard_by_nobody_and_hears_all() -> None:
     ("axis", "why"),
     [
         ("site(3)", "there are 2 ranks; nearest that can: site(2)"),
+        ("data(3)", "there are 2 ranks; nearest that can: data(2)"),
         ("site(3, every=5, rule=median)", "nearest that can: site(2, every=5, rule=median)"),
         ("tensor(2)", "fused over one axis, data or site"),
         ("site(1) * data(2)", "fused over one axis, data or site"),

@@ -60,5 +60,7 @@ def read_axis(
 
 def _again(axis: Data | Site, size: int, kept: tuple[str, ...] = (), without: str = "") -> str:
     """The same axis of that size, of the keywords that have a meaning here."""
-    said = {name: getattr(axis, name) for name in (TAKEN | set(kept)) - {"n", without}}
+    has = {field.name for field in fields(axis)}
+    names = ((TAKEN | set(kept)) & has) - {"n", without}
+    said = {name: getattr(axis, name) for name in names}
     return str(type(axis)(size, **said))

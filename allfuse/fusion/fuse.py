@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -65,7 +65,7 @@ def fuse_(
         PlanError: the plan has other axes, another size, or a codec that loses something.
         PeerLost: a rank died, or did not come.
     """
-    held = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    held = [tensors] if isinstance(tensors, Tensor) else _list(tensors)
     device = _device_of(held, group)
     link = _find_link(axis, device, group, timeout_s)
     read, fusion = read_axis(
@@ -84,7 +84,7 @@ def fuse_(
             str(type(read)(read.n, rule=read.rule, topology=read.topology)),
         )
     wrong = _find_wrong(held, weight, fusion)
-    floating = [tensor for tensor in held if tensor.is_floating_point()]
+    floating = [tensor for tensor in held if not wrong and tensor.is_floating_point()]
     kinds = [(str(tensor.dtype), tuple(tensor.shape)) for tensor in floating]
     came_with = number_of(f"{read} {round} {weight is None} {kinds}")
     own = 0.0 if wrong else 1.0 if weight is None else float(weight)
@@ -95,6 +95,8 @@ def fuse_(
     _refuse_differences(link, wrongs, all_came_with)
     if not (total := sum(weights)) > 0:
         raise UserError("fuse_: the weights of all ranks are 0; allowed: at least one above 0")
+    if not math.isfinite(total):
+        raise UserError(f"fuse_: the sum of the weights {weights} is beyond the range of numbers")
     fuser = Fuser(fusion, link, layout_of(hosts))
     try:
         _shorten(floating, fusion)
@@ -103,13 +105,27 @@ def fuse_(
         fuser.close()
 
 
+def _list(tensors: object) -> list[Tensor]:
+    """All that was given; what is no tensor is found later, where other ranks hear of it."""
+    if isinstance(tensors, str | bytes | Mapping) or not isinstance(tensors, Iterable):
+        tensors = [tensors]
+    return list(tensors)
+
+
 def _find_wrong(tensors: Sequence[Tensor], weight: float | None, fusion: Fusion) -> str:
     """What cannot be fused here, "" if all can. Other ranks hear of it, for they would wait."""
     for number, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            kind = type(tensor).__name__
+            return f"received a {kind}; allowed: a tensor, or a list of them; next: dict.values()"
+        if tensor.is_meta:
+            return f"tensor {number} is on the meta device, where nothing has a value"
         if tensor.layout != torch.strided:
             return f"tensor {number} is sparse; allowed: dense tensors; next: tensor.to_dense()"
         if hasattr(tensor, "to_local"):
             return f"tensor {number} is cut over ranks; next: pass what is here, tensor.to_local()"
+        if any(n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True)):
+            return f"tensor {number} is expanded: its elements share memory; next: tensor.clone()"
         fits = not tensor.is_complex() and tensor.dtype in SUMMABLE
         if not fits and (tensor.is_complex() or tensor.is_floating_point()):
             return (
@@ -120,9 +136,11 @@ def _find_wrong(tensors: Sequence[Tensor], weight: float | None, fusion: Fusion)
         return ""
     if not fusion.topology.exact:
         return f"{fusion.topology} mixes by weights of its own; next: leave weight out"
-    if not (math.isfinite(weight) and weight >= 0):
-        return f"weight: received {weight}; allowed: 0 or more"
-    return ""
+    try:
+        told = math.nan if isinstance(weight, str) else float(weight)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # nor a tensor of several values
+        told = math.nan
+    return "" if 0 <= told < math.inf else f"weight: received {weight!r}; allowed: 0 or more"
 
 
 def _refuse_differences(link: Link, wrongs: list[float], came_with: list[float]) -> None:
@@ -153,8 +171,9 @@ def _shorten(tensors: Sequence[Tensor], fusion: Fusion) -> None:
 
 
 def _device_of(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> torch.device:
-    if tensors:
-        return tensors[0].device
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and not tensor.is_meta:
+            return tensor.device
     queues = dist.is_available() and dist.is_initialized() and dist.get_backend(group) == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if queues else torch.device("cpu")
 
