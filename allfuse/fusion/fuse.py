@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -105,14 +105,14 @@ def fuse_(
         fuser.close()
 
 
-def _list(tensors: object) -> list[Tensor]:
+def _list(tensors: object) -> list[Any]:
     """All that was given; what is no tensor is found later, where other ranks hear of it."""
     if isinstance(tensors, str | bytes | Mapping) or not isinstance(tensors, Iterable):
         tensors = [tensors]
     return list(tensors)
 
 
-def _find_wrong(tensors: Sequence[Tensor], weight: float | None, fusion: Fusion) -> str:
+def _find_wrong(tensors: Sequence[Any], weight: Any, fusion: Fusion) -> str:
     """What cannot be fused here, "" if all can. Other ranks hear of it, for they would wait."""
     for number, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
@@ -170,7 +170,7 @@ def _shorten(tensors: Sequence[Tensor], fusion: Fusion) -> None:
             tensor.detach().mul_(factor)
 
 
-def _device_of(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> torch.device:
+def _device_of(tensors: Sequence[Any], group: dist.ProcessGroup | None) -> torch.device:
     for tensor in tensors:
         if isinstance(tensor, Tensor) and not tensor.is_meta:
             return tensor.device
