@@ -30,7 +30,7 @@ from __future__ import annotations
 import types
 import typing
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor
 
@@ -358,7 +358,8 @@ MESSAGES: dict[str, type[Message]] = {
     )
 }
 
-M = TypeVar("M", bound=Message)
+Mail: TypeAlias = tuple[str, Message]
+"""A receiver and what it is told."""
 
 
 def open_letter(letter: Letter) -> Message:

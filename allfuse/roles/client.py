@@ -1,0 +1,396 @@
+"""A worker's side of servers and scheduler. Sans I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from allfuse.link.post import Malformed
+from allfuse.roles.blueprint import Blueprint
+from allfuse.roles.messages import (
+    SCHEDULER,
+    Again,
+    Ask,
+    Beat,
+    Finished,
+    Give,
+    Join,
+    Lease,
+    Leave,
+    Mail,
+    Message,
+    Push,
+    Refused,
+    Repush,
+    Staged,
+    Weights,
+    Welcome,
+)
+from allfuse.roles.replica import Replica
+from allfuse.roles.server import GIVEN
+from allfuse.roles.updates import Updates
+
+LONGEST = 8  # pauses between two times that the same is said
+
+
+class Phase(Enum):
+    JOINING = "joining"
+    WAITING = "waiting"  # for a lease and its weights
+    WORKING = "working"  # from `begin` to `finish`
+
+
+@dataclass
+class Delivery:
+    """An update, or the first weights, on the way to all servers.
+
+    pieces: those that were sent, by (server, piece). births: of the servers that hold all.
+    finished: what the scheduler is told then, once all pieces were sent. is_told: it was.
+    """
+
+    lease: int
+    clock: int
+    sequence: int
+    pieces: dict[tuple[int, int], Message] = field(default_factory=dict)
+    births: dict[int, int] = field(default_factory=dict)
+    finished: dict[str, Any] | None = None
+    is_told: bool = False
+
+
+class Client:
+    """Joins, works on leases, brings updates to the servers and takes weights in.
+
+    Messages come in by `handle`, time by `tick`; every method gives what there is to send, to
+    "scheduler" or to a server by its place. Whoever hears nothing for `repeat_s` says its last
+    message again, then after twice as long, and so on up to eight times.
+
+    A revoked lease shows in `lease` becoming another one while one works: what is pushed for the
+    old one then goes nowhere. What a codec lost of an update that was finished and then revoked all
+    the same is still added to the next one.
+
+    Args:
+        join: what this worker says of itself and the job.
+        blueprint: of the model; the one in `join`.
+        servers: how many there are.
+
+    Attributes:
+        replica: the weights. updates: what is pushed.
+        lease: what to work on, None before the first; its number is -1 at the end.
+        places: of the servers, in the order of shards.
+        options: of the optimizer that are not the blueprint's, by group; see
+            `Blueprint.changed_options`.
+        refusal: why this worker may not take part; empty where it may.
+
+    Example:
+        client = Client(join, blueprint, servers=2)
+        client.replica.load(dict(model.named_parameters()))
+        send(client.tick(now_s))
+        while not client.is_over:                   # `receive` hands messages to `client.handle`
+            receive_until(lambda: client.is_ready or client.is_over)
+            lease = client.begin(now_s)
+            send(client.push(gradients, now_s))     # as often as gradients become final
+            send(client.finish(now_s, loss=2.0, count=8.0, rows=8, seconds=0.1))
+    """
+
+    def __init__(
+        self,
+        join: Join,
+        blueprint: Blueprint,
+        servers: int,
+        *,
+        device: torch.device | str = "cpu",
+        repeat_s: float = 1.0,
+        beat_s: float = 2.5,
+    ) -> None:
+        self._join, self.servers = join, servers
+        self.replica = Replica(blueprint, servers, device)
+        self.updates = Updates(self.replica, join.name)
+        self.repeat_s, self.beat_s = repeat_s, beat_s
+        self.lease: Lease | None = None
+        self.places: list[str] = []
+        self.number = -1
+        self.options: list[dict[str, Any]] = []
+        self.refusal = ""
+        self._phase = Phase.JOINING
+        self._deliveries: dict[int, Delivery] = {}
+        self._current: Delivery | None = None  # what belongs to `lease`, from `begin` on
+        self._waiting: dict[tuple[int, int], tuple[int, Weights]] = {}  # while one works
+        self._moved_s = self._spoke_s = float("-inf")
+        self._pauses = 0
+
+    # How it stands.
+
+    @property
+    def is_working(self) -> bool:
+        """Whether the lease that was begun is still to be worked on."""
+        return self._phase is Phase.WORKING
+
+    @property
+    def is_ready(self) -> bool:
+        """There is a lease to begin, and its weights are here."""
+        return self._has_weights and self.lease is not None and self.lease.lease >= 0
+
+    @property
+    def is_over(self) -> bool:
+        """There is no more work, and the last weights are in `replica.read`, where there are any;
+        or this worker was refused."""
+        lease = self.lease
+        ended = lease is not None and lease.lease < 0 and (lease.sequence < 0 or self._has_weights)
+        return ended or bool(self.refusal)
+
+    @property
+    def _has_weights(self) -> bool:
+        if self.lease is None or self._phase is not Phase.WAITING or self._current is not None:
+            return False
+        return self.replica.is_whole(self.lease.sequence)
+
+    # What the worker does.
+
+    def begin(self, now_s: float) -> Lease:
+        """Work on the lease that is ready; `replica.tensors` hold its weights."""
+        if not self.is_ready or self.lease is None:
+            raise RuntimeError("no lease is ready; wait for `is_ready`")
+        lease = self.lease
+        self.replica.settle()
+        self.updates.begin(lease.lease, lease.clock)
+        self._phase = Phase.WORKING
+        self._current = Delivery(lease.lease, lease.clock, lease.sequence)
+        self._deliveries[lease.lease] = self._current
+        return lease
+
+    def push(self, gradients: Mapping[str, Tensor], now_s: float) -> list[Mail]:
+        """Some gradients, by name, are final: means over this worker's own count."""
+        if self._phase is not Phase.WORKING:
+            return []
+        return self._send_pieces(self.updates.put(gradients))
+
+    def finish(
+        self, now_s: float, *, loss: float, count: float, rows: int, seconds: float
+    ) -> list[Mail]:
+        """The update is whole. Gradients that were not pushed are zero."""
+        if self._phase is not Phase.WORKING or self._current is None:
+            return []
+        mail = self._send_pieces(self.updates.rest())
+        self._current.finished = {
+            "loss": loss,
+            "count": count,
+            "rows": rows,
+            "seconds": seconds,
+            "options": self.options,
+        }
+        self._phase = Phase.WAITING
+        self._progress(now_s)
+        self._take_waiting()
+        return self._said(mail + self._tell_finished(self._current), now_s)
+
+    def leave(self) -> list[Mail]:
+        """Go; what was begun is given to others."""
+        return [(SCHEDULER, Leave())]
+
+    def _send_pieces(self, homes: list[tuple[int, int]]) -> list[Mail]:
+        delivery = self._current
+        assert delivery is not None
+        mail: list[Mail] = []
+        for server, piece in homes:
+            message = Push(
+                lease=delivery.lease,
+                sequence=delivery.sequence,
+                piece=piece,
+                pieces=len(self.replica.shards[server]),
+                options=self.options,
+                tensors=self.updates.piece(server, piece),
+            )
+            delivery.pieces[server, piece] = message
+            mail.append((self.places[server], message))
+        return mail
+
+    # What comes in.
+
+    def handle(self, sender: str, message: Message, now_s: float) -> list[Mail]:
+        """Take a message in.
+
+        Raises:
+            Malformed: it is nothing that this sender says to a worker; nothing has changed.
+        """
+        if sender == SCHEDULER:
+            return self._said(self._hear_scheduler(message, now_s), now_s)
+        if sender not in self.places:
+            return []
+        server = self.places.index(sender)
+        match message:
+            case Staged():
+                return self._said(self._staged(server, message, now_s), now_s)
+            case Weights():
+                self._take(server, message, now_s)
+                return []
+        raise Malformed(f"a {message.kind} from a server")
+
+    def _hear_scheduler(self, message: Message, now_s: float) -> list[Mail]:
+        match message:
+            case Welcome():
+                return self._welcome(message, now_s)
+            case Refused():
+                self.refusal = message.reason
+                return []
+            case Lease():
+                self._take_lease(message, now_s)
+                return []
+            case Repush():
+                self._move(message.places)
+                return self._deliver_again(self._deliveries.get(message.lease), now_s)
+        raise Malformed(f"a {message.kind} from the scheduler")
+
+    def _move(self, places: list[str]) -> bool:
+        """Where the servers are now; whether that is said of all."""
+        if len(places) == self.servers:
+            self.places = list(places)
+        return len(places) == self.servers
+
+    def _welcome(self, message: Welcome, now_s: float) -> list[Mail]:
+        if not self._move(message.places):
+            return []
+        self.number = message.number
+        if self._phase is Phase.JOINING:
+            self._phase = Phase.WAITING
+            self._progress(now_s)
+        if not message.gives_weights:
+            return []
+        given = Delivery(GIVEN, -1, self.replica.sequence)
+        for server, pieces in enumerate(self.replica.shards):
+            for piece in range(len(pieces)):
+                values = self.replica.copy(server, piece)
+                given.pieces[server, piece] = Give(piece=piece, pieces=len(pieces), tensors=values)
+        given.finished = {"loss": 0.0, "count": 0.0, "rows": 0, "seconds": 0.0}
+        self._deliveries[GIVEN] = given
+        return self._deliver_again(given, now_s)
+
+    def _deliver_again(self, delivery: Delivery | None, now_s: float) -> list[Mail]:
+        """Ask all servers what they lack of a delivery."""
+        if delivery is None:
+            return []
+        delivery.births.clear()
+        delivery.is_told = False
+        self._progress(now_s)
+        return [(place, Ask(lease=delivery.lease)) for place in self.places]
+
+    def _staged(self, server: int, message: Staged, now_s: float) -> list[Mail]:
+        delivery = self._deliveries.get(message.lease)
+        if delivery is None:
+            return []
+        self._progress(now_s)
+        if not message.missing:
+            delivery.births[server] = message.birth
+            return self._tell_finished(delivery)
+        delivery.births.pop(server, None)
+        found = [delivery.pieces.get((server, piece)) for piece in message.missing]
+        return [(self.places[server], piece) for piece in found if piece is not None]
+
+    def _tell_finished(self, delivery: Delivery, again: bool = False) -> list[Mail]:
+        """Tell the scheduler once all servers hold all."""
+        if delivery.finished is None or len(delivery.births) < self.servers:
+            return []
+        if delivery.is_told and not again:
+            return []
+        delivery.is_told = True
+        births = [delivery.births[server] for server in range(self.servers)]
+        finished = Finished(
+            lease=delivery.lease, sequence=delivery.sequence, births=births, **delivery.finished
+        )
+        return [(SCHEDULER, finished)]
+
+    def _take_lease(self, message: Lease, now_s: float) -> None:
+        held = self.lease
+        if held is not None and held.lease == message.lease:
+            newer = message.sequence > held.sequence and self._current is None
+            if newer:  # other weights for it, since those before did not come
+                self.lease = message
+                self._progress(now_s)
+            return
+        is_new = held is None or message.lease < 0 or 0 <= held.lease < message.lease
+        if not is_new:
+            return
+        if self._current is not None:
+            if self._current.is_told:
+                self.updates.keep()
+            else:  # it was revoked
+                del self._deliveries[self._current.lease]
+            self._current = None
+        for delivery in list(self._deliveries.values()):
+            if delivery.lease != GIVEN and (message.lease < 0 or delivery.clock < message.clock):
+                del self._deliveries[delivery.lease]
+        if message.sequence >= 0 and self._deliveries.get(GIVEN, None) is not None:
+            self._end_giving()
+        self.lease, self._phase = message, Phase.WAITING
+        self._progress(now_s)
+        self._take_waiting()
+
+    def _end_giving(self) -> None:
+        """A lease tells that the servers have weights."""
+        if self._deliveries[GIVEN].is_told:
+            del self._deliveries[GIVEN]
+
+    def _take(self, server: int, message: Weights, now_s: float) -> None:
+        """Weights that come while one works wait: they must not change under a backward pass."""
+        if self._phase is Phase.WORKING:
+            _, held = self._waiting.get((server, message.piece), (0, message))
+            if held.sequence <= message.sequence:
+                self._waiting[server, message.piece] = server, message
+        elif self.replica.take(server, message):
+            self._progress(now_s)
+
+    def _take_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, {}
+        for server, message in waiting.values():
+            self.replica.take(server, message)
+
+    # Time.
+
+    def lost(self, name: str, now_s: float) -> list[Mail]:
+        """A connection has ended: what was on its way is said again soon."""
+        self._moved_s = min(self._moved_s, now_s - self.repeat_s)
+        self._pauses = 1
+        return []
+
+    def tick(self, now_s: float) -> list[Mail]:
+        """To be called a few times in `repeat_s`; the first time joins."""
+        if self.refusal or self.is_over:
+            return []
+        mail: list[Mail] = []
+        if now_s - self._moved_s >= self._pauses * self.repeat_s:
+            mail = self._say_again()
+            self._moved_s = now_s
+            self._pauses = max(1, min(2 * self._pauses, LONGEST))
+        speaks = self._phase is not Phase.JOINING and now_s - self._spoke_s >= self.beat_s
+        if speaks and not any(to == SCHEDULER for to, _ in mail):
+            mail.append((SCHEDULER, Beat()))
+        return self._said(mail, now_s)
+
+    def _say_again(self) -> list[Mail]:
+        if self._phase is Phase.JOINING:
+            return [(SCHEDULER, self._join)]
+        mail: list[Mail] = []
+        for delivery in self._deliveries.values():
+            if delivery.finished is None:
+                continue
+            for server, place in enumerate(self.places):
+                if server not in delivery.births:
+                    mail.append((place, Ask(lease=delivery.lease)))
+            if self._phase is Phase.WAITING:
+                mail += self._tell_finished(delivery, again=True)
+        if mail or self._phase is Phase.WORKING:
+            return mail
+        if self.lease is not None and self._current is None:
+            return [(SCHEDULER, Again(lease=self.lease.lease, sequence=self.lease.sequence))]
+        return [(SCHEDULER, Again())]
+
+    def _progress(self, now_s: float) -> None:
+        self._moved_s, self._pauses = now_s, 1
+
+    def _said(self, mail: list[Mail], now_s: float) -> list[Mail]:
+        if any(to == SCHEDULER for to, _ in mail):
+            self._spoke_s = now_s
+        return mail

@@ -1,0 +1,123 @@
+"""A worker's copy of what servers hold: the weights as they were read, and those it works on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from allfuse.base.torch_private import foreach_copy
+from allfuse.link.post import Malformed
+from allfuse.roles.blueprint import Blueprint, read_codec
+from allfuse.roles.cutting import cut, view_all
+from allfuse.roles.messages import Weights
+from allfuse.roles.readers import add_message
+
+
+class Replica:
+    """Flat tensors, one for each block of a blueprint.
+
+    Attributes:
+        read: the weights as they came from the servers.
+        live: those to train with. Of blocks whose gradients are pushed they are `read` itself; of
+            blocks whose changes are pushed they are memory of their own.
+        tensors: views of `live` by name, of the shapes of the model.
+        sequence: the newest version of which something came.
+
+    Example:
+        replica = Replica(blueprint, servers=2)
+        replica.load(dict(model.named_parameters()))
+        model.weight.data = replica.tensors["weight"]
+    """
+
+    def __init__(
+        self, blueprint: Blueprint, servers: int, device: torch.device | str = "cpu"
+    ) -> None:
+        self.blueprint = blueprint
+        blocks = blueprint.blocks
+        self.shards = cut(blocks, servers)
+        self.read = [torch.zeros(b.elements, dtype=b.dtype, device=device) for b in blocks]
+        self.live = [
+            flat.clone() if blueprint.pushes_changes(number) else flat
+            for number, flat in enumerate(self.read)
+        ]
+        self.tensors = view_all(blocks, self.live)
+        self.sequence = -1
+        self._codec = read_codec(blueprint.codec)
+        self._arrived: set[tuple[int, int]] = set()
+        self._versions: dict[tuple[int, int], int] = {}
+        self._count = sum(map(len, self.shards))
+
+    @torch.no_grad()
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Begin with these weights, by name."""
+        foreach_copy(list(self.tensors.values()), [values[name] for name in self.tensors])
+        for read, live in zip(self.read, self.live, strict=True):
+            if read is not live:
+                read.copy_(live)
+
+    def is_whole(self, sequence: int) -> bool:
+        """Whether all pieces are of that version."""
+        return sequence == self.sequence and len(self._arrived) == self._count
+
+    @torch.no_grad()
+    def take(self, server: int, message: Weights) -> bool:
+        """Take a piece in; whether it was new. Older versions than the newest are left out, and
+        differences to what is not here.
+
+        Raises:
+            Malformed: it is no piece of that server's shard.
+        """
+        tensors = self._check(server, message)
+        place = server, message.piece
+        if message.sequence < self.sequence:
+            return False
+        if message.sequence > self.sequence:
+            self.sequence = message.sequence
+            self._arrived.clear()
+        if place in self._arrived or message.base not in (-1, self._versions.get(place)):
+            return False
+        self._versions[place] = -1  # until all spans are in
+        for span, tensor in zip(self.shards[server][message.piece], tensors, strict=True):
+            flat = self.read[span.block][span.start : span.stop]
+            flat.copy_(tensor if message.base < 0 else self._decode(tensor, flat))
+        self._versions[place] = message.sequence
+        self._arrived.add(place)
+        return True
+
+    def _check(self, server: int, message: Weights) -> Sequence[Tensor]:
+        pieces = self.shards[server]
+        if message.pieces != len(pieces) or not 0 <= message.piece < len(pieces):
+            raise Malformed(f"piece {message.piece} of {message.pieces} of {len(pieces)}")
+        spans = pieces[message.piece]
+        fits = len(message.tensors) == len(spans)
+        for span, tensor in zip(spans, message.tensors, strict=False):
+            dtype, elements = self.read[span.block].dtype, span.elements
+            if message.base >= 0:
+                size = self._codec.encoded_bytes(elements) if self._codec else -1
+                fits = fits and tensor.dtype == torch.uint8 and tensor.shape == (size,)
+            else:
+                fits = fits and tensor.dtype == dtype and tensor.shape == (elements,)
+        if not fits:
+            raise Malformed(f"piece {message.piece} holds other tensors than {len(spans)} spans")
+        return message.tensors
+
+    def _decode(self, tensor: Tensor, flat: Tensor) -> Tensor:
+        assert self._codec is not None
+        try:
+            return add_message(self._codec, tensor.to(flat.device), flat)
+        except (ValueError, IndexError, RuntimeError) as error:
+            raise Malformed(f"a difference that cannot be decoded: {error}") from error
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Go back to the weights as they were read."""
+        for read, live in zip(self.read, self.live, strict=True):
+            if read is not live:
+                live.copy_(read)
+
+    def copy(self, server: int, piece: int) -> tuple[Tensor, ...]:
+        """A copy of the weights of a piece as they were read, on the CPU."""
+        spans = self.shards[server][piece]
+        return tuple(self.read[s.block][s.start : s.stop].cpu().clone() for s in spans)

@@ -1,0 +1,292 @@
+"""A server: holds a shard of the weights, and does what the scheduler orders. Sans I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from allfuse.base.errors import AllfuseError
+from allfuse.link.post import Malformed
+from allfuse.roles.blueprint import Blueprint, read_codec
+from allfuse.roles.messages import (
+    SCHEDULER,
+    Applied,
+    Ask,
+    Found,
+    Give,
+    Mail,
+    Message,
+    Orders,
+    Push,
+    Refused,
+    Serve,
+    Staged,
+    Weights,
+)
+from allfuse.roles.readers import Readers
+from allfuse.roles.shard import Shard
+from allfuse.roles.snapshots import Snapshots
+from allfuse.roles.stage import Bundle, Stage
+
+SERVE_S = 2.0
+GIVEN = -1  # in place of a lease: the first weights
+
+
+class Order(NamedTuple):
+    """An entry of `Orders`, checked."""
+
+    leases: list[tuple[int, float]]
+    to: list[str]
+    dropped: list[int]
+    save: bool
+
+
+class Server:
+    """Holds shard `index` of `servers`.
+
+    Pieces of updates are staged by their lease. Orders are carried out by their sequence, each
+    once: the optimizer steps by the weighted sum of the leases' updates, in their order, with the
+    options that came with the first; then those who are named get the weights of that version,
+    from a copy that later updates leave alone; then the shard is written to disk where it is asked
+    for. Weights are taken from the scheduler's last giver until the first order.
+
+    `handle` may raise `Malformed`: whoever sent that is wrong, and nothing has changed.
+
+    Attributes:
+        refusal: why the scheduler does not take this server; empty where it does.
+
+    Args:
+        birth: random; of this process.
+        place: where workers find it.
+        folder: for snapshots; None keeps none.
+
+    Example:
+        server = Server(0, 1, birth=7, place="127.0.0.1:7078")
+        for receiver, message in server.tick(now_s):
+            send(receiver, message)
+    """
+
+    def __init__(
+        self, index: int, servers: int, *, birth: int, place: str, folder: Path | None = None
+    ) -> None:
+        self.index, self.servers, self.birth, self.place = index, servers, birth, place
+        self.snapshots = Snapshots(folder, index, servers) if folder else None
+        self.shard: Shard | None = None
+        self.saved = self.snapshots.newest() if self.snapshots else -1
+        self._sequence = self.saved
+        self._has_weights = False
+        self._takes_weights = True  # until the first order after they were given
+        self._giver = ""
+        self._superseded: set[str] = set()
+        self._given = Bundle("")
+        self._served_s = float("-inf")
+        self.refusal = ""
+
+    @property
+    def applied(self) -> int:
+        """The version of the weights here; before `Found`, that on disk; -1 for none."""
+        found = self.shard is not None
+        return self._sequence if self._has_weights or not found else -1
+
+    def tick(self, now_s: float) -> list[Mail]:
+        """To be called every second or so."""
+        if self.refusal or now_s - self._served_s < SERVE_S:
+            return []
+        self._served_s = now_s
+        serve = Serve(index=self.index, birth=self.birth, applied=self.applied, place=self.place)
+        return [(SCHEDULER, serve)]
+
+    def lost(self, name: str, now_s: float) -> list[Mail]:
+        """The connection of a worker has ended: nothing that it sent is on its way."""
+        self._superseded.discard(name)
+        if name == self._giver:
+            self._giver, self._given = "", Bundle("")
+        if self.shard is not None:
+            self._readers.forget(name)
+        return []
+
+    def handle(self, sender: str, message: Message, now_s: float) -> list[Mail]:
+        """What there is to say to a message.
+
+        Raises:
+            Malformed: it is not what this server takes.
+        """
+        return list(self.answer(sender, message))
+
+    def answer(self, sender: str, message: Message) -> Iterator[Mail]:
+        """`handle`, message by message, each to be sent before the next is made: while the first
+        pieces of weights travel, the next are stepped. To be gone through to its end.
+        """
+        match message:
+            case Found() if sender == SCHEDULER:
+                self._found(message)
+            case Refused() if sender == SCHEDULER and self.shard is None:
+                self._step_back(message.reason)
+            case Orders() if sender == SCHEDULER:
+                yield from self._carry_out(message)
+            case Give():
+                yield from self._take_given(sender, message)
+            case Push():
+                yield from self._stage_push(sender, message)
+            case Ask():
+                yield from self._tell_missing(sender, message.lease)
+            case _:
+                raise Malformed(f"a {message.kind} from {sender}, which servers do not take")
+
+    def _found(self, message: Found) -> None:
+        """Make the shard. Comes again and again; the first one counts."""
+        blueprint = Blueprint.from_plain(message.blueprint)
+        if message.servers != self.servers:
+            raise Malformed(f"a job of {message.servers} servers; this one is of {self.servers}")
+        if self.shard is not None:
+            if self.shard.blueprint.digest != blueprint.digest:
+                raise Malformed("another model than this server holds")
+            return
+        shard = Shard(blueprint, self.index, self.servers)
+        if self.snapshots is not None:
+            self.snapshots.drop_after(message.sequence)
+            self.saved = self.snapshots.newest()
+            if self.saved >= 0:
+                self.snapshots.load(shard, self.saved)
+                self._has_weights, self._takes_weights = True, False
+        self.shard, self._sequence = shard, message.sequence
+        codec = read_codec(blueprint.codec)
+        self._stage = Stage(blueprint, shard.pieces, codec)
+        self._readers = Readers(codec, self.index)
+
+    def _step_back(self, reason: str) -> None:
+        """The newest snapshot may be of a history that the run has left: offer the one before."""
+        older = self.snapshots.newest(self.saved - 1) if self.snapshots and self.saved >= 0 else -1
+        if older < 0:
+            self.refusal = reason
+        self.saved = self._sequence = older
+        self._served_s = float("-inf")
+
+    # The first weights.
+
+    def _take_given(self, sender: str, message: Give) -> Iterator[Mail]:
+        if self.shard is None or not self._listens_to(sender):
+            return
+        values = self._stage.read(message.piece, message.pieces, message.tensors)
+        if self._takes_weights:
+            self._given.pieces.setdefault(message.piece, values)
+            if len(self._given.pieces) == len(self.shard.pieces):
+                for piece, each in self._given.pieces.items():
+                    self.shard.put(piece, each)
+                self._has_weights = True
+        if not self._missing_given():
+            yield sender, Staged(lease=GIVEN, birth=self.birth)
+
+    def _listens_to(self, sender: str) -> bool:
+        """Whether it may give weights: of several the one who began last."""
+        if sender in self._superseded:
+            return False
+        if sender != self._giver:
+            if self._giver:
+                self._superseded.add(self._giver)
+            self._giver, self._given = sender, Bundle(sender)
+        return True
+
+    def _missing_given(self) -> list[int]:
+        assert self.shard is not None
+        if not self._takes_weights:
+            return []
+        return [n for n in range(len(self.shard.pieces)) if n not in self._given.pieces]
+
+    # Updates.
+
+    def _stage_push(self, sender: str, message: Push) -> Iterator[Mail]:
+        if self.shard is None or message.lease in self._stage.ended:
+            return
+        if message.lease < 0:
+            raise Malformed(f"lease {message.lease}; they count from 0")
+        options = self._stage.read_options(message.options)
+        values = self._stage.read(message.piece, message.pieces, message.tensors)
+        self._readers.confirm(sender, message.sequence)
+        bundle = Bundle(sender, message.sequence, options)
+        self._stage.add(message.lease, message.piece, values, bundle)
+        if not self._stage.missing(message.lease):
+            yield sender, Staged(lease=message.lease, birth=self.birth)
+
+    def _tell_missing(self, sender: str, lease: int) -> Iterator[Mail]:
+        if self.shard is None or lease in self._stage.ended:
+            return
+        if lease == GIVEN:
+            if not self._listens_to(sender):
+                return
+            missing = self._missing_given()
+        else:
+            missing = self._stage.missing(lease)
+        yield sender, Staged(lease=lease, birth=self.birth, missing=missing)
+
+    # Orders.
+
+    def _carry_out(self, message: Orders) -> Iterator[Mail]:
+        if self.shard is None or not self._has_weights:
+            return
+        orders = [_read_order(entry) for entry in message.entries]
+        for sequence, order in enumerate(orders, message.first):
+            if sequence == self._sequence + 1:
+                yield from self._carry_out_one(sequence, order)
+        yield SCHEDULER, Applied(sequence=self._sequence, saved=self.saved)
+
+    def _carry_out_one(self, sequence: int, order: Order) -> Iterator[Mail]:
+        shard, stage = self.shard, self._stage
+        assert shard is not None
+        for lease, _ in order.leases:
+            if lease in stage.ended or stage.missing(lease):
+                raise AllfuseError(
+                    f"server {self.index} was ordered to apply lease {lease} at sequence "
+                    f"{sequence}, which it does not hold; allowed: leases that it said it holds; "
+                    "the weights can go no further: start the job again from its last snapshot"
+                )
+        bundles = [(weight, stage.get(lease)) for lease, weight in order.leases]
+        self._readers.begin(sequence)
+        for piece in range(len(shard.pieces)):
+            if bundles:
+                pushes = [(weight, bundle.pieces[piece]) for weight, bundle in bundles]
+                shard.update(piece, pushes, bundles[0][1].options)
+            if order.to:
+                weights = shard.copy(piece)
+            for worker in order.to:
+                base, tensors = self._readers.message(worker, piece, weights)
+                yield (
+                    worker,
+                    Weights(
+                        sequence=sequence,
+                        piece=piece,
+                        pieces=len(shard.pieces),
+                        base=base,
+                        tensors=tensors,
+                    ),
+                )
+        self._readers.end()
+        for lease in [*(lease for lease, _ in order.leases), *order.dropped]:
+            stage.end(lease)
+        self._sequence, self._takes_weights = sequence, False
+        self._given = Bundle("")
+        if order.save and self.snapshots is not None:
+            self.snapshots.save(shard, sequence)
+            self.saved = sequence
+
+
+def _read_order(entry: list[Any]) -> Order:
+    """
+    Raises:
+        Malformed: it is no order.
+    """
+    match entry:
+        case [list() as leases, list() as to, list() as dropped, bool() as save]:
+            pairs = [pair for pair in leases if _is_weighted(pair)]
+            names = all(isinstance(name, str) for name in to)
+            if len(pairs) == len(leases) and names and all(type(n) is int for n in dropped):
+                return Order([(lease, weight) for lease, weight in pairs], to, dropped, save)
+    raise Malformed(f"an order {str(entry)[:80]}")
+
+
+def _is_weighted(pair: object) -> bool:
+    match pair:
+        case [int(), int() | float()]:
+            return True
+    return False

@@ -1,0 +1,149 @@
+"""Updates that a server holds until they are ordered."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from allfuse.codec import MessageCodec
+from allfuse.link.post import Malformed
+from allfuse.roles.blueprint import Blueprint
+from allfuse.roles.cutting import Piece
+from allfuse.roles.elementwise import is_option
+from allfuse.roles.readers import to_exact
+from allfuse.roles.shard import Options, Values
+
+
+@dataclass
+class Bundle:
+    """The pieces of one lease, or of the first weights, that came so far."""
+
+    sender: str
+    sequence: int = -1
+    options: Options = ()
+    pieces: dict[int, Values] = field(default_factory=dict)
+
+
+class Numbers:
+    """A set of whole numbers, kept as runs: those that are added come nearly in order."""
+
+    def __init__(self) -> None:
+        self._first: list[int] = []
+        self._last: list[int] = []
+
+    def __contains__(self, number: int) -> bool:
+        at = bisect_right(self._first, number) - 1
+        return at >= 0 and number <= self._last[at]
+
+    def add(self, number: int) -> None:
+        if number in self:
+            return
+        at = bisect_right(self._first, number)
+        self._first.insert(at, number)
+        self._last.insert(at, number)
+        if at + 1 < len(self._first) and self._first[at + 1] == number + 1:
+            self._last[at] = self._last.pop(at + 1)
+            self._first.pop(at + 1)
+        if at > 0 and self._last[at - 1] == number - 1:
+            self._last[at - 1] = self._last.pop(at)
+            self._first.pop(at)
+
+
+class Stage:
+    """Bundles by lease. A lease that has ended is never taken again.
+
+    Args:
+        pieces: those of the shard.
+
+    Attributes:
+        ended: leases that were ordered or dropped.
+    """
+
+    def __init__(self, blueprint: Blueprint, pieces: Sequence[Piece], codec: MessageCodec | None):
+        self.blueprint, self.pieces, self.codec = blueprint, pieces, codec
+        self._bundles: dict[int, Bundle] = {}
+        self.ended = Numbers()
+
+    def missing(self, lease: int) -> list[int]:
+        bundle = self._bundles.get(lease)
+        held = bundle.pieces if bundle else {}
+        return [number for number in range(len(self.pieces)) if number not in held]
+
+    def add(self, lease: int, piece: int, values: Values, bundle: Bundle) -> None:
+        """Take in a piece of a bundle. What comes twice, or from another sender, changes nothing.
+
+        Of two that were made from different weights, as by a worker that was started anew, the
+        newer one counts; once one is whole, that does.
+        """
+        held = self._bundles.setdefault(lease, bundle)
+        if held.sender != bundle.sender or not self.missing(lease):
+            return
+        if held.sequence < bundle.sequence:
+            held = self._bundles[lease] = bundle
+        if held.sequence == bundle.sequence:
+            held.pieces.setdefault(piece, values)
+
+    def get(self, lease: int) -> Bundle:
+        return self._bundles[lease]
+
+    def end(self, lease: int) -> None:
+        """Forget a lease that was ordered or dropped."""
+        self._bundles.pop(lease, None)
+        self.ended.add(lease)
+
+    def read(self, piece: int, pieces: int, tensors: Values) -> Values:
+        """The values of a piece as it was pushed, decoded.
+
+        Raises:
+            Malformed: it is not this shard's, or cannot be decoded.
+        """
+        self.check(piece, pieces, len(tensors))
+        blocks = self.blueprint.blocks
+        read = []
+        for span, tensor in zip(self.pieces[piece], tensors, strict=True):
+            dtype = blocks[span.block].dtype
+            if tensor.dtype == dtype and tensor.shape == (span.elements,):
+                read.append(tensor)
+            else:
+                like = to_exact(tensor.new_empty(0, dtype=dtype))
+                read.append(_decode(self.codec, tensor, span.elements, like))
+        return tuple(read)
+
+    def check(self, piece: int, pieces: int, tensors: int) -> None:
+        """
+        Raises:
+            Malformed: there is no such piece.
+        """
+        count = len(self.pieces)
+        if pieces != count or not 0 <= piece < count or tensors != len(self.pieces[piece]):
+            raise Malformed(f"piece {piece} of {pieces} in {tensors} tensors; there are {count}")
+
+    def read_options(self, options: Sequence[Mapping[str, Any]]) -> Options:
+        """
+        Raises:
+            Malformed: they are not options of the groups.
+        """
+        groups = self.blueprint.groups
+        if len(options) not in (0, len(groups)):
+            raise Malformed(f"options of {len(options)} groups; there are {len(groups)}")
+        for group, changed in zip(groups, options, strict=False):
+            for name, value in changed.items():
+                if name not in group.options or not is_option(value):
+                    raise Malformed(f"an option {name!r}; allowed: {', '.join(group.options)}")
+        return options
+
+
+def _decode(codec: MessageCodec | None, message: Tensor, elements: int, like: Tensor) -> Tensor:
+    """The `elements` values, of the type of `like`, that a message stands for."""
+    if codec is None or message.shape != (codec.encoded_bytes(elements),):
+        raise Malformed(f"{message.dtype} of {tuple(message.shape)} for {elements} values")
+    values = like.new_empty(elements)
+    try:
+        codec.decode(message, values)
+    except (ValueError, IndexError, RuntimeError) as error:
+        raise Malformed(f"a message that cannot be decoded: {error}") from error
+    return values

@@ -1,0 +1,160 @@
+"""What a worker brings to the servers: gradients and changes, cut into pieces and encoded."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from allfuse.base.keys import mix
+from allfuse.base.torch_private import foreach_copy, storage_users
+from allfuse.codec import MessageCodec
+from allfuse.roles.blueprint import Blueprint, read_codec
+from allfuse.roles.cutting import Span, find_places, overlaps, view_all
+from allfuse.roles.readers import to_exact
+from allfuse.roles.replica import Replica
+
+
+class Sheet:
+    """Memory for one update: a flat tensor for each block, and views by name."""
+
+    def __init__(self, blueprint: Blueprint, device: torch.device) -> None:
+        blocks = blueprint.blocks
+        self.flats = [torch.empty(b.elements, dtype=b.dtype, device=device) for b in blocks]
+        self.tensors = view_all(blocks, self.flats)
+        self._users = [storage_users(flat) for flat in self.flats]
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no message holds a part of it."""
+        return [storage_users(flat) for flat in self.flats] == self._users
+
+
+class Updates:
+    """The updates of one worker, lease by lease.
+
+    Phases of one update, for B bytes:
+      1. `put`: gradients that are final are copied into flat memory (B read and written once); a
+         piece whose gradients are all there may travel while others are still computed.
+      2. `rest`: gradients that never came count as zero; changes are taken (weights as read less
+         weights now); everything else may travel.
+      3. `piece`: a piece as it travels. Under a codec what is lost is kept and added to the next
+         update (error feedback), once `keep` says that this one counts; else it is as if nothing
+         had been sent.
+
+    Args:
+        name: of the worker, for codecs that draw.
+    """
+
+    def __init__(self, replica: Replica, name: str) -> None:
+        self.blueprint, self.replica = replica.blueprint, replica
+        self.codec: MessageCodec | None = read_codec(self.blueprint.codec)
+        self.device = replica.read[0].device if replica.read else torch.device("cpu")
+        self.key = zlib.crc32(name.encode())
+        blocks = self.blueprint.blocks
+        self._homes = overlaps(blocks, replica.shards)
+        places = find_places(blocks)
+        self.pushed = [n for n, p in places.items() if not self.blueprint.pushes_changes(p.block)]
+        self._sheets: list[Sheet] = []
+        self.sheet = self._idle_sheet()
+        self._waits: dict[tuple[int, int], int] = {}
+        self._came: set[str] = set()
+        self._left = self._new = self._zeros()
+        if self.codec is not None:
+            self._new = self._zeros()
+        self.clock, self.lease, self._has_encoded = 0, -1, False
+
+    def _zeros(self) -> list[Tensor]:
+        if self.codec is None:
+            return []
+        return [torch.zeros_like(to_exact(flat)) for flat in self.replica.read]
+
+    def _idle_sheet(self) -> Sheet:
+        idle = next((sheet for sheet in self._sheets if sheet.is_idle), None)
+        if idle is None:
+            idle = Sheet(self.blueprint, self.device)
+            self._sheets.append(idle)
+        return idle
+
+    @property
+    def residuals(self) -> dict[str, Tensor]:
+        """What was not sent yet, by name: live tensors, none where nothing is lost."""
+        return view_all(self.blueprint.blocks, self._left) if self._left else {}
+
+    def begin(self, lease: int, clock: int) -> None:
+        """The next update is that of a lease. What an earlier one still needs stays as it is."""
+        self.sheet = self._idle_sheet()
+        self.lease, self.clock, self._has_encoded = lease, clock, False
+        self._came = set()
+        self._waits = {
+            (server, piece): 0
+            for server, pieces in enumerate(self.replica.shards)
+            for piece in range(len(pieces))
+        }
+        for homes in self._homes.values():
+            for home in homes:
+                self._waits[home] += 1
+
+    @torch.no_grad()
+    def put(self, gradients: Mapping[str, Tensor]) -> list[tuple[int, int]]:
+        """Take final gradients in, by name; which pieces, as (server, piece), are whole now."""
+        foreach_copy([self.sheet.tensors[name] for name in gradients], list(gradients.values()))
+        return self._arrive(gradients.keys())
+
+    def _arrive(self, names: Collection[str]) -> list[tuple[int, int]]:
+        ready = []
+        for name in names:
+            if name in self._came:
+                continue
+            self._came.add(name)
+            for home in self._homes[name]:
+                self._waits[home] -= 1
+                if self._waits[home] == 0:
+                    ready.append(home)
+        return ready
+
+    @torch.no_grad()
+    def rest(self) -> list[tuple[int, int]]:
+        """Take in what is left; which pieces are whole now, those without elements too."""
+        empty = [home for home, count in self._waits.items() if count == 0 and self._is_empty(home)]
+        for name in self.pushed:
+            if name not in self._came:
+                self.sheet.tensors[name].zero_()
+        for number, (read, live) in enumerate(
+            zip(self.replica.read, self.replica.live, strict=True)
+        ):
+            if read is not live:
+                torch.sub(read, live, out=self.sheet.flats[number])
+        return empty + self._arrive(list(self._homes))
+
+    def _is_empty(self, home: tuple[int, int]) -> bool:
+        server, piece = home
+        return not self.replica.shards[server][piece]
+
+    def piece(self, server: int, piece: int) -> tuple[Tensor, ...]:
+        """The tensors of a piece as they travel, on the CPU. To be asked for once an update."""
+        spans = self.replica.shards[server][piece]
+        codec = self.codec
+        if codec is None or not codec.encodes(self.clock):
+            return tuple(self.sheet.flats[s.block][s.start : s.stop].cpu() for s in spans)
+        self._has_encoded = True
+        return tuple(self._encode(codec, span, number) for number, span in enumerate(spans))
+
+    @torch.no_grad()
+    def _encode(self, codec: MessageCodec, span: Span, number: int) -> Tensor:
+        block, part = span.block, slice(span.start, span.stop)
+        values = self._left[block][part] + self.sheet.flats[block][part]
+        message = codec.encode(values, mix(self.key, self.lease, block, span.start, number))
+        sent = torch.empty_like(values)
+        codec.decode(message, sent)
+        lost = torch.sub(values, sent, out=self._new[block][part])
+        lost.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)  # it was never to be sent
+        return message.cpu()
+
+    def keep(self) -> None:
+        """The update counts: what its encoding lost is added to the next one."""
+        if self._has_encoded:
+            self._left, self._new = self._new, self._left
+            self._has_encoded = False
