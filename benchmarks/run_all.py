@@ -25,6 +25,7 @@ BENCHMARKS = (
     "checkpoint",
     "allreduce",
     "socket_link",
+    "push_pull",
     "network",
     "slow_link",
     "quality",
@@ -97,16 +98,14 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a smoke run that writes nothing")
     options = parser.parse_args()
     chosen = options.names or list(BENCHMARKS)
-    sections, failed = kept_sections(), []
+    failed = []
     for name in chosen:
         print(f"\n{name}", flush=True)
         found = run(name, options.quick)
         if found is None:
             failed.append(name)
-        else:
-            sections[name] = section(found)
-            if not options.quick:
-                write_results(sections)
+        elif not options.quick:
+            write_results(kept_sections() | {name: section(found)})  # others may have written too
     if failed:
         print(f"failed: {', '.join(failed)}")
     return 1 if failed else 0

@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 
+from allfuse.codec import CODECS
 from allfuse.fusion.fuser import Fuser
+from allfuse.plan import as_plan
 from allfuse.topology import TOPOLOGIES
+from allfuse.topology.gossip import GRAPHS, Gossip
 
 ROOT = Path(__file__).resolve().parent.parent
 LOSSY = ["data(4, codec=topk(0.1))", "data(4, codec=sign)"]
@@ -45,6 +48,16 @@ def test_exact_topologies_train_as_well_by_the_optimizer_of_the_example(
     for figure in quality.compare(quality.DIGITS, ["data(4, topology=halving)"]):
         assert figure.ok, (figure.name, figure.value, figure.floor)
         assert abs(figure.value) < 0.5
+
+
+@pytest.mark.slow
+def test_warm_rounds_bring_lowrank_to_its_target_by_the_optimizer_of_the_example(
+    quality: ModuleType,
+) -> None:
+    plans = ["data(4, codec=lowrank(4, warm=10))", "data(4, codec=lowrank(4))"]
+    warm, cold = quality.compare(quality.DIGITS, plans)
+    assert warm.ok, (warm.value, warm.floor)
+    assert not cold.ok, (cold.value, cold.floor)
 
 
 def reached_without_feedback(task: Any, plan: str, seed: int, steps: int) -> float:
@@ -92,3 +105,14 @@ def test_every_exact_topology_is_among_the_plans(quality: ModuleType) -> None:
     for name, topology in TOPOLOGIES.items():
         if topology.exact:
             assert f"data(4, topology={name})" in quality.SUMS
+
+
+def test_every_codec_and_every_graph_is_among_the_plans(quality: ModuleType) -> None:
+    axes = [as_plan(plan).axes[0] for plan in quality.LOSSY]
+    assert {axis.codec.name for axis in axes} == set(CODECS)  # gossip has no codec
+    graphs = {axis.topology.graph for axis in axes if isinstance(axis.topology, Gossip)}
+    assert graphs == set(GRAPHS)
+    for task in (quality.DIGITS, quality.CHARACTERS, quality.DIGITS_SGD, quality.CHARACTERS_SGD):
+        codecs = [as_plan(plan).axes[0].codec for plan in task.warmed]
+        assert {codec.warm for codec in codecs} == set(task.warm)
+        assert len(codecs) == len(task.warm) * len(quality.SLOW)
