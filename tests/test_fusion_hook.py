@@ -264,6 +264,17 @@ def test_a_codec_does_not_go_on_from_what_another_remembers() -> None:
     assert run(other_rank, 2)
 
 
+def other_codecs() -> str:
+    owner = Owner(("codec=int8", "codec=int4")[dist.get_rank()])
+    with pytest.raises(UserError) as told:
+        owner.backward()
+    return str(told.value)
+
+
+def test_other_plans_on_other_ranks_are_refused() -> None:
+    assert "the plan of rank 1 is not that of rank 0" in run(other_codecs, 2)
+
+
 def overflow() -> dict[str, tuple[bool, bool]]:
     """A step in which one rank's gradient is infinite, as loss scaling provokes, and the next."""
     found = {}

@@ -33,6 +33,7 @@ from allfuse.base.errors import (
     UserError,
 )
 from allfuse.job import Stop
+from allfuse.launcher import current_world
 from allfuse.launcher.thread import launch_threads
 from allfuse.store.checkpoint import Checkpoints
 from allfuse.training.loop import train_job
@@ -399,3 +400,18 @@ def test_data_that_differs_from_rank_to_rank_is_refused_on_all_of_them() -> None
     for result in launch_threads(work, 3):
         assert isinstance(result, DataError)
         assert "rank 1 is not that of rank 0" in str(result)
+
+
+def test_other_plans_on_other_ranks_are_refused() -> None:
+    """Messages of these codecs would be read as they come, and weights differ from rank to rank."""
+
+    def work() -> None:
+        world = current_world()
+        assert world is not None
+        plan = ("data(2, codec=int8)", "data(2, codec=int8(stochastic=true))")[world.rank]
+        with session(plan=plan):
+            pass
+
+    _, second = launch_threads(work, 2, timeout_s=5)
+    assert isinstance(second, PlanError)
+    assert "rank 1 was given this plan, and rank 0 data(2, codec=int8)" in str(second)

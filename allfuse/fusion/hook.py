@@ -105,7 +105,8 @@ class CommHook:
             link: Link = BorrowedLink(self.group, timeout_s=self.timeout_s)
             return Fuser(self.fusion, link)
         link = BorrowedLink.beside(self.group, timeout_s=self.timeout_s)
-        fuser = Fuser(self.fusion, link, find_layout(link, device))
+        said = f"{self.fusion.rule}, {self.fusion.topology}, {self.fusion.codec}"
+        fuser = Fuser(self.fusion, link, find_layout(link, device, said))
         weakref.finalize(self, fuser.close).atexit = False
         return fuser
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from allfuse.base.errors import UserError
 from allfuse.launcher.host import host_identity
 from allfuse.topology import Layout
 
@@ -35,10 +36,20 @@ def number_of(text: str) -> float:
     return float(int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big"))
 
 
-def find_layout(link: Link, device: torch.device) -> Layout:
-    """Which ranks of a link share a host. All of them must ask when one does."""
-    rows = tell(link, device, [host_number()], "find the hosts")
-    return layout_of(row[0] for row in rows)
+def find_layout(link: Link, device: torch.device, fusion: str) -> Layout:
+    """Which ranks of a link share a host. All of them must ask when one does.
+
+    Raises:
+        UserError: they do not mean the same `fusion`: on all alike.
+    """
+    rows = tell(link, device, [host_number(), number_of(fusion)], "find the hosts")
+    for member, (_, other) in zip(link.members, rows, strict=True):
+        if other != rows[0][1]:
+            raise UserError(
+                f"the plan of rank {member} is not that of rank {link.members[0]}; allowed: the "
+                f"same on all; here: {fusion}"
+            )
+    return layout_of(host for host, _ in rows)
 
 
 def host_number() -> float:

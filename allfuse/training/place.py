@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from allfuse.base.errors import PlanError, UserError
+from allfuse.base.errors import PeerLost, PlanError, UserError
 from allfuse.fusion import Fuser, Fusion, choose
 from allfuse.fusion.auto import Auto, Notice, candidates, settled
 from allfuse.launcher import World, current_world
@@ -96,6 +96,8 @@ class Place:
             raise PlanError(str(self.whole), why, f"data({self.whole.workers})")
         self.plan = self.whole.inner
         check_workers(self.plan, world.size)
+        if world.size > 1 and world.crew is None:
+            self._refuse_other_plan()
         self.device = choose_device(device, world)
         self.rank, self.coordinates = world.rank, self.plan.coordinates(world.rank)
         self.index, self.parts = self.plan.replica_index(world.rank), self.plan.replicas
@@ -110,6 +112,32 @@ class Place:
         if world.has_process_groups and world.size > 1:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             world.form_replica(self.plan.replica(self.rank), backend)
+
+    def _refuse_other_plan(self) -> None:
+        """Scripts may differ from host to host, and codecs or rules that differ would not be felt.
+
+        Raises:
+            PlanError: the plan of rank 0 is another one.
+        """
+        world = self.world
+        key = world.new_key("plan")
+        if world.rank == 0:
+            world.board.set(key, str(self.plan).encode())
+            return
+        try:
+            first = world.board.wait(key, world.timeout_s).decode()
+        except TimeoutError:
+            raise PeerLost(
+                "did not say which plan it has",
+                rank=world.rank,
+                peer=0,
+                operation="compare plans",
+                step=None,
+                seconds=world.timeout_s,
+            ) from None
+        if first != str(self.plan):
+            why = f"rank {world.rank} was given this plan, and rank 0 {first}"
+            raise PlanError(str(self.plan), why, first)
 
     def _fuser(self, name: str, link: Link, seed: int) -> Fuser:
         """What fuses over an axis. What runs beside the caller has a link of its own."""
