@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 MARGIN = 0.1  # by which another must be faster than the first: the clock errs by 4 to 8 %
 DOUBT = 0.25  # by which it may err on one topology
-LONGEST_S = 0.5  # that a sum is charged when it is tried: of a larger block it is a part
+LONGEST_S = 0.2  # that a sum is charged when it is tried: of a larger block it is a part
 MOST_AT_ONCE = 1024  # transfers of a phase: with more, nothing is fast and the clock is slow
 
 

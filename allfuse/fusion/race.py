@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from allfuse.link import Link
 
-ROUNDS = 3
+ROUNDS = 2
 
 
 def race(
