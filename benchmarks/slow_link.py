@@ -4,7 +4,8 @@ The character model of examples/charlm.py, 5.3 MB of gradients, on one rank a ho
 one at which a single process has made 90 % of its gain in 288 steps, over the same held-out samples
 for all. Each contender trains there in full: same first weights, batches, optimizer and learning
 rate, which is the better of two for plain DistributedDataParallel. `data(4)` alone is timed for 24
-steps: its steps are those of one process. Beside it stands what a step takes without a limit.
+steps, and what it measures before them is counted once: its steps are those of one process. Beside
+it stands what a step takes without a limit.
 
 PowerSGD stands here with what served it best: few steps before it begins (torch recommends 10 % of
 all, which takes longer here than all the rest) and one bucket: with several, rank 1 aborted when
@@ -226,7 +227,8 @@ def compete() -> list[harness.Figure]:
     for run in runs:
         if not run.contender.in_full:  # goes as one process does, to rounding
             run.losses, run.segment = alone.losses, alone.segment
-            run.seconds = [statistics.mean(run.seconds)] * (len(alone.losses) - 1)
+            first, *rest = run.seconds  # a session measures its links before its first step
+            run.seconds = [first, *[statistics.mean(rest)] * (len(alone.losses) - 2)]
     return list(figures(runs, target, steps))
 
 
