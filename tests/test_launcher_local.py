@@ -402,7 +402,7 @@ def test_an_exception_is_shown_once_with_its_rank_step_and_traceback(
     assert first == "Traceback (most recent call last):"
     assert "in work" in rest[0]  # nothing of the launcher's own
     assert error.trace.count("ZeroDivisionError: by design") == 1
-    assert seconds < watch.GRACE_S + 5
+    assert seconds < watch.GRACE_S + 20  # of the 600 that it would wait
 
 
 @pytest.mark.parametrize("kind", ["python", pytest.param("held", marks=pytest.mark.slow)])
@@ -426,7 +426,7 @@ def test_a_worker_that_ignores_everything_is_killed_soon_after_another_failed(
 
     error, seconds = failing(work)
     assert str(error) == "rank 1 failed before the first step: ValueError: first"
-    assert seconds < watch.GRACE_S + 5
+    assert seconds < watch.GRACE_S + 20  # of the 600 that it would wait
 
 
 @pytest.mark.parametrize(
