@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
-import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from allfuse.base.errors import UserError, nearest
 from allfuse.job import Job, as_job
@@ -20,9 +18,7 @@ from allfuse.training.keeper import Resume
 from allfuse.training.loop import Result, train_job
 from allfuse.training.session import Session
 from allfuse.training.settings import Settings
-
-if TYPE_CHECKING:
-    from allfuse.base.events import Event
+from allfuse.watching import Watching, watch
 
 
 def session(
@@ -68,90 +64,6 @@ def _read_settings(given: Mapping[str, Any]) -> Settings:
     return Settings(**given)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Watching:
-    """How a session is watched: the console, TensorBoard files, a profiler trace of some steps."""
-
-    quiet: bool = False
-    to_stderr: bool = False
-    tensorboard: bool = False
-    profile: str | None = None
-
-
-def watch(session: Session, watching: Watching) -> None:
-    """Subscribe the sinks of rank 0: console, events.jsonl and what else was asked for."""
-    if watching.profile is not None:
-        _profile(session, watching.profile)
-    if not session.is_main:
-        return
-
-    def warn(text: str) -> None:
-        session.bus.emit("warning", text=text)
-
-    if watching.quiet:
-        session.bus.subscribe(_tell_trouble, ["warning", "not_saved"])
-    else:
-        from allfuse.observe import Console
-
-        console = Console(sys.stderr if watching.to_stderr else sys.stdout)
-        session.bus.subscribe(console)
-        session.at_close(console.close)
-    if watching.tensorboard:
-        _require("tensorboard", "report")
-
-    def open_files(event: Event) -> None:
-        folder = session.keeper.folder
-        if folder is None:
-            return
-        from allfuse.observe import JsonLines, TensorBoard
-
-        lines = JsonLines(folder.events_path, append=True, warn=warn)
-        lines(event)
-        session.bus.subscribe(lines)
-        session.at_close(lines.close)
-        if watching.tensorboard:
-            board = TensorBoard(folder.tensorboard_path, warn=warn)
-            board(event)
-            session.bus.subscribe(board)
-            session.at_close(board.close)
-
-    session.bus.subscribe(open_files, ["start"])
-
-
-def _tell_trouble(event: Event) -> None:
-    """What also a quiet run has to say."""
-    text = event.data.get("text") or f"step {event.data.get('step')}: {event.data.get('reason')}"
-    print(f"allfuse: {event.name.replace('_', ' ')}: {text}", file=sys.stderr, flush=True)
-
-
-def _profile(session: Session, steps: str) -> None:
-    """A torch profiler trace of chosen steps, on every rank, in the run folder."""
-    from allfuse.observe import Profile
-
-    profile = Profile(steps, session.keeper.path or Path("."), rank=session.rank)
-
-    def written(path: Path | None) -> None:
-        if path is not None:
-            session.bus.emit("note", text=f"wrote {path}")
-
-    session.on("start", lambda s, event: profile.before_step(s.steps + 1))
-
-    def after(s: Session, event: Event) -> None:
-        written(profile.after_step(s.steps))
-        profile.before_step(s.steps + 1)
-
-    session.on("step", after)
-    session.at_close(lambda: written(profile.close()))
-
-
-def _require(package: str, extra: str) -> None:
-    """Refuse early what a missing package would make fail later."""
-    if importlib.util.find_spec(package) is None:
-        raise UserError(
-            f"{package} is not installed; next: pip install {package}, or allfuse[{extra}]"
-        )
-
-
 def train(
     job: Job | Callable[..., Job] | str | Path,
     plan: PlanLike | None = None,
@@ -184,7 +96,7 @@ def train(
     )
     if current_world() is not None or started_by_torchrun():
         return work()
-    if chosen is None or chosen.workers == 1:
+    if chosen is None or (chosen.workers == 1 and chosen.outer is None):
         return work()
     chosen.validate_executable()
     result = launch(work, workers=chosen.workers, plan=chosen)
@@ -233,4 +145,8 @@ def launch(
     chosen = as_plan(plan) if plan is not None else as_plan(f"data({workers})")
     check_workers(chosen, workers)
     call = functools.partial(function, *args, **kwargs)
+    if chosen.outer is not None:
+        from allfuse.hosting import launch_with_roles
+
+        return launch_with_roles(call, chosen, threads=threads)
     return launch_local(call, workers, plan=str(chosen), threads=threads)

@@ -18,7 +18,7 @@ LAYERS = (
     ("roles", "training", "prediction", "merge"),
     ("distill", "judge", "planner", "verify"),
     ("observe",),
-    ("api",),
+    ("watching", "hosting", "api"),
     ("cli",),
 )
 PLACE = {

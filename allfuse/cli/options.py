@@ -111,12 +111,16 @@ def run_under(
         set_threads(threads, world.local_size)
         with entered(world):
             return work()
-    if plan.workers == 1:
+    if plan.workers == 1 and plan.outer is None:
         set_threads(threads, 1)
         return work()
     from allfuse.launcher.local import launch_local, warm_up
 
     warm_up(PRELOAD)
+    if plan.outer is not None:
+        from allfuse.hosting import launch_with_roles
+
+        return launch_with_roles(work, plan, threads=threads, timeout_s=timeout_s)
     return launch_local(work, plan.workers, plan=str(plan), threads=threads, timeout_s=timeout_s)
 
 

@@ -129,11 +129,11 @@ def train_file(
     """What every rank does: load the job, watch the session, train."""
     from dataclasses import replace
 
-    from allfuse.api import Watching, watch
     from allfuse.job import Stop, load_job_function, make_job, resolve
     from allfuse.store.run import RunFolder, source_fingerprint
     from allfuse.training.loop import train_job
     from allfuse.training.session import Session
+    from allfuse.watching import Watching, watch
 
     function = load_job_function(job_file)
     if resume and out is not None:

@@ -45,7 +45,7 @@ class Crew:
     index.
     plan, inner: of the whole job, and of one group. groups, ranks: how many groups of how many.
     on_loss: what a killed worker means to the others.
-    place: of a scheduler elsewhere.
+    place: of a scheduler elsewhere. listen: "ADDRESS:PORT" for workers of other hosts to join.
     """
 
     worker: Callable[[], Any]
@@ -59,6 +59,7 @@ class Crew:
     on_loss: OnLoss = "continue"
     token: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
     place: str | None = None
+    listen: str | None = None
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,7 @@ def _make_part(
             plan=crew.plan,
             token=crew.token,
             place=crew.place,
+            listen=crew.listen,
             local_rank=index * crew.ranks + rank if is_worker else 0,
             local_size=crew.groups * crew.ranks if is_worker else 1,
         ),

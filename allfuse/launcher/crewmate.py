@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from allfuse.base.torch_private import Store
     from allfuse.link.base import Board
+    from allfuse.link.post import Post
 
 WORKER, SERVER, SCHEDULER = "worker", "server", "scheduler"
 
@@ -18,7 +20,8 @@ class CrewRequest:
 
     role: "worker", "server" or "scheduler". index: of its role; of a worker: its group. run: names
     the crew at the store. token: the secret of the job. place: of the scheduler, where it is known
-    beforehand (a worker that joins). plan: of the whole job.
+    beforehand (a worker that joins). listen: where its desks do, beyond loopback. plan: of the
+    whole job.
     """
 
     role: str
@@ -27,6 +30,7 @@ class CrewRequest:
     plan: str
     token: bytes = field(repr=False)
     place: str | None = None
+    listen: str | None = None
     local_rank: int = 0
     local_size: int = 1
 
@@ -38,10 +42,10 @@ class Crewmate:
         board: of the whole crew on this host.
     """
 
-    def __init__(self, request: CrewRequest, board: Board) -> None:
+    def __init__(self, request: CrewRequest, board: Board, post: Post | None = None) -> None:
         self.role, self.index, self.plan = request.role, request.index, request.plan
         self.token, self.board = request.token, board
-        self._place = request.place
+        self._place, self._listen, self._post = request.place, request.listen, post
 
     @classmethod
     def of(cls, request: CrewRequest, store: Store) -> Crewmate:
@@ -49,6 +53,23 @@ class Crewmate:
         from allfuse.link.group import StoreBoard
 
         return cls(request, StoreBoard(PrefixStore(request.run, store)))
+
+    def post(self) -> Post:
+        """What carries letters between the processes of the crew."""
+        from allfuse.link.endpoint import Endpoint
+        from allfuse.link.wire import Wire
+
+        if self._post is not None:
+            return self._post
+        if self._listen is None:
+            return Wire(Endpoint(loopback=True, token=self.token))
+        return Wire(Endpoint(address=self._listen.rpartition(":")[0], token=self.token))
+
+    @property
+    def listens_at(self) -> str:
+        """Where the scheduler is to listen: where it was before, or was told to, or anywhere."""
+        before = self.board.get("scheduler")
+        return (self._listen or "") if before is None else before.decode()
 
     def scheduler(self, timeout_s: float) -> str:
         """Where the scheduler is.
@@ -62,8 +83,14 @@ class Crewmate:
         """Let the crew know where the scheduler is, also one that comes again."""
         self.board.set("scheduler", place.encode())
 
-    @property
-    def last_scheduler(self) -> str | None:
-        """Where a scheduler before this one was."""
-        found = self.board.get("scheduler")
-        return None if found is None else found.decode()
+    def tell_run(self, run: dict[str, Any]) -> None:
+        """Let the crew know of the run, in plain values: `folder` is its path, or None."""
+        self.board.set("run", json.dumps(run).encode())
+
+    def run(self, timeout_s: float = 0.0) -> dict[str, Any] | None:
+        """What was told of the run; None where nothing was, in this time."""
+        try:
+            found = self.board.wait("run", timeout_s) if timeout_s else self.board.get("run")
+        except TimeoutError:
+            return None
+        return None if found is None else dict(json.loads(found))

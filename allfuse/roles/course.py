@@ -139,9 +139,8 @@ class Course:
             return
         if self._giver is not None and not self._giver.is_alive:
             self._giver = None
-        candidates = [each for each in members.alive if each.presence is Presence.HERE]
-        if ordering.lacking and self._giver is None and candidates:
-            self._giver = max(candidates, key=lambda worker: (worker.held, -worker.number))
+        if ordering.lacking and self._giver is None and members.alive:
+            self._giver = max(members.alive, key=lambda worker: (worker.held, -worker.number))
             self.greet([self._giver])
         for worker in self._unwelcomed.values():
             if worker.is_alive:
@@ -226,6 +225,8 @@ class Course:
             worker.presence = Presence.FINAL
             worker.held = -1 if self.outcome.failed else sequence
             due = [] if self.outcome.failed else leases.take_due()
+            if not self.outcome.failed and not self._final_due:
+                due = [*due, "finish"]  # one of them exports the model
             if due:
                 self._final_due[worker.name] = due
                 self._book.put("final_due", self._final_due)

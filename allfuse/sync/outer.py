@@ -7,15 +7,31 @@ no rule: a rule makes one of n values at once, an outer optimizer keeps state fr
 
 from __future__ import annotations
 
+import math
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from allfuse.base.choice import Choice
+from allfuse.base.errors import PlanError
 
 
 @dataclass(frozen=True)
 class Outer(Choice):
-    """The step that a round of fused weights takes, from those of the round before."""
+    """The step that a round of fused weights takes, from those of the round before.
+
+    All are torch's SGD over the outer gradient: the weights of the round before less the fused ones
+    (Reddi et al. 2021, arXiv:2003.00295).
+    """
+
+    @abstractmethod
+    def options(self, share: float = 1.0) -> dict[str, Any]:
+        """Arguments of torch.optim.SGD.
+
+        Args:
+            share: of one replica's change in a step: 1 where those of all are averaged first, and
+                1 / replicas where each steps by itself.
+        """
 
 
 @dataclass(frozen=True)
@@ -24,5 +40,52 @@ class Average(Outer):
 
     name: ClassVar[str] = "average"
 
+    def options(self, share: float = 1.0) -> dict[str, Any]:
+        return {"lr": share}
 
-OUTERS: dict[str, type[Outer]] = {"average": Average}
+
+@dataclass(frozen=True)
+class Momentum(Outer):
+    """Heavy-ball momentum over rounds: SlowMo (Wang et al. 2020, arXiv:1910.00643, algorithm 1,
+    with the slow learning rate `lr` and the slow momentum `momentum`)."""
+
+    name: ClassVar[str] = "momentum"
+    lr: float = 1.0
+    momentum: float = 0.5
+
+    def __post_init__(self) -> None:
+        _refuse_rates(self, self.lr, self.momentum)
+
+    def options(self, share: float = 1.0) -> dict[str, Any]:
+        return {"lr": self.lr * share, "momentum": self.momentum}
+
+
+@dataclass(frozen=True)
+class Nesterov(Outer):
+    """Nesterov momentum over rounds: DiLoCo (Douillard et al. 2023, arXiv:2311.08105)."""
+
+    name: ClassVar[str] = "nesterov"
+    lr: float = 0.7
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        _refuse_rates(self, self.lr, self.momentum)
+        if self.momentum == 0:
+            raise PlanError(str(self), "Nesterov's step needs a momentum", "average")
+
+    def options(self, share: float = 1.0) -> dict[str, Any]:
+        return {"lr": self.lr * share, "momentum": self.momentum, "nesterov": True}
+
+
+def _refuse_rates(outer: Outer, lr: object, momentum: object) -> None:
+    if isinstance(lr, int | float) and not 0 < lr < math.inf:
+        raise PlanError(str(outer), "lr is a number above 0", outer.name)
+    if isinstance(momentum, int | float) and not 0 <= momentum < 1:
+        raise PlanError(str(outer), "momentum is a number from 0 to below 1", outer.name)
+
+
+OUTERS: dict[str, type[Outer]] = {
+    "average": Average,
+    "momentum": Momentum,
+    "nesterov": Nesterov,
+}

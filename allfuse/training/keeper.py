@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from allfuse.base.errors import CheckpointError, RunError, UserError
 from allfuse.base.tensors import leaves
-from allfuse.plan import as_plan
+from allfuse.plan import Plan, as_plan
 from allfuse.store.checkpoint import Checkpoints, NotSaved
 from allfuse.store.run import RunFolder, is_run, versions
 from allfuse.store.tensorfile import write_model
@@ -92,13 +92,7 @@ class Keeper:
         if self.path is None:
             return
         facts, fingerprints = {**facts, **self.facts}, {**fingerprints, **self.fingerprints}
-        record = {
-            "plan": str(self.place.plan),
-            "command": shlex.join(sys.argv),
-            "versions": versions(),
-            "fingerprints": fingerprints,
-            **facts,
-        }
+        record = self.describe(facts, fingerprints, self.place.plan)
         if self.resume:
             self.folder = RunFolder.open(self.path, lock=self.place.rank == 0)
             _refuse_other(self.folder, fingerprints, facts)
@@ -115,6 +109,19 @@ class Keeper:
             keep=self.keep,
             timeout_s=self.place.world.timeout_s,
         )
+
+    def describe(
+        self, facts: Mapping[str, Any], fingerprints: Mapping[str, str], plan: Plan
+    ) -> dict[str, Any]:
+        """The record of a run."""
+        return {
+            "plan": str(plan),
+            "command": shlex.join(sys.argv),
+            "versions": versions(),
+            "fingerprints": dict(fingerprints),
+            **facts,
+            **self.facts,
+        }
 
     def recorded(self, name: str) -> dict[str, Any]:
         """What a run that is resumed knows under a name; empty for a new run."""
@@ -224,16 +231,13 @@ class Keeper:
             text = f"the run folder {self.path} was removed or renamed: it cannot be resumed"
             self.bus.emit("warning", text=text)
 
-    def export(self, models: Mapping[str, nn.Module]) -> None:
+    def export(self, models: Mapping[str, nn.Module], folder: RunFolder | None = None) -> None:
         """Write model.safetensors (or <name>.safetensors, of several) with the plain names."""
-        if self.folder is None or self.place.rank != 0:
+        folder = folder or self.folder
+        if folder is None or self.place.rank != 0:
             return
         for name, module in models.items():
-            path = (
-                self.folder.model_path
-                if len(models) == 1
-                else self.folder.path / f"{name}.safetensors"
-            )
+            path = folder.model_path if len(models) == 1 else folder.path / f"{name}.safetensors"
             try:
                 write_model(path, module.state_dict())
             except CheckpointError as error:

@@ -26,7 +26,7 @@ class Result:
 
     loss: of the last step. metrics: of the last validation. test: of the test data, measured once
     at the end. reason: why it stopped. weights: the model's state dict on the CPU, names of the
-    plain model. out: the run folder.
+    plain model. out: the run folder. elsewhere: another group of workers measured the end.
     """
 
     steps: int
@@ -35,6 +35,7 @@ class Result:
     metrics: dict[str, float] = field(default_factory=dict)
     test: dict[str, float] = field(default_factory=dict)
     out: str | None = None
+    elsewhere: bool = False
     weights: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
 
@@ -62,6 +63,8 @@ def train_job(
         if job.scheduler is not None:
             s.scheduler(make_scheduler(job, optimizer), job.scheduler_every)
         stopping = s.remember("stopping", Stopping(job))
+        if s.apart is not None:
+            s.apart.facts |= {"evaluate_every": job.evaluate_every, "save_every": job.save_every}
         s.on("start", lambda *_: stop_where_due(s, stopping))  # a run that was done stays done
 
         for batch in s.batches(
@@ -81,18 +84,20 @@ def train_job(
             if stopping.time_is_up():
                 s.stop(f"{job.stop.seconds:g} seconds have passed")
 
+        measures = s.apart is None or s.apart.finishes  # else another group does
         return Result(
             steps=s.steps,
             loss=s.loss,
             reason=s.stop_reason or "",
-            metrics=last_figures(s, job, stopping),
-            test=measure_on(s, job, job.test, "test") if job.test is not None else {},
+            metrics=last_figures(s, job, stopping) if measures else stopping.figures,
+            test=measure_on(s, job, job.test, "test") if job.test is not None and measures else {},
             weights={
                 name: value.detach().cpu().clone()
                 for name, value in model.state_dict().items()
                 if isinstance(value, Tensor)
             },
             out=None if out is None else str(out),
+            elsewhere=not measures,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from allfuse.base.errors import Interrupted, UserError
+from allfuse.base.errors import DataError, Interrupted, UserError
 from allfuse.base.events import Bus
 from allfuse.fusion.statistics import globalize_batch_norm
 from allfuse.job import Hook, Metric, MetricFunction, check_whole, default_forward, on
 from allfuse.plan import Plan
-from allfuse.split.data import Source, Stream, as_source
+from allfuse.split.data import Loader, Source, Stream, as_source
 from allfuse.split.whole import Whole
+from allfuse.training.apart import Apart, LeasedCourse, refuse_global_statistics
 from allfuse.training.choosing import record_of, settle
 from allfuse.training.course import Course
-from allfuse.training.keeper import Keeper, Resume
+from allfuse.training.keeper import SAME, Keeper, Resume
 from allfuse.training.learner import Learner, Precision, needs_closure
 from allfuse.training.loading import (
     DATA_DIFFERS,
@@ -73,8 +75,11 @@ class Session:
         self.settings = settings or Settings()
         self.place = Place(plan, self.settings.device, self.settings.seed)
         self.bus = Bus(self.place.rank)
+        is_apart = self.place.whole.outer is not None
         try:
-            self.keeper = Keeper(self.place, out, resume, self.settings.keep, self.bus)
+            self.apart = Apart(self.place, self.bus) if is_apart else None
+            kept = (None, False) if is_apart else (out, resume)  # the scheduler keeps the run
+            self.keeper = Keeper(self.place, *kept, self.settings.keep, self.bus)
         except BaseException:
             self.place.close()
             raise
@@ -90,9 +95,10 @@ class Session:
             how_to_go_on=self.keeper.how_to_go_on,
         )
         self.rounds = Rounds(self.place, self.bus, self.keeper.settle)
-        self.course = Course(
-            self.place, self.bus, self.state, self.stepper, self.rounds, self.settings.seed
-        )
+        about = (self.place, self.bus, self.state, self.stepper, self.rounds, self.settings.seed)
+        self.course = Course(*about) if self.apart is None else LeasedCourse(self.apart, *about)
+        if self.apart is not None:
+            self.apart.facts |= {"out": None if out is None else str(out), "resume": resume}
         self.course.told, self.course.interrupted = self._after_step, self._interrupt
         self.teller = Teller(self)
         self.choices: dict[str, str] = dict(self.place.choices)
@@ -103,7 +109,7 @@ class Session:
 
     @property
     def plan(self) -> Plan:
-        return self.place.plan
+        return self.place.whole
 
     @property
     def device(self) -> torch.device:
@@ -142,6 +148,8 @@ class Session:
         last = self.course.last
         if every is None or last is None:
             return False
+        if self.apart is not None:
+            return self.apart.is_due(every)
         if every == "epoch":
             return last.last
         check_whole("due", "every", every)
@@ -166,11 +174,14 @@ class Session:
         number = len(self.models)
         module = build_model(build, self.settings.seed + number).to(self.device)
         refuse_lazy(module)
-        if self.plan.workers > 1:
+        if self.place.plan.workers > 1:
             refuse_unequal(shape_of(module), self.place, MODEL_DIFFERS)
         spread([*module.parameters(), *module.buffers()], self.place.replicas)
         shared = self.place.data.size > 1 and self.settings.batch_statistics == "global"
-        if shared and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
+        has_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
+        if self.apart is not None:
+            refuse_global_statistics(self.place, has_norms, self.settings.batch_statistics)
+        if shared and has_norms:
             self.stepper.norms += globalize_batch_norm(module, self.place.statistics)
         if self.settings.compile:
             module.compile()
@@ -197,6 +208,12 @@ class Session:
         )
         optimizer.register_step_pre_hook(lambda *_: self._before_step_of(learner))
         optimizer.register_step_post_hook(lambda *_: self.stepper.after_step_of(learner))
+        if self.apart is not None:
+            self.apart.take_over(
+                learner,
+                lambda: self._before_step_of(learner),
+                lambda: self.stepper.after_step_of(learner),
+            )
         self.state.add_learner(learner)
         return optimizer
 
@@ -298,8 +315,9 @@ class Session:
         What is saved is the state before it: a run that goes on later, with a higher limit, then
         does what it would have done at once.
         """
-        self.save()
-        self.rounds.finish(self.models.values())
+        if self.apart is None:
+            self.save()
+            self.rounds.finish(self.models.values())
 
     def step(
         self,
@@ -405,6 +423,9 @@ class Session:
         if self.teller.began is not None:
             return
         size = batch_size_of(loader)
+        if self.apart is not None:
+            self._join(source, loader, order, epochs, steps)
+            return
         if self.plan.workers > 1 or self.keeper.path is not None:
             data = source.fingerprint()
             refuse_unequal(data, self.place, DATA_DIFFERS)
@@ -432,6 +453,44 @@ class Session:
         if self.keeper.resume and found is None:
             text = "there is no checkpoint yet: training starts at the beginning"
             self.bus.emit("note", text=text)
+
+    def _join(
+        self, source: Source | Stream, loader: Any, order: Order, epochs: int | None,
+        steps: int | None,
+    ) -> None:  # fmt: skip
+        """`_begin` where a scheduler hands out the work: it keeps the run folder, too."""
+        apart, size = self.apart, batch_size_of(loader)
+        assert apart is not None
+        if not isinstance(loader, Loader) or size is None or loader.steps_per_epoch is None:
+            raise DataError(
+                f"{self.plan}: a scheduler hands out samples by their number, and this data has "
+                "its own order; allowed: data sets with a length, without a sampler; next: a plan "
+                "in step"
+            )
+        data = source.fingerprint()
+        refuse_unequal(data, self.place, DATA_DIFFERS)
+        prints = {"data": data, "model": self.state.fingerprint(), **self.keeper.fingerprints}
+        kept = {
+            "batch_size": size,
+            "seed": self.settings.seed,
+            "order": order.record(),
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
+            **self.state.kinds(),
+        }
+        job_file = self.keeper.job_file
+        apart.facts["job_file"] = None if job_file is None else str(job_file)
+        apart.facts["record"] = self.keeper.describe(kept, prints, self.plan)
+        same = {name: apart.facts["record"].get(name) for name in SAME}
+        about = self.teller.start(source, size, loader.steps_per_epoch, epochs, steps)
+        apart.facts["start"] = {**about, "out": apart.facts["out"], "link": "servers"}
+        apart.begin(
+            self.state,
+            steps_per_epoch=loader.steps_per_epoch,
+            steps=steps,
+            epochs=epochs,
+            fingerprints={**prints, "same": json.dumps(same, sort_keys=True, default=str)},
+        )
 
     def _choose_topologies(self) -> None:
         """Where the plan leaves them open and there is something to choose."""
@@ -515,6 +574,8 @@ class Session:
         it is (higher is better): the best is kept beside the last ones.
         """
         self.course.close_learned_step()
+        if self.apart is not None:
+            return  # servers and the scheduler save by themselves
         if self.keeper.path is not None and self.keeper.checkpoints is None:
             raise UserError(
                 "save(): training has not begun, so there is no run folder yet; next: save in or "
@@ -529,6 +590,10 @@ class Session:
         """What a session does at its end when nothing went wrong."""
         self.course.close_learned_step()
         if self.teller.began is None:
+            return
+        if self.apart is not None:
+            if self.apart.finishes:
+                self.keeper.export(self.models, self.apart.folder)
             return
         with self.rounds.fused_for_a_moment(self.models.values()):
             self.keeper.export(self.models)
@@ -547,6 +612,8 @@ class Session:
             for closer in reversed(self._closers):
                 closing.callback(closer)
             closing.callback(lambda: self.place.close(error))
+            if self.apart is not None:
+                closing.callback(self.apart.close)
             try:
                 if error is None:
                     self._finish()

@@ -41,6 +41,7 @@ class Scheduler:
                 f"{needed[0].name}, a monitored value; next: every='evaluation'"
             )
         self.scheduler, self.every, self._wants_value = scheduler, every, bool(needed)
+        self._advanced = 0
 
     def after_step(self, stepped: list[Learner], ends_epoch: bool) -> None:
         """Step if that is due after a step in which the optimizers of these learners stepped."""
@@ -50,6 +51,13 @@ class Scheduler:
                 self.scheduler.step()
         elif self.every == "epoch" and ends_epoch:
             self.scheduler.step()
+
+    def advance(self, steps: int, epochs: int) -> None:
+        """Step until it stands where so many steps, or epochs, have been done by all."""
+        target = {"step": steps, "epoch": epochs}.get(self.every, 0)
+        while self._advanced < target:
+            self.scheduler.step()
+            self._advanced += 1
 
     def evaluated(self, value: float) -> None:
         """Step if it waits for evaluations, with the monitored value if it wants that."""

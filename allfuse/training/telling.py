@@ -33,30 +33,32 @@ class Teller:
         per_epoch: int | None,
         epochs: int | None,
         steps: int | None,
-    ) -> None:
+    ) -> dict[str, Any]:
+        """Emit "start"; what it says."""
         session = self.session
         self.began = time.monotonic()
         planned = None if epochs is None or per_epoch is None else epochs * per_epoch
         limits = [value for value in (steps, planned) if value is not None]
         out = session.keeper.path
-        session.bus.emit(
-            "start",
-            plan=str(session.plan),
-            promise=session.plan.promise,
-            workers=session.plan.workers,
-            device=str(session.device),
-            link=session.place.replicas.kind,
-            threads=torch.get_num_threads(),
-            samples=source.size,
-            batch_size=batch_size,
-            steps_per_epoch=per_epoch,
-            total_steps=max(min(limits), session.steps) if limits else None,
-            parameters=sum(p.numel() for m in session.models.values() for p in m.parameters()),
-            resumed_step=session.steps,
-            out=None if out is None else str(out),
-            choices=session.choices,
-            data=source.promise,
-        )
+        about = {
+            "plan": str(session.plan),
+            "promise": session.plan.promise,
+            "workers": session.plan.workers,
+            "device": str(session.device),
+            "link": session.place.replicas.kind,
+            "threads": torch.get_num_threads(),
+            "samples": source.size,
+            "batch_size": batch_size,
+            "steps_per_epoch": per_epoch,
+            "total_steps": max(min(limits), session.steps) if limits else None,
+            "parameters": sum(p.numel() for m in session.models.values() for p in m.parameters()),
+            "resumed_step": session.steps,
+            "out": None if out is None else str(out),
+            "choices": session.choices,
+            "data": source.promise,
+        }
+        session.bus.emit("start", **about)
+        return about
 
     def step(self, step: Step) -> None:
         session = self.session

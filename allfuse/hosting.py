@@ -1,0 +1,168 @@
+"""Starts a plan where it is to run: here, in worker processes, or as a crew with its roles."""
+
+from __future__ import annotations
+
+import functools
+import secrets
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from allfuse.base.errors import AllfuseError
+from allfuse.base.events import Bus
+from allfuse.launcher.crew import Crew, OnLoss, launch_crew
+from allfuse.launcher.crewmate import Crewmate
+from allfuse.plan import Plan
+from allfuse.roles.office import run_scheduler, run_server, terms_of
+from allfuse.store.run import RunFolder
+from allfuse.watching import Watching, watch_bus
+
+
+def launch_with_roles(
+    work: Callable[[], Any],
+    plan: Plan,
+    *,
+    threads: int | None = None,
+    timeout_s: float = 300.0,
+    on_loss: OnLoss = "continue",
+    token: bytes | None = None,
+    listen: str | None = None,
+) -> Any:
+    """Do the work in every rank of a plan that has servers: those and the scheduler are started
+    too. What rank 0 of the first group returned.
+
+    Raises:
+        UserError, WorkerFailed, Interrupted: as `launch_crew` says.
+    """
+    outer = plan.outer
+    assert outer is not None, "a plan without roles"
+    crew = Crew(
+        worker=functools.partial(_work, work),
+        scheduler=functools.partial(run_scheduler, RunAudience),
+        server=run_server,
+        servers=terms_of(plan, timeout_s).servers,
+        plan=str(plan),
+        inner=str(plan.inner),
+        groups=outer.n,
+        ranks=plan.inner.workers,
+        on_loss=on_loss,
+        listen=listen,
+        token=token or secrets.token_bytes(32),
+    )
+    return launch_crew(crew, threads=threads, timeout_s=timeout_s)
+
+
+def _work(work: Callable[[], Any]) -> Any:
+    """What a worker does; of several results that of the group counts that measured the end."""
+    result = work()
+    return None if getattr(result, "elsewhere", False) else result
+
+
+class RunAudience:
+    """Holds the run folder of a job and shows its course: the scheduler's `Audience`."""
+
+    def __init__(self, crew: Crewmate) -> None:
+        self.crew, self.bus = crew, Bus(0)
+        self.folder: RunFolder | None = None
+        self._closing = ExitStack()
+        self._began: float | None = None
+        self._stepped = 0.0
+        self._samples = self._since = 0
+        self._losses: dict[str, list[float]] = {}
+        self._loss = float("nan")
+        self._reason, self._done = "", 0
+
+    def opens(self, facts: dict[str, Any]) -> Path | None:
+        """Make the run folder that the first worker asked for, or go on with it.
+
+        Raises:
+            RunError: it cannot be used; nothing was written.
+        """
+        out = facts.get("out")
+        if out is not None and facts.get("resume"):
+            self.folder = RunFolder.open(out, lock=True)
+        elif out is not None:
+            job_file = facts.get("job_file")
+            self.folder = RunFolder.create(
+                out, facts["record"], None if job_file is None else Path(job_file)
+            )
+        run = {"folder": out, "watching": facts.get("watching") or {}}
+        self._watch(run)
+        self.crew.tell_run(run)
+        self._began = self._stepped = time.monotonic()
+        self.bus.emit("start", **facts["start"])
+        return None if out is None else Path(out)
+
+    def goes_on(self, run: dict[str, Any]) -> Path | None:
+        """Take over the run folder of a scheduler that was lost."""
+        if run["folder"] is not None:
+            self.folder = RunFolder.open(run["folder"], lock=True)
+        self._watch(run)
+        self._began = self._stepped = time.monotonic()
+        self.bus.emit("warning", text="the scheduler was lost; another one goes on from its book")
+        return None if run["folder"] is None else Path(run["folder"])
+
+    def _watch(self, run: dict[str, Any]) -> None:
+        watching = Watching(**run["watching"])
+        watch_bus(self.bus, watching, lambda: self.folder, self._at_close)
+
+    def _at_close(self, function: Callable[[], None]) -> None:
+        self._closing.callback(function)
+
+    def event(self, name: str, /, **data: Any) -> None:
+        """Tell what the scheduler says in the words of a run."""
+        match name:
+            case "told":
+                self._told(data["worker"], data["event"], data["data"])
+            case "commit":
+                self._committed(data)
+            case "loss":
+                self.bus.emit("lost", text=f"{data['worker']}: {data['reason']}", **data)
+            case "done":
+                self._reason, self._done = data["reason"], data["done"]
+            case _:
+                self.bus.emit(name, **data)
+
+    def _told(self, worker: str, event: str, data: dict[str, Any]) -> None:
+        self.bus.emit(event, **{**data, "worker": worker})
+
+    def _committed(self, data: dict[str, Any]) -> None:
+        """Count an update. A step is told when all parts of one more batch were learned from."""
+        self._samples += data["rows"]
+        self._since += data["rows"]
+        if data["count"] > 0:
+            self._losses.setdefault("sum", []).append(data["loss"])
+            self._losses.setdefault("count", []).append(data["count"])
+        self.bus.emit("commit", **data)
+        if data["done"] <= self.bus.step:
+            return
+        self.bus.step = data["done"]
+        if self._losses:
+            self._loss = sum(self._losses["sum"]) / sum(self._losses["count"])
+        now = time.monotonic()
+        self.bus.emit("step", loss=self._loss, samples=self._since, seconds=now - self._stepped)
+        self._stepped, self._since = now, 0
+        self._losses.clear()
+
+    def close(self, error: BaseException | None) -> None:
+        """The end of the job, and of all that was opened."""
+        with self._closing:
+            if self._began is not None:
+                seconds = time.monotonic() - self._began
+                reason = self._reason or "interrupted"
+                if error is not None:
+                    known = isinstance(error, AllfuseError)
+                    reason = str(error) if known else f"{type(error).__name__}: {error}"
+                self.bus.emit(
+                    "end",
+                    reason=reason,
+                    steps=self._done or self.bus.step,
+                    seconds=seconds,
+                    samples=self._samples,
+                    samples_per_s=self._samples / max(seconds, 1e-9),
+                    loss=self._loss,
+                )
+        if self.folder is not None:
+            self.folder.close()

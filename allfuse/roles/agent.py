@@ -1,0 +1,225 @@
+"""Carries the letters of a worker: its client at callers to the scheduler and to each server."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from allfuse.base.errors import PeerLost, UserError, WorkerFailed
+from allfuse.launcher.crewmate import Crewmate
+from allfuse.link.post import Caller, Malformed, wait_any
+from allfuse.roles.blueprint import Blueprint
+from allfuse.roles.client import Client
+from allfuse.roles.messages import (
+    SCHEDULER,
+    Beat,
+    Join,
+    Lease,
+    Mail,
+    Message,
+    Note,
+    Stop,
+    Tell,
+    open_letter,
+)
+
+TICK_S = 0.25  # between two looks at what came, while the worker computes
+SLICE_S = 0.05  # of a wait, after which others may use the callers
+NO_SEQUENCE = -1
+
+
+class Agent:
+    """What a worker asks for, and waits for; a thread beside it keeps in touch while it computes.
+
+    Nothing of the scheduler for `timeout_s` raises PeerLost, in every wait.
+
+    Args:
+        crew: where the scheduler is, and what carries letters.
+        name: of the worker, for people; a new one is made of it whenever a worker comes.
+    """
+
+    def __init__(self, crew: Crewmate, name: str, timeout_s: float) -> None:
+        self.name, self.timeout_s = f"{name} ({secrets.token_hex(3)})", timeout_s
+        self._post = crew.post()
+        self._lock = threading.RLock()
+        try:
+            place = crew.scheduler(timeout_s)
+        except TimeoutError:
+            raise self._lost("did not say where it is", "find the scheduler", timeout_s) from None
+        self._scheduler = self._post.call(place, self.name)
+        self._servers: dict[str, Caller] = {}
+        self.client: Client | None = None
+        self.step = 0
+        self._heard_s = time.monotonic()
+        self._begin_s = self._heard_s
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._trouble: BaseException | None = None
+
+    def join(self, join: Join, blueprint: Blueprint, servers: int, device: torch.device) -> Client:
+        """Be a worker from now on. The first weights come with the first lease."""
+        self.client = Client(join, blueprint, servers, device=device)
+        self._thread = threading.Thread(
+            target=self._keep_in_touch, name="allfuse-agent", daemon=True
+        )
+        self._thread.start()
+        return self.client
+
+    @property
+    def _open_client(self) -> Client:
+        assert self.client is not None, "join first"
+        return self.client
+
+    def next_lease(self) -> Lease:
+        """Wait for the next lease and its weights, and begin to work on it; -1 at the end.
+
+        Raises:
+            UserError: the scheduler does not let this worker in. WorkerFailed: the job cannot go
+            on. PeerLost: the scheduler is gone.
+        """
+        client = self._open_client
+        self._drive(lambda: client.is_ready or client.is_over, "wait for the next lease")
+        with self._lock:
+            if client.refusal:
+                raise UserError(f"the scheduler does not let this worker in: {client.refusal}")
+            lease = client.lease
+            assert lease is not None
+            if lease.failed:
+                raise WorkerFailed(lease.reason, rank=NO_SEQUENCE)
+            if lease.lease < 0:
+                client.replica.settle()
+                return lease
+            return client.begin(time.monotonic())
+
+    def push(self, gradients: Mapping[str, Tensor], options: list[dict[str, Any]]) -> None:
+        """Some gradients are final: send what is whole."""
+        with self._lock:
+            client = self._open_client
+            client.options = options
+            self._send(client.push(gradients, time.monotonic()))
+
+    def finish(
+        self,
+        options: list[dict[str, Any]],
+        *,
+        loss: float,
+        count: float,
+        rows: int,
+        seconds: float,
+    ) -> None:
+        """The update of the lease is whole."""
+        with self._lock:
+            client = self._open_client
+            client.options = options
+            now_s = time.monotonic()
+            self._send(client.finish(now_s, loss=loss, count=count, rows=rows, seconds=seconds))
+
+    @property
+    def is_revoked(self) -> bool:
+        """Whether the lease under way was given to another worker."""
+        return not self._open_client.is_working
+
+    def stop(self, reason: str) -> None:
+        """Ask that no more work is handed out."""
+        self._say(Stop(reason=reason))
+
+    def note(self, name: str, state: dict[str, Any], done: int) -> None:
+        """Hand a state on to whoever needs it next."""
+        self._say(Note(name=name, done=done, state=state))
+
+    def tell(self, event: str, data: dict[str, Any]) -> None:
+        self._say(Tell(event=event, data=data))
+
+    def _say(self, message: Message) -> None:
+        with self._lock:
+            self._send([(SCHEDULER, message)])
+
+    # Letters.
+
+    def _send(self, mail: Iterable[Mail]) -> None:
+        for to, message in mail:
+            caller = self._scheduler if to == SCHEDULER else self._server(to)
+            caller.send(message.letter())
+
+    def _server(self, place: str) -> Caller:
+        if place not in self._servers:
+            self._servers[place] = self._post.call(place, self.name)
+        return self._servers[place]
+
+    def _drive(self, until: Callable[[], bool], operation: str) -> None:
+        self._begin_s = time.monotonic()
+        while True:
+            with self._lock:
+                self._work(SLICE_S)
+                if until():
+                    return
+                if self._trouble is not None:
+                    raise self._trouble
+                silent_s = time.monotonic() - max(self._heard_s, self._begin_s)
+                trouble = self._scheduler.trouble
+            if trouble == "another token":
+                raise UserError(
+                    f"the scheduler at {self._scheduler.place} has another token; next: give this "
+                    "worker the token of the job (--token-file)"
+                )
+            if silent_s > self.timeout_s:
+                raise self._lost(
+                    trouble or "said nothing", operation, time.monotonic() - self._begin_s
+                )
+
+    def _work(self, timeout_s: float) -> None:
+        """Take in what came within a time, and say what is due."""
+        client, now_s = self._open_client, time.monotonic()
+        self._send(client.tick(now_s))
+        wait_any([self._scheduler, *self._servers.values()], timeout_s)
+        for caller in (self._scheduler, *list(self._servers.values())):
+            is_scheduler = caller is self._scheduler
+            for letter in caller.receive(0):
+                with contextlib.suppress(Malformed):  # nothing has changed then
+                    message = open_letter(letter)
+                    if is_scheduler:
+                        self._heard_s = time.monotonic()
+                    if not isinstance(message, Beat):
+                        sender = SCHEDULER if is_scheduler else caller.place
+                        self._send(client.handle(sender, message, time.monotonic()))
+        for place in client.places:
+            self._server(place)  # they can only write to whom they know
+
+    def _keep_in_touch(self) -> None:
+        while not self._over.wait(TICK_S):
+            with self._lock:
+                if self._over.is_set():
+                    return
+                try:
+                    self._work(0.0)
+                except BaseException as error:  # the worker hears of it when it waits next
+                    self._trouble = error
+                    return
+
+    def _lost(self, reason: str, operation: str, seconds: float) -> PeerLost:
+        return PeerLost(
+            f"the scheduler {reason}",
+            rank=0,
+            peer=None,
+            operation=operation,
+            step=getattr(self, "step", 0),
+            seconds=seconds,
+        )
+
+    def close(self, *, leaves: bool = True) -> None:
+        """Go. What was begun is given to others."""
+        self._over.set()
+        with self._lock:
+            if leaves and self.client is not None and not self.client.refusal:
+                self._send(self.client.leave())
+            for caller in (self._scheduler, *self._servers.values()):
+                caller.close()
+        if self._thread is not None:
+            self._thread.join()

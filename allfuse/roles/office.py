@@ -1,0 +1,221 @@
+"""The processes of the roles: a state machine at its desk, until the job is over."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+from allfuse.base.errors import UserError, WorkerFailed
+from allfuse.launcher import World, current_world
+from allfuse.launcher.crewmate import Crewmate
+from allfuse.link.post import Caller, Desk, Malformed, wait_any
+from allfuse.plan import Plan, as_plan
+from allfuse.roles.book import Book
+from allfuse.roles.messages import SCHEDULER, Join, Message, open_letter
+from allfuse.roles.scheduler import Scheduler
+from allfuse.roles.server import Server
+from allfuse.roles.terms import Terms
+from allfuse.topology.central import Central
+
+TICK_S = 0.2  # between two looks at the clock
+BOOK = "scheduler.sqlite"
+SNAPSHOTS = "servers"
+
+
+class Audience(Protocol):
+    """Those who watch a job; the scheduler tells them.
+
+    `opens` comes with what the first worker said of the run, or `goes_on` where the scheduler takes
+    over from one that was lost; both give the run's folder. `event` is what the scheduler emits.
+    """
+
+    def opens(self, facts: dict[str, Any]) -> Path | None: ...
+
+    def goes_on(self, run: dict[str, Any]) -> Path | None: ...
+
+    def event(self, name: str, /, **data: Any) -> None: ...
+
+    def close(self, error: BaseException | None) -> None: ...
+
+
+def terms_of(plan: Plan, timeout_s: float) -> Terms:
+    """What a scheduler holds workers of a plan to.
+
+    A bare `central`, and no topology, put as many servers as there are replicas.
+    """
+    outer = plan.outer
+    assert outer is not None, "all are in step, without servers"
+    named = outer.topology.servers if isinstance(outer.topology, Central) else None
+    every = getattr(outer, "every", 1)
+    assert isinstance(every, int)
+    return Terms(
+        parts=outer.n,
+        every=every,
+        sync=outer.sync,
+        servers=named or outer.n,
+        min=outer.min,
+        max=outer.max,
+        timeout_s=timeout_s,
+    )
+
+
+def run_scheduler(make_audience: Callable[[Crewmate], Audience]) -> None:
+    """What the scheduler's process does, until the job is over.
+
+    Raises:
+        WorkerFailed: the job cannot go on. RunError: the run folder cannot be used.
+    """
+    world, crew = _this_role()
+    desk = crew.post().desk(crew.listens_at)
+    crew.tell_scheduler(desk.place)
+    audience = make_audience(crew)
+    error: BaseException | None = None
+    try:
+        _schedule(world, crew, desk, audience)
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        audience.close(error)
+        desk.close()
+
+
+def _schedule(world: World, crew: Crewmate, desk: Desk, audience: Audience) -> None:
+    letters = _Letters(desk)
+    folder, early = _open_run(world, crew, letters, audience)
+    book = Book(folder / BOOK if folder is not None else ":memory:")
+    try:
+        scheduler = Scheduler(
+            terms_of(as_plan(crew.plan), world.timeout_s), book, emit=audience.event
+        )
+        for sender, message in early:
+            letters.send(scheduler.handle(sender, message, time.monotonic()))
+        ticked_s = time.monotonic()
+        while not scheduler.is_over and not world.stop_requested.is_set():
+            for sender, message in letters.receive(TICK_S):
+                letters.send(scheduler.handle(sender, message, time.monotonic()))
+            for name in desk.lost():
+                letters.send(scheduler.lost(name, time.monotonic()))
+            if time.monotonic() - ticked_s >= TICK_S:
+                ticked_s = time.monotonic()
+                letters.send(scheduler.tick(ticked_s))
+        if scheduler.outcome is not None and scheduler.outcome.failed:
+            raise WorkerFailed(scheduler.outcome.reason, rank=-1)
+    finally:
+        book.close()
+
+
+def _open_run(
+    world: World, crew: Crewmate, letters: _Letters, audience: Audience
+) -> tuple[Path | None, list[tuple[str, Message]]]:
+    """The run's folder, once the first worker has said which, and what came until then."""
+    early: list[tuple[str, Message]] = []
+    run = crew.run()
+    if run is not None:
+        folder = audience.goes_on(run)
+        if folder is None:
+            raise UserError(
+                "the scheduler was lost, and with it the order of updates, since the run has no "
+                "folder; next: give the job a run folder (--out), from which it goes on"
+            )
+        return folder, early
+    deadline = time.monotonic() + world.timeout_s
+    while not world.stop_requested.is_set():
+        early += letters.receive(TICK_S)
+        for _, message in early:
+            if isinstance(message, Join):
+                return audience.opens(message.facts), early
+        if time.monotonic() > deadline:
+            raise WorkerFailed(f"no worker joined within {world.timeout_s:g} s", rank=-1)
+    return None, early
+
+
+class _Letters:
+    """Opens what comes to a desk; what is no message is counted and left."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+
+    def receive(self, timeout_s: float) -> list[tuple[str, Message]]:
+        found = []
+        for sender, letter in self.desk.receive(timeout_s):
+            try:
+                found.append((sender, open_letter(letter)))
+            except Malformed:
+                self.desk.refused["malformed"] += 1
+        return found
+
+    def send(self, mail: Iterable[tuple[str, Message]]) -> None:
+        for name, message in mail:
+            self.desk.send(name, message.letter())
+
+
+def run_server(index: int) -> None:
+    """What the process of a server does, until the launcher says that all is done.
+
+    Raises:
+        AllfuseError: it was ordered what it cannot do.
+    """
+    world, crew = _this_role()
+    terms = terms_of(as_plan(crew.plan), world.timeout_s)
+    post = crew.post()
+    desk = post.desk()
+    scheduler = post.call(crew.scheduler(world.timeout_s), f"server {index}")
+    birth = secrets.randbits(48)
+    try:
+        run = crew.run(world.timeout_s)
+        if run is None:
+            raise WorkerFailed(f"no run began within {world.timeout_s:g} s", rank=-1)
+        folder = run["folder"] and Path(run["folder"])
+        server = Server(
+            index,
+            terms.servers,
+            birth=birth,
+            place=desk.place,
+            folder=folder / SNAPSHOTS if folder else None,
+        )
+        _serve(world, server, desk, scheduler)
+    finally:
+        scheduler.close()
+        desk.close()
+
+
+def _serve(world: World, server: Server, desk: Desk, scheduler: Caller) -> None:
+    letters, ticked_s = _Letters(desk), float("-inf")
+
+    def send(mail: Iterable[tuple[str, Message]]) -> None:
+        for name, message in mail:
+            if name == SCHEDULER:
+                scheduler.send(message.letter())
+            else:
+                desk.send(name, message.letter())
+
+    def hear(sender: str, message: Message) -> None:
+        try:
+            send(server.answer(sender, message))
+        except Malformed:
+            desk.refused["malformed"] += 1
+
+    while not world.stop_requested.is_set():
+        now_s = time.monotonic()
+        if now_s - ticked_s >= TICK_S:
+            ticked_s = now_s
+            send(server.tick(now_s))
+        wait_any([desk, scheduler], TICK_S)
+        for letter in scheduler.receive(0):
+            hear(SCHEDULER, open_letter(letter))
+        for sender, message in letters.receive(0):
+            hear(sender, message)
+        for name in desk.lost():
+            send(server.lost(name, now_s))
+
+
+def _this_role() -> tuple[World, Crewmate]:
+    world = current_world()
+    assert world is not None
+    assert world.crew is not None, "started by the launcher of a crew"
+    world.step = 0  # so that a request to stop is heeded, and interrupts nothing
+    return world, world.crew

@@ -1,0 +1,407 @@
+"""A group of ranks that a scheduler hands work to: from lease to lease, instead of step to step.
+
+Rank 0 of the group talks to the scheduler and the servers; the other ranks hear from it, so that
+all follow one decision.
+
+The course of a lease, for weights of B bytes and a group of m ranks:
+  1. the lease and its weights come (B received by rank 0, then B broadcast inside the group);
+  2. the group works through the lease's steps: one, whose gradient goes to the servers instead of
+     an optimizer here; or `every` of them, after which what they changed goes there;
+  3. the update goes out in pieces (B sent by rank 0), and the group asks for the next lease.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from allfuse.base.errors import Interrupted, PlanError, UserError
+from allfuse.plan import Site
+from allfuse.roles.agent import Agent
+from allfuse.roles.blueprint import Blueprint
+from allfuse.roles.messages import Join, Lease
+from allfuse.roles.office import terms_of
+from allfuse.roles.replica import Replica
+from allfuse.split.data import Loader, Portion
+from allfuse.store.run import RunFolder
+from allfuse.training.course import Course
+from allfuse.training.cursor import Cursor
+from allfuse.training.wishes import INTERRUPT, STOP
+
+if TYPE_CHECKING:
+    from allfuse.base.events import Bus, Event
+    from allfuse.split.data import IterableLoader
+    from allfuse.training.learner import Learner
+    from allfuse.training.place import Place
+    from allfuse.training.state import State
+    from allfuse.training.stepper import Step
+
+TOLD = ("evaluated", "saved", "not_saved", "note", "warning")
+"""Events that the scheduler is told of; steps it counts itself."""
+
+NUMBERS = ("lease", "clock", "first_step", "steps", "part", "parts", "sequence", "done")
+DUE = ("evaluate", "save", "finish")
+
+
+class Apart:
+    """A group's side of the scheduler and the servers.
+
+    Attributes:
+        facts: what the run is to be told of by the first group that comes.
+        lease: what the group works on; its number is -1 at the end. None before the first.
+    """
+
+    def __init__(self, place: Place, bus: Bus) -> None:
+        outer, crew = place.whole.outer, place.world.crew
+        assert outer is not None, "a plan whose ranks are all in step"
+        assert crew is not None, "a place without a scheduler"
+        self.place, self.outer = place, outer
+        self.terms = terms_of(place.whole, place.world.timeout_s)
+        self.facts: dict[str, Any] = {}
+        self.lease: Lease | None = None
+        self.replica: Replica | None = None
+        self.leads = place.rank == 0
+        self._agent: Agent | None = None
+        if self.leads:
+            host = socket.gethostname()
+            self._agent = Agent(crew, f"worker {crew.index} on {host}", place.world.timeout_s)
+            bus.subscribe(self._tell, TOLD)
+        self._blueprint: Blueprint | None = None
+        self._options: Callable[[], list[dict[str, Any]]] = list
+        self._loss = self._count = self._begin_s = 0.0
+        self._rows = 0
+
+    @property
+    def is_over(self) -> bool:
+        return self.lease is not None and self.lease.lease < 0
+
+    @property
+    def pushes_gradients(self) -> bool:
+        """Whether a lease is one step, whose gradient is pushed."""
+        return not isinstance(self.outer, Site)
+
+    # Begin.
+
+    def take_over(
+        self, learner: Learner, before: Callable[[], None], after: Callable[[], None]
+    ) -> None:
+        """Have the step of an optimizer push its gradients; servers step instead."""
+        if learner.precision.scaler is not None:
+            raise UserError(
+                f"precision fp16 under {self.outer}: its loss scaling would have to stop servers "
+                "from stepping; allowed: bf16, fp32"
+            )
+        if not self.pushes_gradients:
+            return
+
+        def push(closure: None = None) -> None:
+            before()
+            self._push(learner)
+            after()
+
+        vars(learner.optimizer)["step"] = push
+        vars(learner.optimizer)["_opt_called"] = True  # what schedulers of torch look for
+
+    def begin(
+        self, state: State, *, steps_per_epoch: int, steps: int | None, epochs: int | None,
+        fingerprints: Mapping[str, str],
+    ) -> None:  # fmt: skip
+        """Join, and wait for the first lease and weights.
+
+        Raises:
+            UserError: several optimizers, or one that servers cannot step.
+        """
+        if len(state.learners) != 1:
+            raise UserError(
+                f"{self.place.whole}: servers step one optimizer, and the session has "
+                f"{len(state.learners)}; next: a plan in step"
+            )
+        learner = state.learners[0]
+        held = self._held(state, learner)
+        blueprint = self._blueprint = self._make_blueprint(learner, state)
+        if self._agent is not None:
+            digest = hashlib.sha256(repr(sorted(fingerprints.items())).encode()).hexdigest()[:16]
+            join = Join(
+                name=self._agent.name,
+                host=self.place.world.host_identity(),
+                fingerprint=f"{digest}-{blueprint.digest}",
+                steps_per_epoch=steps_per_epoch,
+                steps=steps,
+                epochs=epochs,
+                blueprint=blueprint.plain(),
+                facts=self.facts,
+            )
+            client = self._agent.join(join, blueprint, self.terms.servers, self.place.device)
+            self.replica = client.replica
+        else:
+            self.replica = Replica(blueprint, self.terms.servers, self.place.device)
+        self.replica.load(held)
+        for name, tensor in held.items():
+            tensor.data = self.replica.tensors[name]
+        if self.pushes_gradients:
+            self._options = lambda: blueprint.changed_options(learner.optimizer)
+        self._next()
+
+    def _held(self, state: State, learner: Learner) -> dict[str, Tensor]:
+        """What servers hold, by name: trained parameters and floating-point buffers."""
+        names = state.names()
+        held: dict[str, Tensor] = {names[id(p)]: p for p in learner.parameters}
+        return held | dict(_floating_buffers(state))
+
+    def _make_blueprint(self, learner: Learner, state: State) -> Blueprint:
+        codec, parts = str(self.outer.codec), self.outer.n
+        share = 1.0 if self.terms.in_step else 1.0 / parts
+        names = state.names()
+        parameters = [(names[id(p)], p) for p in learner.parameters]
+        buffers = _floating_buffers(state)
+        if self.pushes_gradients:
+            return Blueprint.of_gradients(
+                learner.optimizer, parameters, buffers, codec=codec, share=share
+            )
+        assert isinstance(self.outer, Site)
+        return Blueprint.of_changes(
+            parameters,
+            buffers,
+            options=self.outer.outer.options(share),
+            codec=codec,
+            share=share,
+        )
+
+    # From lease to lease.
+
+    def count(self, step: Step) -> None:
+        """Add a step of the lease to what is told of it."""
+        portion, figures = step.portion, step.figures
+        assert portion is not None
+        self._rows += sum(portion.shares)
+        if figures is not None:
+            self._loss += sum(figures.losses)
+            self._count += figures.total
+
+    def finish(self) -> None:
+        """The steps of the lease are done: hand the update in, and wait for the next lease."""
+        if self._agent is not None:
+            self._agent.finish(
+                self._options(),
+                loss=self._loss,
+                count=self._count,
+                rows=self._rows,
+                seconds=time.monotonic() - self._begin_s,
+            )
+        self._next()
+
+    def _push(self, learner: Learner) -> None:
+        if self._agent is not None:
+            gradients = {
+                name: parameter.grad
+                for name, parameter in zip(learner.names, learner.parameters, strict=True)
+                if parameter.grad is not None
+            }
+            self._agent.push(gradients, self._options())
+
+    def _next(self) -> None:
+        """The next lease and its weights, on all ranks of the group."""
+        assert self.replica is not None
+        if self._agent is not None:
+            self._agent.step = 0 if self.lease is None else self.lease.done
+            self.lease = self._agent.next_lease()
+        self.lease = self._shared(self.lease)
+        for flat in self.replica.live:
+            if self.place.replicas.size > 1 and flat.numel():
+                self.place.replicas.broadcast(flat, "spread the weights of a lease").wait()
+        self._loss = self._count = 0.0
+        self._rows, self._begin_s = 0, time.monotonic()
+
+    def _shared(self, lease: Lease | None) -> Lease:
+        """The lease that rank 0 of the group has."""
+        link = self.place.replicas
+        if link.size == 1:
+            assert lease is not None
+            return lease
+        numbers = torch.zeros(len(NUMBERS) + len(DUE), dtype=torch.int64, device=self.place.device)
+        if self.leads and lease is not None:
+            due = [int(kind in lease.due) for kind in DUE]
+            numbers.copy_(torch.tensor([*(getattr(lease, name) for name in NUMBERS), *due]))
+        link.broadcast(numbers, "spread a lease").wait()
+        if self.leads and lease is not None:
+            return lease
+        values = numbers.tolist()
+        due_here = [kind for kind, flag in zip(DUE, values[len(NUMBERS) :], strict=True) if flag]
+        return Lease(**dict(zip(NUMBERS, values, strict=False)), due=due_here, reason="it is told")
+
+    def is_due(self, every: int | str | None) -> bool:
+        """Whether what is done every so many steps, or every "epoch", falls to this group now."""
+        lease = self.lease
+        kinds = ("evaluate", "save")
+        return lease is not None and any(
+            every == self.facts.get(f"{kind}_every") and kind in lease.due for kind in kinds
+        )
+
+    @property
+    def finishes(self) -> bool:
+        """Whether it falls to this group to export the model at the end."""
+        return self.is_over and self.lease is not None and "finish" in self.lease.due
+
+    @property
+    def folder(self) -> RunFolder | None:
+        """The run's folder; the scheduler holds it."""
+        out = self.facts.get("out")
+        return None if out is None else RunFolder.open(out)
+
+    def stop(self, reason: str) -> None:
+        """Ask that no more work is handed out to anybody."""
+        if self._agent is not None:
+            self._agent.stop(reason)
+
+    def note(self, name: str, state: dict[str, Any]) -> None:
+        """Hand a state on to the group that needs it next."""
+        if self._agent is not None and self.lease is not None and _is_plain(state):
+            self._agent.note(name, state, self.lease.done)
+
+    def _tell(self, event: Event) -> None:
+        assert self._agent is not None
+        if _is_plain(dict(event.data)):
+            self._agent.tell(event.name, dict(event.data))
+
+    def close(self) -> None:
+        if self._agent is not None:
+            self._agent.close()
+
+
+class LeasedCourse(Course):
+    """A course whose batches come from leases."""
+
+    def __init__(self, apart: Apart, *args: Any) -> None:
+        super().__init__(*args)
+        self.apart = apart
+        self._has_stopped = self._is_interrupted = False
+
+    def portions(
+        self,
+        number: int,
+        loader: Loader | IterableLoader,
+        epochs: int | None,
+        steps: int | None,
+    ) -> Iterator[Portion]:
+        if number:
+            raise UserError(
+                f"a second loop over s.batches under {self.place.whole}: the scheduler hands out "
+                "the work of one; next: a plan in step, or one session for each loop"
+            )
+        assert isinstance(loader, Loader)
+        self._take_lease()
+        while not self.apart.is_over:
+            lease = self.apart.lease
+            assert lease is not None
+            for step, portion in self._read(loader, lease):
+                self._advance_schedulers(step, portion.epoch)
+                self._open_step(portion)
+                yield portion
+                self.close_step()
+                if self.apart.lease is not lease:
+                    break
+        self.stepper.current = None
+        if self._is_interrupted:
+            raise Interrupted(f"interrupted after step {self.cursor.steps}")
+
+    def _read(self, loader: Loader, lease: Lease) -> Iterator[tuple[int, Portion]]:
+        """The steps of a lease, counted from the first of the run, with their portions."""
+        assert loader.steps_per_epoch is not None
+        steps = range(lease.first_step, lease.first_step + lease.steps)
+        places = [divmod(step, loader.steps_per_epoch) for step in steps]
+        yield from zip(steps, loader.leased(places, lease.part, lease.parts), strict=True)
+
+    def _advance_schedulers(self, step: int, epoch: int) -> None:
+        for scheduler in self.state.schedulers:
+            scheduler.advance(step, epoch)
+
+    def _take_lease(self) -> None:
+        """Count as done what all groups have learned; take in what was handed on."""
+        lease = self.apart.lease
+        assert lease is not None
+        self.cursor = Cursor(steps=lease.done)
+        self.tell_step_number()
+        if lease.lease < 0:
+            self._end_of_loop = lease.reason
+        for name, state in lease.notes.items():
+            if name in self.state.parts:
+                self.state.parts[name].load_state_dict(state)
+
+    def close_step(self) -> None:
+        """Count the open step; after the last one of a lease hand the update in."""
+        step = self.stepper.count()
+        if step is None:
+            return
+        lease, portion = self.apart.lease, step.portion
+        assert lease is not None
+        assert portion is not None
+        self.last = portion
+        self.apart.count(step)
+        self._hear_wishes(step)
+        self.told(step)
+        self._steps_of_lease += 1
+        if self._steps_of_lease < lease.steps:
+            return
+        if lease.due:
+            for name, part in self.state.parts.items():
+                self.apart.note(name, part.state_dict())
+        self._steps_of_lease = 0
+        self.apart.finish()
+        self._take_lease()
+
+    _steps_of_lease = 0
+
+    def _hear_wishes(self, step: Step) -> None:
+        """Pass on that somebody in this group wishes to stop."""
+        if step.figures is not None:
+            self.wishes.hear(step.figures.stops)
+        heard = max(self.wishes.heard, self.wishes.own)
+        if heard >= STOP and not self._has_stopped:
+            self._has_stopped = True
+            self._is_interrupted = heard >= INTERRUPT
+            self.apart.stop("interrupted" if self._is_interrupted else self.wishes.reason)
+
+    def end(self, reason: str) -> None:
+        """Ask that training ends; it does when all leases that are out have come in."""
+        self._has_stopped = True
+        self.apart.stop(reason)
+
+
+def _floating_buffers(state: State) -> list[tuple[str, Tensor]]:
+    several = len(state.models) > 1
+    return [
+        (f"{prefix}.{name}" if several else name, buffer)
+        for prefix, module in state.models.items()
+        for name, buffer in module.named_buffers()
+        if buffer.is_floating_point()
+    ]
+
+
+def refuse_global_statistics(place: Place, has_norms: bool, batch_statistics: str) -> None:
+    """Statistics of a batch cannot meet where its parts are worked on apart.
+
+    Raises:
+        PlanError: the plan would be exact, and BatchNorm keeps it from that.
+    """
+    if has_norms and batch_statistics == "global" and place.whole.promise == "exact":
+        raise PlanError(
+            str(place.whole),
+            "BatchNorm would need the statistics of the whole batch, whose parts meet at the "
+            'servers only; with batch_statistics="local" each worker takes its own',
+            f"data({place.whole.workers})",
+        )
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a value can travel in a letter's fields."""
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str | bytes)
