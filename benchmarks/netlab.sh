@@ -73,9 +73,9 @@ add_host() {
 
 up() {
     local count=$1 rate=$2 number
-    [[ "$count" =~ ^[0-9]+$ ]] && [ "$count" -ge 1 ] && [ "$count" -le 200 ] ||
+    [[ "$count" =~ ^[1-9][0-9]{0,2}$ ]] && [ "$count" -le 200 ] ||
         refuse "HOSTS: received '$count'; allowed: a number from 1 to 200"
-    [[ "$rate" =~ ^[0-9.]+[kmgt]?(bit|bps)$ ]] ||
+    [[ "$rate" =~ ^[0-9]+(\.[0-9]+)?[kmgt]?(bit|bps)$ && "$rate" == *[1-9]* ]] ||
         refuse "RATE: received '$rate'; allowed: a rate such as 100mbit"
     [ -z "$(hosts)" ] || refuse "there are hosts already; next: $0 down"
     trap 'trap - ERR; echo "netlab: could not be set up; what was made is removed" >&2; down; exit 1' \
@@ -98,7 +98,10 @@ up)
     ;;
 run)
     [ $# -ge 3 ] || refuse "run takes a HOST and a COMMAND, for example: $0 run 0 hostname -I"
+    [[ "$2" =~ ^(0|[1-9][0-9]{0,2})$ ]] || refuse "HOST: received '$2'; allowed: 0, 1, ..."
     check_machine
+    ip netns pids "$PREFIX$2" > /dev/null 2>&1 ||
+        refuse "there is no host $2; next: $0 up HOSTS RATE, which makes 0 to HOSTS - 1"
     exec ip netns exec "$PREFIX$2" "${@:3}"
     ;;
 down)

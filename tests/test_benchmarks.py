@@ -21,6 +21,7 @@ SCRIPTS = (
     "checkpoint",
     "allreduce",
     "socket_link",
+    "push_pull",
     "network",
     "slow_link",
     "quality",
@@ -100,7 +101,27 @@ def test_command_line_of_all_refuses_an_unknown_name() -> None:
         [sys.executable, str(BENCHMARKS / "run_all.py"), "nonsense"], capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert "nonsense" in done.stderr
+    assert "there is no benchmark 'nonsense'; allowed: step, " in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("up 0 1mbit", "HOSTS: received '0'"),
+        ("up 08 1mbit", "HOSTS: received '08'"),
+        ("up 201 1mbit", "HOSTS: received '201'"),
+        ("up 2 0mbit", "RATE: received '0mbit'"),
+        ("up 2 1.5.5mbit", "RATE: received '1.5.5mbit'"),
+        ("up 2", "up takes HOSTS and RATE"),
+        ("run abc true", "HOST: received 'abc'"),
+        ("run 0", "run takes a HOST and a COMMAND"),
+    ],
+)
+def test_emulated_hosts_refuse_what_they_cannot_be(arguments: str, said: str) -> None:
+    command = ["bash", str(BENCHMARKS / "netlab.sh"), *arguments.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert said in done.stderr
 
 
 def test_results_keep_the_sections_of_benchmarks_that_were_not_run(
