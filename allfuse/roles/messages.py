@@ -211,9 +211,9 @@ class Lease(Message):
     all where they are in step. first_step: of the run, counted from 0. part, parts: which share of
     each batch. sequence: the version of the weights to begin with, which the servers send; -1 where
     none come: at the end of a job that failed, or has not begun. done: batches learned by all.
-    due: what falls to this worker before it begins: "evaluate", "save". notes: states that were
-    handed in, where something is due and at the end. reason: why there is no more work. failed: it
-    is an error.
+    due: what falls to this worker before it begins: "evaluate", "save", and at the end "finish".
+    notes: states that were handed in, where something is due and at the end. reason: why there is
+    no more work. failed: it is an error.
     """
 
     kind: ClassVar[str] = "lease"

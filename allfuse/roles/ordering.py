@@ -94,7 +94,10 @@ class Ordering:
         self._book.put_order(order, commits)
         message = say.Orders(first=order.sequence, entries=[order.plain])
         for shard in sorted(self.servers):
-            self._send(self.servers[shard], message)
+            server = self.servers[shard]
+            if server.applied == order.sequence - 1:  # else it waits for earlier ones since then
+                server.asked_s = self._outbox.now_s
+            self._send(server, message)
         return order
 
     def serve(self, sender: str, message: say.Serve) -> Arrival | None:
@@ -201,12 +204,12 @@ class Ordering:
         self._outbox.send(sender, say.Refused(reason=reason))
 
     def _send(self, server: Server, message: say.Message) -> None:
-        server.asked_s = self._outbox.now_s
         if server.is_up:
             self._outbox.send(server.name, message)
 
     def _resend(self, server: Server) -> None:
         first = server.applied + 1
+        server.asked_s = self._outbox.now_s
         orders = self._book.orders(first, min(self.current, first + MOST_AT_ONCE - 1))
         entries = [order.plain for order in orders]
         self._send(server, say.Orders(first=first, entries=entries))

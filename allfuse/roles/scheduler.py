@@ -132,8 +132,6 @@ class Scheduler:
                 self._serve(sender, message)
             case say.Applied():
                 self._ordering.applied(sender, message)
-            case say.Beat() if self._ordering.by_name(sender) is not None:
-                pass
             case say.Stop():
                 self._stop(message.reason)
             case say.Finished() | say.Again() | say.Beat() | say.Leave() | say.Note() | say.Tell():
@@ -211,7 +209,8 @@ class Scheduler:
 
     def _dismiss(self, leases: Leases, worker: Worker, presence: Presence, why: str) -> None:
         """A worker went: what it has out may be handed to others, what it brought counts."""
-        self._members.dismiss(worker, presence, why)
+        told = worker.presence is Presence.FINAL  # so that its silence is no loss
+        self._members.dismiss(worker, Presence.GONE if told else presence, why)
         for work in list(leases.open.values()):
             if work.worker == worker.name and work.state is State.OUT:
                 self._course.revoke(leases, work)
@@ -256,8 +255,9 @@ class Scheduler:
             self._greet([worker])
             self._course.remind(worker)
         elif message.lease == lease and message.sequence == worker.held >= 0:
-            self._course.unread.append(worker)
-            self._is_stirred = True
+            if self._ordering.is_whole and not self._ordering.lacking:  # else it would be in vain
+                self._course.unread.append(worker)
+                self._is_stirred = True
         else:
             self._course.remind(worker)
 
