@@ -22,7 +22,7 @@ import zmq
 from torch import Tensor
 
 from allfuse.link import letter as letters
-from allfuse.link import wire
+from allfuse.link import wired
 from allfuse.link.credentials import Credentials
 from allfuse.link.endpoint import Endpoint, host_address
 from allfuse.link.frame import DTYPES, Malformed
@@ -194,6 +194,24 @@ def test_what_cannot_travel_is_an_error_of_the_sender(post: Post, letter: Letter
         assert collect(desk, 1)[0][1].kind == "good"
 
 
+def test_the_largest_letter_passes_encrypted() -> None:
+    spare = len(pack(Letter("x", {}, (torch.empty(MOST_BYTES - 200, dtype=torch.uint8),)))[0])
+    largest = torch.empty(MOST_BYTES - spare, dtype=torch.uint8).fill_(7)
+    with ends(Wire(ENCRYPTED), "worker") as (desk, (caller,)):
+        with pytest.raises(ValueError, match="allowed"):
+            caller.send(Letter("x", {}, (torch.empty(MOST_BYTES - spare + 1, dtype=torch.uint8),)))
+        caller.send(Letter("x", {}, (largest,)))
+        ((_, came),) = collect(desk, 1)
+        assert torch.equal(came.tensors[0], largest)
+
+
+def test_complex_values_that_torch_has_only_marked_arrive_as_they_read() -> None:
+    tensor = torch.complex(torch.arange(3.0), torch.ones(3)).conj()
+    came = unpack(pack(Letter("x", {}, (tensor, tensor.imag))))
+    assert torch.equal(came.tensors[0], tensor)
+    assert torch.equal(came.tensors[1], -torch.ones(3))
+
+
 def test_large_tensors_are_sent_from_their_own_memory_until_they_have_gone() -> None:
     """As cheap as that is, the sender must know until when."""
     tensor = torch.ones(4_000_000)
@@ -213,6 +231,7 @@ def test_large_tensors_are_sent_from_their_own_memory_until_they_have_gone() -> 
 def test_only_callers_that_are_there_are_sent_to(post: Post) -> None:
     with ends(post, "worker") as (desk, (caller,)):
         assert not desk.send("nobody", Letter("x"))
+        assert not desk.send("", Letter("x"))
         assert desk.send("worker", Letter("x"))
         assert [each.kind for each in answer(caller)] == ["x"]
 
@@ -391,7 +410,7 @@ def test_a_caller_whose_desk_is_not_there_says_so_and_closes_at_once() -> None:
         assert caller.trouble == "nobody answers"
         begin = time.monotonic()
         caller.close()
-        assert time.monotonic() - begin < wire.LINGER_S + 2
+        assert time.monotonic() - begin < wired.LINGER_S + 2
 
 
 def test_a_desk_with_letters_for_one_that_reads_nothing_closes_within_its_time() -> None:
@@ -402,7 +421,7 @@ def test_a_desk_with_letters_for_one_that_reads_nothing_closes_within_its_time()
         for end in (desk, caller):
             begin = time.monotonic()
             end.close()
-            assert time.monotonic() - begin < wire.LINGER_S + 2
+            assert time.monotonic() - begin < wired.LINGER_S + 2
 
 
 GOOD = pack(Letter("push", {"lease": 1}, (torch.ones(3), torch.zeros(2, dtype=torch.bool))))
@@ -477,7 +496,7 @@ def test_a_desk_counts_what_it_refuses_by_the_reason_and_goes_on() -> None:
 def test_a_frame_beyond_the_limit_ends_its_connection_before_it_is_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(wire, "MOST_BYTES", 1_000_000)
+    monkeypatch.setattr(wired, "MOST_BYTES", 1_000_000)
     with ends(Wire(LOCAL), "worker") as (desk, (good,)), bare(desk, TOKEN) as bad:
         bad.send_multipart([b""])
         bad.send_multipart([*GOOD[:1], bytes(2_000_000)])
@@ -658,8 +677,8 @@ def test_a_name_that_cannot_travel_is_refused(name: str) -> None:
 def test_a_desk_that_does_not_read_makes_senders_hold_and_never_wait(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(wire, "SENT_LETTERS", 20)
-    monkeypatch.setattr(wire, "COME_LETTERS", 4)
+    monkeypatch.setattr(wired, "SENT_LETTERS", 20)
+    monkeypatch.setattr(wired, "COME_LETTERS", 4)
     tensor = torch.ones(250_000)
     with ends(Wire(LOCAL), "worker") as (desk, (caller,)):
         taken, begin = 0, time.monotonic()

@@ -6,8 +6,6 @@ comes one frame for each tensor that is not empty: its elements in row-major ord
 
 from __future__ import annotations
 
-import ctypes
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,7 +90,9 @@ def _laid_out(tensor: Tensor) -> Tensor:
             f"a tensor of {tensor.layout} and {tensor.dtype} in a letter; allowed: dense ones of "
             f"{', '.join(str(dtype) for dtype in DTYPES)}"
         )
-    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    if tensor.is_conj() or tensor.is_neg():
+        tensor = tensor.resolve_conj().resolve_neg()
+    return tensor.cpu().contiguous()
 
 
 def unpack(frames: Sequence[bytes | memoryview]) -> Letter:
@@ -109,23 +109,24 @@ def unpack(frames: Sequence[bytes | memoryview]) -> Letter:
             f"{len(frames)} frames with {total} bytes, {len(frames[0])} of them a header; allowed: "
             f"{MOST_TENSORS + 1}, {MOST_BYTES} and {MOST_HEADER_BYTES}"
         )
-    kind, fields, shapes = _read_header(frames[0])
-    tensors, following = [], iter(frames[1:])
-    for code, shape in shapes:
-        empty = 0 in shape
-        frame = b"" if empty else next(following, None)
-        if frame is None:
-            raise Malformed(f"fewer frames than the {len(shapes)} tensors of its header")
-        tensors.append(_tensor(DTYPES[code], shape, frame))
-    if next(following, None) is not None:
-        raise Malformed(f"more frames than the {len(shapes)} tensors of its header")
+    kind, fields, listed = _read_header(frames[0])
+    tensors, place = [], 1
+    for entry in listed:
+        dtype, shape, amount = _shape(entry)
+        if not amount:
+            tensors.append(torch.empty(shape, dtype=dtype))
+            continue
+        if place == len(frames):
+            raise Malformed(f"fewer frames than the {len(listed)} tensors of its header")
+        tensors.append(_tensor(dtype, shape, amount, frames[place]))
+        place += 1
+    if place < len(frames):
+        raise Malformed(f"more frames than the {len(listed)} tensors of its header")
     return Letter(kind, fields, tuple(tensors))
 
 
-def _read_header(
-    data: bytes | memoryview,
-) -> tuple[str, dict[str, Any], list[tuple[int, list[int]]]]:
-    """Kind, fields, and the type and shape of each tensor."""
+def _read_header(data: bytes | memoryview) -> tuple[str, dict[str, Any], list[object]]:
+    """Kind, fields, and what should be the type and shape of each tensor."""
     try:
         about = msgpack.unpackb(data, strict_map_key=True)
     except Exception as error:  # msgpack raises many kinds, of which no list is promised
@@ -141,7 +142,7 @@ def _read_header(
     if not isinstance(kind, str) or not isinstance(fields, dict) or not isinstance(listed, list):
         raise Malformed("a header whose kind, fields or tensors are of another type")
     _check_plain(fields, MOST_DEPTH)
-    return kind, fields, [_shape(each) for each in listed]
+    return kind, fields, listed
 
 
 def _check_plain(value: object, depth: int) -> None:
@@ -159,33 +160,34 @@ def _check_plain(value: object, depth: int) -> None:
         raise Malformed(f"fields that hold a {type(value).__name__}")
 
 
-def _shape(entry: object) -> tuple[int, list[int]]:
-    """The type and shape of a tensor whose bytes a letter can hold."""
+def _shape(entry: object) -> tuple[torch.dtype, list[int], int]:
+    """The type, shape and bytes of a tensor that a letter can hold."""
     if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], list):
         raise Malformed("a tensor that is not described by its type and shape")
     code, shape = entry
-    if not all(isinstance(size, int) and not isinstance(size, bool) for size in (code, *shape)):
-        raise Malformed("a tensor whose type or shape is not made of whole numbers")
-    if not 0 <= code < len(DTYPES) or len(shape) > MOST_DIMS:
-        raise Malformed(f"a tensor of type {code} with {len(shape)} dims")
-    if any(size < 0 for size in shape):
-        raise Malformed("a tensor of a negative size")
-    if math.prod(size for size in shape if size) * DTYPES[code].itemsize > MOST_BYTES:
+    if type(code) is not int or not 0 <= code < len(DTYPES) or len(shape) > MOST_DIMS:
+        raise Malformed(f"a tensor of type {str(code)[:20]} with {len(shape)} dims")
+    dtype, empty = DTYPES[code], False
+    amount = dtype.itemsize
+    for size in shape:
+        if type(size) is not int or size < 0:
+            raise Malformed("a tensor of which a size is no whole number from 0 on")
+        empty = empty or size == 0
+        amount *= size or 1
+    if amount > MOST_BYTES:  # also of an empty one: torch multiplies its other sizes
         raise Oversized(f"a tensor of shape {shape[:8]}; allowed: {MOST_BYTES} bytes")
-    return code, shape
+    return dtype, shape, 0 if empty else amount
 
 
-def _tensor(dtype: torch.dtype, shape: list[int], frame: bytes | memoryview) -> Tensor:
-    expected = math.prod(shape) * dtype.itemsize
+def _tensor(
+    dtype: torch.dtype, shape: list[int], expected: int, frame: bytes | memoryview
+) -> Tensor:
     if len(frame) != expected:
         raise Malformed(f"{len(frame)} bytes for a tensor of {expected}")
-    if not expected:
-        return torch.empty(shape, dtype=dtype)
-    view = memoryview(frame)
-    address = 0 if view.readonly else ctypes.addressof(ctypes.c_char.from_buffer(view))
-    if expected < OWN_BYTES or view.readonly or address % dtype.itemsize:
-        view = memoryview(bytearray(view))
-    flat = torch.frombuffer(view, dtype=torch.uint8)
+    shared = expected >= OWN_BYTES and isinstance(frame, memoryview) and not frame.readonly
+    flat = torch.frombuffer(frame if shared else bytearray(frame), dtype=torch.uint8)
+    if flat.data_ptr() % dtype.itemsize:  # torch may crash on values that are not aligned
+        flat = flat.clone()
     if dtype == torch.bool and int(flat.max()) > 1:
         raise Malformed("a tensor of truth values that holds others")
     return flat.view(dtype).view(shape)

@@ -12,6 +12,7 @@ FAILURES = (
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 )
+PATIENCE_S = 0.25
 _OF_ANOTHER_TOKEN = (
     zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC,
     zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH,
@@ -56,7 +57,7 @@ class Visitors:
 
     Every caller says its name at once when it is let in. What ZeroMQ tells of connections and what
     comes over them are read from different queues: first read that (`collect`), then all letters
-    (`hear`), then judge what was read first (`judge`).
+    (`hear`), then judge what was read first (`judge`), which waits for that for a while.
     """
 
     def __init__(self, socket: zmq.Socket[bytes], refused: Counter[str]) -> None:
@@ -64,18 +65,26 @@ class Visitors:
         self.refused = refused
         self._names: dict[int, deque[str]] = defaultdict(deque)  # by file descriptor
         self._collected: list[tuple[int, int]] = []
+        self._since = 0.0
         self._reasons: deque[str] = deque()
 
-    def collect(self) -> None:
+    def collect(self, now: float) -> None:
+        if not self._collected:
+            self._since = now
         self._collected += self.monitor.read()
 
     def hear(self, descriptor: int, name: str) -> None:
         """A caller has come over this connection."""
         self._names[descriptor].append(name)
 
-    def judge(self) -> list[str]:
-        """Callers whose connections have ended; strangers are counted."""
-        parted = []
+    def judge(self, heard_all: bool, now: float) -> list[str]:
+        """Callers whose connections have ended; strangers are counted.
+
+        heard_all: no letter is left that could have come before what was collected.
+        """
+        parted: list[str] = []
+        if not self._collected or not (heard_all or now - self._since > PATIENCE_S):
+            return parted
         for event, value in self._collected:
             if event != zmq.EVENT_DISCONNECTED:
                 self._reasons.append(reason_of(event, value))

@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import math
 import time
-from abc import abstractmethod
-from collections import Counter, deque
-from collections.abc import Sequence
 
 import zmq
 
 from allfuse.link.credentials import DOMAIN, Credentials
 from allfuse.link.endpoint import LOOPBACK, Endpoint, host_address, transport
-from allfuse.link.frame import Malformed
 from allfuse.link.gate import Gate
-from allfuse.link.letter import MOST_BYTES, Letter, OtherVersion, Oversized, pack, unpack
-from allfuse.link.post import Caller, Desk, End, Post, wait_any
+from allfuse.link.letter import Letter
+from allfuse.link.post import Caller, Desk, Post, wait_any
 from allfuse.link.visitors import FAILURES, Monitor, Visitors, reason_of
+from allfuse.link.wired import Wired
 
-LINGER_S = 1.0  # how long a close waits for what was sent to go
-HANDSHAKE_S = 10.0  # after which a stranger that says nothing is sent away
 RECONNECT_S, MOST_RECONNECT_S = 0.1, 1.0
-SENT_LETTERS = 4096  # to one receiver that wait to go; their tensors are the sender's own memory
-COME_LETTERS = 16  # of one sender that wait to be read; then it waits, by TCP
-GIVEN_LETTERS = 16  # by one call of `receive`
-SHARED_BYTES = 1 << 16  # smaller tensors are copied: that is cheaper than to share their memory
+READ_AT_ONCE = 16  # messages, of which no letter came
 PROBE_S, PROBES_S = 0.05, 1.0  # how often, and how long, a caller is looked for that may be lost
 NAME_BYTES = 255
 
@@ -68,93 +61,7 @@ class Wire(Post):
         return WireCaller(place, name, Credentials(self.endpoint.token, encrypted))
 
 
-class WireEnd(End):
-    """What both ends share: a socket in a context of its own, and what has come."""
-
-    def __init__(self, kind: int) -> None:
-        self.refused = Counter()
-        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.socket = self.context.socket(kind)
-        self.socket.set(zmq.LINGER, int(LINGER_S * 1000))
-        self.socket.set(zmq.HANDSHAKE_IVL, int(HANDSHAKE_S * 1000))
-        self.socket.set(zmq.MAXMSGSIZE, MOST_BYTES)
-        self.socket.set(zmq.SNDHWM, SENT_LETTERS)
-        self.socket.set(zmq.RCVHWM, COME_LETTERS)
-        self.socket.set(zmq.TCP_KEEPALIVE, 1)  # finds hosts that have vanished
-        self.socket.set(zmq.TCP_KEEPALIVE_IDLE, 5)
-        self.socket.set(zmq.TCP_KEEPALIVE_INTVL, 2)
-        self.socket.set(zmq.TCP_KEEPALIVE_CNT, 3)
-        self._shared: deque[tuple[zmq.MessageTracker, int]] = deque()
-
-    @property
-    @abstractmethod
-    def watched(self) -> list[zmq.Socket[bytes]]:
-        """Whatever may wake a sleeper."""
-
-    def patience_s(self, timeout_s: float) -> float:
-        """How long to sleep at most."""
-        return timeout_s
-
-    def rest(self, ends: Sequence[End], timeout_s: float) -> None:
-        poller = zmq.Poller()
-        for end in ends:
-            assert isinstance(end, WireEnd)
-            timeout_s = end.patience_s(timeout_s)
-            for socket in end.watched:
-                poller.register(socket, zmq.POLLIN)
-        poller.poll(max(1, int(timeout_s * 1000)))
-
-    def unsent_bytes(self) -> int:
-        self._shared = deque(shared for shared in self._shared if not shared[0].done)
-        return sum(amount for _, amount in self._shared)
-
-    def _ship(self, address: list[bytes], letter: Letter) -> bool:
-        """Whether ZeroMQ took it."""
-        frames: list[bytes | zmq.Frame] = [*address]
-        shared = []
-        for part in pack(letter):
-            if len(part) < SHARED_BYTES or isinstance(part, bytes):
-                frames.append(bytes(part))
-                continue
-            frame = zmq.Frame(part, track=True, copy_threshold=0)
-            frames.append(frame)
-            shared.append((frame.tracker, len(part)))
-        if not self._put(frames):
-            return False
-        while self._shared and self._shared[0][0].done:
-            self._shared.popleft()
-        self._shared.extend(shared)
-        return True
-
-    def _put(self, frames: Sequence[bytes | zmq.Frame]) -> bool:
-        try:
-            self.socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
-        except zmq.Again:
-            return False
-        return True
-
-    def _take(self) -> list[zmq.Frame] | None:
-        """The frames of the next message."""
-        try:
-            return self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
-        except zmq.Again:
-            return None
-
-    def _open(self, frames: Sequence[zmq.Frame]) -> Letter | None:
-        """The letter in some frames, or None, counted, if it is none."""
-        try:
-            return unpack([frame.buffer for frame in frames])
-        except Malformed as error:
-            kinds = {OtherVersion: "version", Oversized: "oversized"}
-            self.refused[kinds.get(type(error), "malformed")] += 1
-            return None
-
-    def _end(self) -> None:
-        self.socket.close()
-        self.context.term()  # returns when all has gone, or after LINGER_S
-
-
-class WireDesk(WireEnd, Desk):
+class WireDesk(Wired, Desk):
     """A ROUTER. It gives word to all that connect while one of its methods runs.
 
     A caller that sends a frame beyond `letter.MOST_BYTES` loses its connection; what is malformed,
@@ -190,14 +97,16 @@ class WireDesk(WireEnd, Desk):
         self.place += ":" + place.rstrip(b"\0").decode().rpartition(":")[2]
 
     @property
-    def watched(self) -> list[zmq.Socket[bytes]]:
-        return [self.socket, self.gate.socket, self._visitors.monitor.socket]
+    def aside(self) -> tuple[zmq.Socket[bytes], ...]:
+        return self.gate.socket, self._visitors.monitor.socket
 
-    def patience_s(self, timeout_s: float) -> float:
-        return min(timeout_s, PROBE_S) if self._sought else timeout_s
+    @property
+    def patience_s(self) -> float:
+        return PROBE_S if self._sought else math.inf
 
     def ready(self) -> bool:
-        self._look()
+        if not self._inbox:
+            self._look()
         return bool(self._inbox or self._lost)
 
     def receive(self, timeout_s: float) -> list[tuple[str, Letter]]:
@@ -207,7 +116,7 @@ class WireDesk(WireEnd, Desk):
 
     def send(self, name: str, letter: Letter) -> bool:
         try:
-            return self._ship([name.encode()], letter)
+            return self._ship(name.encode(), letter)
         except zmq.ZMQError as error:
             if error.errno == errno.EHOSTUNREACH:
                 return False
@@ -222,18 +131,25 @@ class WireDesk(WireEnd, Desk):
         return told
 
     def _look(self) -> None:
-        """Let callers in, read what they sent, find out who is lost."""
-        self._visitors.collect()
-        while self.gate.attend():
-            pass
-        while len(self._inbox) < GIVEN_LETTERS:
+        """Let callers in, read a letter if there is one, find out who is lost."""
+        now = time.monotonic()
+        if self.is_due(now):
+            self._visitors.collect(now)
+            while self.gate.attend():
+                pass
+        heard_all = False
+        for _ in range(READ_AT_ONCE):
+            if self._inbox:
+                break
             frames = self._take()
             if frames is None:
-                now = time.monotonic()
-                self._sought.update(dict.fromkeys(self._visitors.judge(), now + PROBES_S))
-                self._probe(now)
+                heard_all = True
                 break
             self._sort(frames)
+        for name in self._visitors.judge(heard_all, now):
+            self._sought[name] = now + PROBES_S
+        if self._sought and now >= self._next_probe:
+            self._probe(now)
 
     def _sort(self, frames: list[zmq.Frame]) -> None:
         sender, *body = frames
@@ -254,14 +170,14 @@ class WireDesk(WireEnd, Desk):
         The end of a connection is told a little before nothing can be sent over it any more. To
         those that are there an empty frame goes, which they throw away.
         """
-        if not self._sought or now < self._next_probe:
-            return
         self._next_probe = now + PROBE_S
         for name, until in list(self._sought.items()):
             if now >= until:
                 del self._sought[name]
             try:
-                self._put([name.encode(), b""])
+                self.socket.send_multipart([name.encode(), b""], zmq.NOBLOCK)
+            except zmq.Again:
+                continue
             except zmq.ZMQError as error:
                 if error.errno != errno.EHOSTUNREACH:
                     raise
@@ -275,7 +191,7 @@ class WireDesk(WireEnd, Desk):
             self._end()
 
 
-class WireCaller(WireEnd, Caller):
+class WireCaller(Wired, Caller):
     """A DEALER. In the clear it does not come again to a desk that refused its token."""
 
     def __init__(self, place: str, name: str, credentials: Credentials) -> None:
@@ -297,11 +213,11 @@ class WireCaller(WireEnd, Caller):
         self.socket.connect(f"{transport(host)}:{port}")
 
     @property
-    def watched(self) -> list[zmq.Socket[bytes]]:
-        return [self.socket, self._monitor.socket]
+    def aside(self) -> tuple[zmq.Socket[bytes], ...]:
+        return (self._monitor.socket,)
 
     def ready(self) -> bool:
-        for event, value in self._monitor.read():
+        for event, value in self._monitor.read() if self.is_due(time.monotonic()) else ():
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self.trouble = ""
             elif event == zmq.EVENT_DISCONNECTED:
@@ -311,7 +227,9 @@ class WireCaller(WireEnd, Caller):
                     "token": "another token",
                     "handshake": "it ends the connection: another token, or no desk",
                 }[reason_of(event, value)]
-        while len(self._inbox) < GIVEN_LETTERS and (frames := self._take()) is not None:
+        for _ in range(READ_AT_ONCE):
+            if self._inbox or (frames := self._take()) is None:
+                break
             if len(frames) == 1 and not len(frames[0]):
                 continue
             if (letter := self._open(frames)) is not None:
@@ -319,7 +237,7 @@ class WireCaller(WireEnd, Caller):
         return bool(self._inbox)
 
     def send(self, letter: Letter) -> bool:
-        return self._ship([], letter)
+        return self._ship(None, letter)
 
     def receive(self, timeout_s: float) -> list[Letter]:
         wait_any([self], timeout_s)
