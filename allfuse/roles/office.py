@@ -166,9 +166,9 @@ def run_server(index: int) -> None:
     scheduler = post.call(crew.scheduler(world.timeout_s), f"server {index}")
     birth = secrets.randbits(48)
     try:
-        run = crew.run(world.timeout_s)
+        run = _await_run(world, crew)
         if run is None:
-            raise WorkerFailed(f"no run began within {world.timeout_s:g} s", rank=-1)
+            return
         folder = run["folder"] and Path(run["folder"])
         server = Server(
             index,
@@ -181,6 +181,18 @@ def run_server(index: int) -> None:
     finally:
         scheduler.close()
         desk.close()
+
+
+def _await_run(world: World, crew: Crewmate) -> dict[str, Any] | None:
+    """What the scheduler tells of the run once it has begun; None where all is over before."""
+    deadline = time.monotonic() + world.timeout_s
+    while not world.stop_requested.is_set():
+        run = crew.run(TICK_S)
+        if run is not None:
+            return run
+        if time.monotonic() > deadline:
+            raise WorkerFailed(f"no run began within {world.timeout_s:g} s", rank=-1)
+    return None
 
 
 def _serve(world: World, server: Server, desk: Desk, scheduler: Caller) -> None:

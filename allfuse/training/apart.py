@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import socket
 import time
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -100,12 +101,12 @@ class Apart:
         if not self.pushes_gradients:
             return
 
-        def push(closure: None = None) -> None:
+        def push(optimizer: torch.optim.Optimizer, closure: None = None) -> None:
             before()
             self._push(learner)
             after()
 
-        vars(learner.optimizer)["step"] = push
+        vars(learner.optimizer)["step"] = types.MethodType(push, learner.optimizer)
         vars(learner.optimizer)["_opt_called"] = True  # what schedulers of torch look for
 
     def begin(

@@ -1,0 +1,170 @@
+"""Training where a scheduler hands out work and servers hold the parameters."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from crews import run_crew, small_job, train_crew
+
+import allfuse as af
+from allfuse.base.errors import PlanError, UserError
+from allfuse.job import Job
+from allfuse.launcher.thread import launch_threads
+from allfuse.link.mailroom import random_faults
+from allfuse.training.loop import train_job
+
+STEPS = 14  # of two epochs of `small_job`
+
+
+def weights_of(job: Job, plan: str) -> dict[str, Any]:
+    """The weights after training in step, on threads."""
+    results = launch_threads(lambda: train_job(job), int(af.plan.as_plan(plan).workers), plan=plan)
+    return results[0].weights
+
+
+def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("servers", [1, 2, 3])
+def test_bsp_over_servers_equals_one_worker(servers: int) -> None:
+    told = train_crew(small_job(), f"data(3, topology=central(servers={servers}))")
+    assert_close(told.result.weights, weights_of(small_job(), "data(1)"))
+    assert told.result.steps == STEPS
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1),
+        lambda parameters: torch.optim.Adagrad(parameters, lr=0.05),
+    ],
+)
+def test_bsp_over_servers_equals_one_worker_whatever_the_optimizer(optimizer: Any) -> None:
+    job = small_job(optimizer=optimizer)
+    told = train_crew(job, "data(2, topology=central(servers=2))")
+    assert_close(told.result.weights, weights_of(job, "data(1)"))
+
+
+def test_bsp_over_servers_follows_a_learning_rate_schedule() -> None:
+    job = small_job(
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 3, gamma=0.5)
+    )
+    told = train_crew(job, "data(2, topology=central(servers=1))")
+    assert_close(told.result.weights, weights_of(job, "data(1)"))
+
+
+def test_ssp_0_equals_bsp_bit_for_bit() -> None:
+    plan = "data(3, topology=central(servers=2){})"
+    bsp = train_crew(small_job(), plan.format("")).result.weights
+    ssp = train_crew(small_job(), plan.format(", sync=ssp(0)")).result.weights
+    assert all(torch.equal(value, ssp[name]) for name, value in bsp.items())
+
+
+def test_bsp_over_servers_equals_one_worker_under_lost_doubled_and_late_letters() -> None:
+    faults = random_faults(7, drop=0.03, double=0.1, swap=0.1, delay=0.1, delay_s=0.02)
+    job = small_job(stop=af.Stop(steps=5))
+    told = train_crew(job, "data(2, topology=central(servers=2))", faults)
+    assert_close(told.result.weights, weights_of(job, "data(1)"))
+
+
+def test_sites_over_servers_equal_sites_in_step() -> None:
+    plan = "site(2, every=3{})"
+    told = train_crew(
+        small_job(batch_size=16, stop=af.Stop(steps=6)),
+        plan.format(", topology=central(servers=2)"),
+    )
+    job = small_job(batch_size=16, stop=af.Stop(steps=6))
+    assert_close(told.result.weights, weights_of(job, plan.format("")))
+
+
+@pytest.mark.parametrize("sync", ["asp", "ssp(2)", "asp(scaled=true)"])
+def test_every_sample_of_an_epoch_is_used_once(sync: str) -> None:
+    told = train_crew(small_job(), f"data(3, topology=central(servers=1), sync={sync})")
+    assert told.result.steps == STEPS
+    commits = told.all("commit")
+    assert sum(commit["rows"] for commit in commits) == 2 * 97
+    units = Counter((commit["block"], commit["part"]) for commit in commits)
+    assert set(units.values()) == {1}
+    assert len(units) == 3 * STEPS
+
+
+def test_ssp_keeps_its_bound() -> None:
+    told = train_crew(small_job(), "data(3, topology=central(servers=1), sync=ssp(1))")
+    assert told.result.steps == STEPS
+    (staleness,) = told.all("staleness")
+    assert max(lag for lag, _ in staleness["lag"]) <= 1
+    assert sum(count for _, count in staleness["missed"]) == len(told.all("commit"))
+
+
+def test_groups_are_in_step_inside_and_out_of_step_outside() -> None:
+    told = train_crew(small_job(), "site(2, every=4, sync=asp) * data(2)")
+    assert told.result.steps == STEPS
+    for group in told.crew.results:
+        first, second = (result.weights for result in group)
+        assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_one_group_evaluates_for_all_and_its_findings_pass_on() -> None:
+    x, y = torch.randn(20, 8, dtype=torch.float64), torch.zeros(20, dtype=torch.long)
+    job = small_job(validation=(x, y), stop=af.Stop(epochs=50, patience=2), evaluate_every=2)
+    told = train_crew(job, "data(3, topology=central(servers=1), sync=asp)")
+    evaluated = [each for each in told.all("told") if each["event"] == "evaluated"]
+    assert 3 <= len(evaluated) <= told.result.steps // 2 + 2
+    assert told.result.reason.startswith("no improvement for 2 evaluations")
+    assert told.result.steps < 50 * 7
+
+
+def test_a_codec_both_ways_still_learns_what_plain_values_teach() -> None:
+    job = small_job(stop=af.Stop(epochs=6))
+    told = train_crew(job, "data(2, topology=central(servers=2), codec=int8)")
+    plain = weights_of(job, "data(1)")
+    assert told.result.steps == 6 * 7
+    for name, value in told.result.weights.items():
+        assert (value - plain[name]).norm() < 0.05 * plain[name].norm() + 0.01
+
+
+def test_an_error_of_the_job_in_one_worker_is_told() -> None:
+    def work() -> Any:
+        raise UserError("no")
+
+    told = run_crew(work, "data(2, topology=central(servers=1), sync=asp)", timeout_s=1.0)
+    assert all(isinstance(result, UserError) for result in told.results)
+    assert isinstance(told.crew.roles["scheduler 0"], BaseException | None)
+
+
+def test_batch_statistics_of_the_whole_batch_are_refused_where_the_plan_would_be_exact() -> None:
+    job = small_job(
+        model=lambda: torch.nn.Sequential(
+            torch.nn.Linear(8, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)
+        ).double()
+    )
+    told = train_crew(job, "data(2, topology=central(servers=1))")
+    assert all(isinstance(result, PlanError) for result in told.results)
+
+
+def test_statistics_of_batches_meet_at_the_servers() -> None:
+    job = small_job(
+        model=lambda: torch.nn.Sequential(
+            torch.nn.Linear(8, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)
+        ).double()
+    )
+    told = train_crew(job, "data(2, topology=central(servers=2), sync=asp)")
+    mean = told.result.weights["1.running_mean"]
+    assert mean.norm() > 0
+    assert bool(mean.isfinite().all())
+
+
+def test_optimizers_that_are_not_per_element_are_refused() -> None:
+    job = small_job(optimizer=lambda parameters: torch.optim.Adafactor(parameters, lr=0.1))
+    told = train_crew(job, "data(2, topology=central(servers=1))")
+    assert all("Adafactor" in str(result) for result in told.results)
+
+
+def test_a_plan_with_servers_is_refused_where_nobody_started_them() -> None:
+    with pytest.raises(PlanError, match="a scheduler and servers are started by"):
+        af.session(plan="data(1, sync=asp)")
