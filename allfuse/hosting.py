@@ -7,17 +7,24 @@ import secrets
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from allfuse.base.errors import AllfuseError
+from allfuse.base.errors import AllfuseError, UserError
 from allfuse.base.events import Bus
 from allfuse.launcher.crew import Crew, OnLoss, launch_crew
 from allfuse.launcher.crewmate import Crewmate
-from allfuse.plan import Plan
+from allfuse.link.endpoint import Endpoint
+from allfuse.link.wire import Wire
+from allfuse.plan import Plan, as_plan
+from allfuse.roles.messages import About as AboutJob
+from allfuse.roles.messages import Hello, open_letter
 from allfuse.roles.office import run_scheduler, run_server, terms_of
 from allfuse.store.run import RunFolder
 from allfuse.watching import Watching, watch_bus
+
+ASK_S = 1.0  # after which a scheduler is asked again
 
 
 def launch_with_roles(
@@ -29,6 +36,7 @@ def launch_with_roles(
     on_loss: OnLoss = "continue",
     token: bytes | None = None,
     listen: str | None = None,
+    token_file: Path | None = None,
 ) -> Any:
     """Do the work in every rank of a plan that has servers: those and the scheduler are started
     too. What rank 0 of the first group returned.
@@ -40,7 +48,9 @@ def launch_with_roles(
     assert outer is not None, "a plan without roles"
     crew = Crew(
         worker=functools.partial(_work, work),
-        scheduler=functools.partial(run_scheduler, RunAudience),
+        scheduler=functools.partial(
+            run_scheduler, functools.partial(RunAudience, token_file=token_file)
+        ),
         server=run_server,
         servers=terms_of(plan, timeout_s).servers,
         plan=str(plan),
@@ -54,6 +64,82 @@ def launch_with_roles(
     return launch_crew(crew, threads=threads, timeout_s=timeout_s)
 
 
+@dataclass(frozen=True)
+class About:
+    """What one who joins is told of a job."""
+
+    plan: str
+    arguments: dict[str, Any]
+    limits: dict[str, int | None]
+
+
+def ask_about(place: str, token: bytes, timeout_s: float) -> About:
+    """Ask the scheduler at a place what its job is.
+
+    Raises:
+        UserError: nobody answers there, or the token is another one.
+    """
+    try:
+        caller = _post(token).call(place, f"guest {secrets.token_hex(6)}")
+    except ValueError as error:
+        raise UserError(f"join {place}: {error}") from None
+    deadline = time.monotonic() + timeout_s
+    try:
+        while time.monotonic() < deadline:
+            caller.send(Hello().letter())
+            for letter in caller.receive(ASK_S):
+                message = open_letter(letter)
+                if isinstance(message, AboutJob) and message.about:
+                    return About(message.plan, **message.about)
+            if caller.trouble.startswith(("another token", "it ends the connection")):
+                raise UserError(
+                    f"join {place}: {caller.trouble}; next: a copy of the token file that the job "
+                    "was started with"
+                )
+    finally:
+        caller.close()
+    raise UserError(
+        f"join {place}: {caller.trouble or 'no job has begun there'} within {timeout_s:g} s; next: "
+        "the HOST:PORT that `allfuse train --listen` printed"
+    )
+
+
+def join_job(
+    work: Callable[[], Any],
+    about: About,
+    place: str,
+    token: bytes,
+    *,
+    threads: int | None = None,
+    timeout_s: float = 300.0,
+) -> None:
+    """Take part in a job as one more group, on this host, until the job is done."""
+    plan = as_plan(about.plan)
+    crew = Crew(
+        worker=functools.partial(_take_part, work),
+        scheduler=None,
+        server=None,
+        servers=0,
+        plan=str(plan),
+        inner=str(plan.inner),
+        groups=1,
+        ranks=plan.inner.workers,
+        on_loss="stop",
+        token=token,
+        place=place,
+    )
+    launch_crew(crew, threads=threads, timeout_s=timeout_s)
+
+
+def _take_part(work: Callable[[], Any]) -> bool:
+    work()
+    return True
+
+
+def _post(token: bytes) -> Wire:
+    return Wire(Endpoint(loopback=True, encrypt=True, token=token))
+
+
 def _work(work: Callable[[], Any]) -> Any:
     """What a worker does; of several results that of the group counts that measured the end."""
     result = work()
@@ -63,8 +149,8 @@ def _work(work: Callable[[], Any]) -> Any:
 class RunAudience:
     """Holds the run folder of a job and shows its course: the scheduler's `Audience`."""
 
-    def __init__(self, crew: Crewmate) -> None:
-        self.crew, self.bus = crew, Bus(0)
+    def __init__(self, crew: Crewmate, token_file: Path | None = None) -> None:
+        self.crew, self.bus, self.token_file = crew, Bus(0), token_file
         self.folder: RunFolder | None = None
         self._closing = ExitStack()
         self._began: float | None = None
@@ -88,11 +174,21 @@ class RunAudience:
             self.folder = RunFolder.create(
                 out, facts["record"], None if job_file is None else Path(job_file)
             )
-        run = {"folder": out, "watching": facts.get("watching") or {}}
+        run = {
+            "folder": out,
+            "watching": facts.get("watching") or {},
+            "about": facts.get("about") or {},
+        }
         self._watch(run)
         self.crew.tell_run(run)
         self._began = self._stepped = time.monotonic()
         self.bus.emit("start", **facts["start"])
+        if self.crew.listens_beyond:
+            job = Path(facts.get("job_file") or "JOB").name
+            token = "" if self.token_file is None else f" --token-file {self.token_file}"
+            place = self.crew.scheduler(0.0)
+            text = f"others can take part: allfuse join {place} {job}{token}"
+            self.bus.emit("note", text=text)
         return None if out is None else Path(out)
 
     def goes_on(self, run: dict[str, Any]) -> Path | None:

@@ -25,7 +25,7 @@ class Recorder:
         self.crew, self.events = crew, events
 
     def opens(self, facts: dict[str, Any]) -> Path | None:
-        self.crew.tell_run({"folder": None})
+        self.crew.tell_run({"folder": None, "about": facts.get("about") or {}})
         return None
 
     def goes_on(self, run: dict[str, Any]) -> Path | None:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from allfuse.base.errors import AllfuseError, WorkerFailed
-from allfuse.cli import evaluate, plan, predict, run, train, verify
+from allfuse.cli import evaluate, join, plan, predict, run, train, verify
 from allfuse.cli.options import print_json
 
 app = typer.Typer(
@@ -49,6 +49,7 @@ def about(
 
 
 app.command("train", no_args_is_help=True)(train.train)
+app.command("join", no_args_is_help=True)(join.join)
 app.command("run", no_args_is_help=True)(run.run)
 app.command("verify", no_args_is_help=True)(verify.verify)
 app.command("evaluate", no_args_is_help=True)(evaluate.evaluate)

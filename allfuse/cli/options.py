@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -50,6 +51,28 @@ JsonOption = Annotated[
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks of all errors.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 
+TokenOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--token-file", metavar="FILE", help="The secret of the job; else ALLFUSE_TOKEN is it."
+    ),
+]
+ListenOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS:PORT",
+        help="Where workers of other hosts may join a plan with servers, such as 0.0.0.0:7077.",
+    ),
+]
+LossOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="POLICY",
+        help="When a worker is lost: stop, restart it, or continue without it (plans with servers "
+        "continue, others stop, unless told otherwise).",
+    ),
+]
+
 PRELOAD = ("allfuse.api", "allfuse.observe.console", "allfuse.observe.jsonl", "rich.live")
 
 
@@ -92,6 +115,9 @@ def run_under(
     *,
     threads: int | None = None,
     timeout_s: float = 300.0,
+    on_loss: str | None = None,
+    listen: str | None = None,
+    token_file: Path | None = None,
 ) -> Any:
     """Do the work in every rank of a plan, and give what rank 0 returned.
 
@@ -104,6 +130,7 @@ def run_under(
         raise UserError(f"--threads {threads}: allowed: 1 to {MOST_THREADS}")
     from allfuse.launcher.torchrun import join_torchrun, started_by_torchrun
 
+    refuse_without_roles(plan, on_loss, listen, token_file)
     if started_by_torchrun():
         from allfuse.launcher import entered
 
@@ -119,9 +146,46 @@ def run_under(
     warm_up(PRELOAD)
     if plan.outer is not None:
         from allfuse.hosting import launch_with_roles
+        from allfuse.launcher.crew import check_on_loss
+        from allfuse.launcher.token import find_token
 
-        return launch_with_roles(work, plan, threads=threads, timeout_s=timeout_s)
+        token = find_token(token_file, make=listen is not None)
+        if listen is not None and token is None:
+            raise UserError(
+                f"--listen {listen}: whoever joins must know a secret, and there is none; next: "
+                "--token-file job.token, which is made if it is not there"
+            )
+        return launch_with_roles(
+            work,
+            plan,
+            threads=threads,
+            timeout_s=timeout_s,
+            on_loss=check_on_loss(on_loss or "continue"),
+            listen=listen,
+            token=token,
+            token_file=token_file,
+        )
     return launch_local(work, plan.workers, plan=str(plan), threads=threads, timeout_s=timeout_s)
+
+
+def refuse_without_roles(
+    plan: Plan, on_loss: str | None, listen: str | None, token_file: Path | None
+) -> None:
+    """Refuse what only a plan with a scheduler can do."""
+    if plan.outer is not None:
+        return
+    nearest = f'--plan "data({plan.workers}, topology=central, sync=asp)"'
+    for name, value in (("--listen", listen), ("--token-file", token_file)):
+        if value is not None:
+            raise UserError(
+                f"{name} {value}: nobody can join {plan}, whose workers are counted when it "
+                f"starts; next: a plan with a scheduler, such as {nearest}"
+            )
+    if on_loss not in (None, "stop"):
+        raise UserError(
+            f"--on-loss {on_loss}: the workers of {plan} need each other in every step; allowed: "
+            f"stop, and then --resume; next: a plan with a scheduler, such as {nearest}"
+        )
 
 
 def set_threads(threads: int | None, local_workers: int) -> None:

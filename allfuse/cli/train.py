@@ -13,11 +13,14 @@ from allfuse.cli.options import (
     DebugOption,
     DeviceOption,
     JsonOption,
+    ListenOption,
+    LossOption,
     PlanOption,
     QuietOption,
     SetOption,
     ThreadsOption,
     TimeoutOption,
+    TokenOption,
     WorkersOption,
     choose_plan,
     parse_settings,
@@ -57,6 +60,9 @@ def train(
         str | None,
         typer.Option(metavar="FIRST:LAST", help="Write a torch profiler trace of these steps."),
     ] = None,
+    on_loss: LossOption = None,
+    listen: ListenOption = None,
+    token_file: TokenOption = None,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -96,7 +102,15 @@ def train(
         quiet=quiet,
         to_stderr=as_json,
     )
-    result: Result = run_under(chosen, work, threads=threads, timeout_s=timeout)
+    result: Result = run_under(
+        chosen,
+        work,
+        threads=threads,
+        timeout_s=timeout,
+        on_loss=on_loss,
+        listen=listen,
+        token_file=token_file,
+    )
     if as_json:
         print_json(
             {
@@ -117,6 +131,7 @@ def train_file(
     job_file: str,
     settings: dict[str, str],
     *,
+    arguments: dict[str, Any] | None = None,
     out: str | None,
     resume: bool,
     limits: dict[str, int | None],
@@ -126,7 +141,10 @@ def train_file(
     quiet: bool,
     to_stderr: bool,
 ) -> Result:
-    """What every rank does: load the job, watch the session, train."""
+    """What every rank does: load the job, watch the session, train.
+
+    `arguments` are those of a job that this rank joins.
+    """
     from dataclasses import replace
 
     from allfuse.job import Stop, load_job_function, make_job, resolve
@@ -138,7 +156,8 @@ def train_file(
     function = load_job_function(job_file)
     if resume and out is not None:
         settings = {**RunFolder.open(out).record.get("arguments", {}), **settings}
-    arguments = resolve(function, settings, job_file)
+    if arguments is None:
+        arguments = resolve(function, settings, job_file)
     job = make_job(function, arguments, job_file)
     given = {name: value for name, value in limits.items() if value is not None}
     if given:
@@ -149,6 +168,8 @@ def train_file(
         keeper = session.keeper
         keeper.job_file = Path(job_file).resolve()
         keeper.facts |= {"arguments": arguments, "job_file": str(keeper.job_file)}
+        if session.apart is not None:
+            session.apart.facts["about"] = {"arguments": arguments, "limits": limits}
         keeper.fingerprints["job"] = source_fingerprint(keeper.job_file)
         watching = Watching(
             quiet=quiet, tensorboard=tensorboard, profile=profile, to_stderr=to_stderr

@@ -62,8 +62,15 @@ class Crewmate:
         if self._post is not None:
             return self._post
         if self._listen is None:
-            return Wire(Endpoint(loopback=True, token=self.token))
-        return Wire(Endpoint(address=self._listen.rpartition(":")[0], token=self.token))
+            joins = self._place is not None
+            return Wire(Endpoint(loopback=True, encrypt=joins, token=self.token))
+        address = self._listen.rpartition(":")[0].removeprefix("[").removesuffix("]")
+        return Wire(Endpoint(address=address, encrypt=True, token=self.token))
+
+    @property
+    def listens_beyond(self) -> bool:
+        """Whether others may join."""
+        return self._listen is not None
 
     @property
     def listens_at(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -50,8 +51,10 @@ class ThreadCrew:
         if crew.scheduler is not None:
             roles.append(self._role(SCHEDULER, 0, crew.scheduler))
         if crew.server is not None:
-            for index in range(crew.servers):
-                roles.append(self._role(SERVER, index, _bound(crew.server, index)))
+            roles += [
+                self._role(SERVER, index, functools.partial(crew.server, index))
+                for index in range(crew.servers)
+            ]
         workers = [
             self._thread(f"worker-{group}-{rank}", self._work, group, rank)
             for group in range(crew.groups)
@@ -98,6 +101,3 @@ class ThreadCrew:
         except BaseException as error:
             self.results[group][rank] = error
 
-
-def _bound(server: Callable[[int], Any], index: int) -> Callable[[], Any]:
-    return lambda: server(index)

@@ -30,6 +30,7 @@ from __future__ import annotations
 import types
 import typing
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor
@@ -74,6 +75,13 @@ class Join(Message):
     epochs: int | None
     blueprint: dict[str, Any]
     facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hello(Message):
+    """One who may join asks what the job is. Answered by `About`."""
+
+    kind: ClassVar[str] = "hello"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +187,16 @@ class Applied(Message):
 
 
 # From the scheduler.
+
+
+@dataclass(frozen=True, kw_only=True)
+class About(Message):
+    """What the job is. plan: its text. about: what the first worker's facts say of it; empty where
+    none has come yet, who is to be waited for."""
+
+    kind: ClassVar[str] = "about"
+    plan: str
+    about: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,6 +353,7 @@ MESSAGES: dict[str, type[Message]] = {
     cls.kind: cls
     for cls in (
         Join,
+        Hello,
         Finished,
         Again,
         Beat,
@@ -344,6 +363,7 @@ MESSAGES: dict[str, type[Message]] = {
         Tell,
         Serve,
         Applied,
+        About,
         Welcome,
         Refused,
         Lease,
@@ -371,14 +391,20 @@ def open_letter(letter: Letter) -> Message:
     cls = MESSAGES.get(letter.kind)
     if cls is None:
         raise Malformed(f"a message of kind {letter.kind!r}")
-    hints = typing.get_type_hints(cls)
-    names = {spec.name for spec in fields(cls)} - {"tensors"}
-    if set(letter.fields) != names:
+    hints = _hints(cls)
+    if letter.fields.keys() != hints.keys():
         raise Malformed(f"a {letter.kind} with fields {sorted(letter.fields)}")
     for name, value in letter.fields.items():
         if not _fits(value, hints[name]):
             raise Malformed(f"a {letter.kind} whose {name} is a {type(value).__name__}")
     return cls(tensors=letter.tensors, **letter.fields)
+
+
+@lru_cache
+def _hints(cls: type[Message]) -> dict[str, Any]:
+    """What each field of a message may be."""
+    hints = typing.get_type_hints(cls)
+    return {spec.name: hints[spec.name] for spec in fields(cls) if spec.name != "tensors"}
 
 
 def _fits(value: object, hint: Any) -> bool:

@@ -14,7 +14,7 @@ from allfuse.launcher.crewmate import Crewmate
 from allfuse.link.post import Caller, Desk, Malformed, wait_any
 from allfuse.plan import Plan, as_plan
 from allfuse.roles.book import Book
-from allfuse.roles.messages import SCHEDULER, Join, Message, open_letter
+from allfuse.roles.messages import SCHEDULER, About, Hello, Join, Message, open_letter
 from allfuse.roles.scheduler import Scheduler
 from allfuse.roles.server import Server
 from allfuse.roles.terms import Terms
@@ -96,7 +96,10 @@ def _schedule(world: World, crew: Crewmate, desk: Desk, audience: Audience) -> N
         ticked_s = time.monotonic()
         while not scheduler.is_over and not world.stop_requested.is_set():
             for sender, message in letters.receive(TICK_S):
-                letters.send(scheduler.handle(sender, message, time.monotonic()))
+                if isinstance(message, Hello):
+                    letters.send([(sender, _about(crew))])
+                else:
+                    letters.send(scheduler.handle(sender, message, time.monotonic()))
             for name in desk.lost():
                 letters.send(scheduler.lost(name, time.monotonic()))
             if time.monotonic() - ticked_s >= TICK_S:
@@ -106,6 +109,11 @@ def _schedule(world: World, crew: Crewmate, desk: Desk, audience: Audience) -> N
             raise WorkerFailed(scheduler.outcome.reason, rank=-1)
     finally:
         book.close()
+
+
+def _about(crew: Crewmate) -> About:
+    run = crew.run()
+    return About(plan=crew.plan, about={} if run is None else run["about"])
 
 
 def _open_run(
@@ -124,7 +132,8 @@ def _open_run(
         return folder, early
     deadline = time.monotonic() + world.timeout_s
     while not world.stop_requested.is_set():
-        early += letters.receive(TICK_S)
+        came = letters.receive(TICK_S)
+        early += [each for each in came if not isinstance(each[1], Hello)]
         for _, message in early:
             if isinstance(message, Join):
                 return audience.opens(message.facts), early
