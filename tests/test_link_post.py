@@ -290,6 +290,7 @@ def test_a_killed_process_is_found_within_a_second(encrypt: bool) -> None:
         try:
             assert collect(desk, 1, within_s=60) == [("worker", Letter("hello"))]
             process.send_signal(signal.SIGKILL)
+            process.wait()  # its end may take longer than finding it does
             begin = time.monotonic()
             found: list[str] = []
             assert until(lambda: found.extend(desk.lost()) or found, 1.0)

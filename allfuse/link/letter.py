@@ -24,6 +24,7 @@ MOST_TENSORS = 4096
 MOST_DIMS = 64
 MOST_DEPTH = 16  # of lists and dicts in one another
 OWN_BYTES = 1 << 16  # smaller tensors are copied out of a frame: it may be part of a larger buffer
+_PLAIN = (bool, int, float, str, bytes, type(None))
 _NAMES = {"version", "kind", "fields", "tensors"}
 
 
@@ -145,19 +146,20 @@ def _read_header(data: bytes | memoryview) -> tuple[str, dict[str, Any], list[ob
     return kind, fields, listed
 
 
-def _check_plain(value: object, depth: int) -> None:
-    if isinstance(value, dict | list):
-        if depth == 0:
-            raise Malformed(f"fields more than {MOST_DEPTH} deep")
-        inner: Any = value
-        if isinstance(value, dict):
-            if not all(isinstance(key, str) for key in value):
-                raise Malformed("fields with keys that are not text")
-            inner = value.values()
-        for each in inner:
-            _check_plain(each, depth - 1)
-    elif value is not None and not isinstance(value, bool | int | float | str | bytes):
+def _check_plain(value: Any, depth: int) -> None:
+    if isinstance(value, _PLAIN):
+        return
+    if not isinstance(value, dict | list):
         raise Malformed(f"fields that hold a {type(value).__name__}")
+    if depth == 0:
+        raise Malformed(f"fields more than {MOST_DEPTH} deep")
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise Malformed("fields with keys that are not text")
+        value = value.values()
+    for each in value:
+        _check_plain(each, depth - 1)
 
 
 def _shape(entry: object) -> tuple[torch.dtype, list[int], int]:

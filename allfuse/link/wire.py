@@ -15,11 +15,11 @@ from allfuse.link.gate import Gate
 from allfuse.link.letter import Letter
 from allfuse.link.post import Caller, Desk, Post, wait_any
 from allfuse.link.visitors import FAILURES, Monitor, Visitors, reason_of
-from allfuse.link.wired import Wired
+from allfuse.link.wired import POLLIN, Wired
 
 RECONNECT_S, MOST_RECONNECT_S = 0.1, 1.0
 READ_AT_ONCE = 16  # messages, of which no letter came
-PROBE_S, PROBES_S = 0.05, 1.0  # how often, and how long, a caller is looked for that may be lost
+PROBE_S, PROBES_S = 0.05, 5.0  # how often, and how long, a caller is looked for that may be lost
 NAME_BYTES = 255
 
 
@@ -73,6 +73,7 @@ class WireDesk(Wired, Desk):
         self.gate = Gate(self.context)
         self.gate.expected[DOMAIN] = credentials.expected
         self._visitors = Visitors(self.socket, self.refused)
+        self.watched += [(self.gate.socket, POLLIN), (self._visitors.monitor.socket, POLLIN)]
         self._inbox: list[tuple[str, Letter]] = []
         self._lost: list[str] = []
         self._sought: dict[str, float] = {}  # callers that may be lost, and until when
@@ -95,10 +96,6 @@ class WireDesk(Wired, Desk):
             told = host_address()
         self.place = transport(told).removeprefix("tcp://")
         self.place += ":" + place.rstrip(b"\0").decode().rpartition(":")[2]
-
-    @property
-    def aside(self) -> tuple[zmq.Socket[bytes], ...]:
-        return self.gate.socket, self._visitors.monitor.socket
 
     @property
     def patience_s(self) -> float:
@@ -204,6 +201,7 @@ class WireCaller(Wired, Caller):
         self._monitor = Monitor(
             self.socket, zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | FAILURES
         )
+        self.watched.append((self._monitor.socket, POLLIN))
         self.socket.set(zmq.ROUTING_ID, name.encode())
         self.socket.set(zmq.PROBE_ROUTER, 1)  # an empty frame, by which the desk learns the name
         self.socket.set(zmq.RECONNECT_IVL, int(RECONNECT_S * 1000))
@@ -211,10 +209,6 @@ class WireCaller(Wired, Caller):
         self.socket.set(zmq.IPV6, int(":" in host))
         credentials.show(self.socket)
         self.socket.connect(f"{transport(host)}:{port}")
-
-    @property
-    def aside(self) -> tuple[zmq.Socket[bytes], ...]:
-        return (self._monitor.socket,)
 
     def ready(self) -> bool:
         for event, value in self._monitor.read() if self.is_due(time.monotonic()) else ():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 
@@ -41,11 +40,7 @@ class Wired(End):
         self._shared: list[tuple[zmq.MessageTracker, int]] = []
         self._prune_at = 64
         self._next_check = 0.0
-
-    @property
-    @abstractmethod
-    def aside(self) -> tuple[zmq.Socket[bytes], ...]:
-        """Where something may happen beside letters."""
+        self.watched = [(self.socket, POLLIN)]  # a subclass adds where else something may happen
 
     def is_due(self, now: float) -> bool:
         """Whether to look aside: when a sleep was ended by it, and every `CHECK_S`: a look costs as
@@ -62,12 +57,12 @@ class Wired(End):
 
     def rest(self, ends: Sequence[End], timeout_s: float) -> None:
         wires = [end for end in ends if isinstance(end, Wired)]
-        watched = [(socket, POLLIN) for end in wires for socket in (end.socket, *end.aside)]
-        timeout_s = min([timeout_s, *(end.patience_s for end in wires)])
-        woken = [socket for socket, _ in zmq.zmq_poll(watched, max(1, int(timeout_s * 1000)))]
-        for end in wires:
-            if any(socket in woken for socket in end.aside):
-                end._next_check = 0.0
+        watched = [pair for end in wires for pair in end.watched]
+        patience_s = min([timeout_s, *(end.patience_s for end in wires)])
+        for socket, _ in zmq.zmq_poll(watched, max(1, int(patience_s * 1000))):
+            if socket not in [end.socket for end in wires]:
+                for end in wires:
+                    end._next_check = 0.0
 
     def unsent_bytes(self) -> int:
         self._shared = [shared for shared in self._shared if not shared[0].done]
