@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from allfuse.base.errors import AllfuseError, UserError
+from allfuse.base.errors import AllfuseError, RunError, UserError
 from allfuse.base.events import Bus
 from allfuse.launcher.crew import Crew, OnLoss, launch_crew
 from allfuse.launcher.crewmate import Crewmate
@@ -22,6 +22,7 @@ from allfuse.roles.messages import About as AboutJob
 from allfuse.roles.messages import Hello, open_letter
 from allfuse.roles.office import run_scheduler, run_server, terms_of
 from allfuse.store.run import RunFolder
+from allfuse.training.keeper import refuse_other
 from allfuse.watching import Watching, watch_bus
 
 ASK_S = 1.0  # after which a scheduler is asked again
@@ -169,6 +170,14 @@ class RunAudience:
         out = facts.get("out")
         if out is not None and facts.get("resume"):
             self.folder = RunFolder.open(out, lock=True)
+            record = facts["record"]
+            refuse_other(self.folder, record["fingerprints"], record)
+            if self.folder.record.get("plan") != record["plan"]:
+                raise RunError(
+                    f"resume {out}: the plan was {self.folder.record.get('plan')} and is "
+                    f"{record['plan']} now; allowed: the same, since servers hold the weights and "
+                    "the scheduler the order of samples"
+                )
         elif out is not None:
             job_file = facts.get("job_file")
             self.folder = RunFolder.create(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import allfuse as af
+from allfuse.hosting import RunAudience
 from allfuse.job import Job
 from allfuse.launcher.crew import Crew
 from allfuse.launcher.thread_crew import ThreadCrew
@@ -16,6 +17,7 @@ from allfuse.link.mailroom import Faults, Mailroom
 from allfuse.plan import as_plan
 from allfuse.roles.office import run_scheduler, run_server, terms_of
 from allfuse.training.loop import Result, train_job
+from allfuse.watching import Watching, watch
 
 
 class Recorder:
@@ -62,14 +64,20 @@ class Told:
 
 
 def run_crew(
-    work: Callable[[], Any], plan: str, faults: Faults | None = None, timeout_s: float = 30.0
+    work: Callable[[], Any],
+    plan: str,
+    faults: Faults | None = None,
+    timeout_s: float = 30.0,
+    audience: Callable[[Any], Any] | None = None,
 ) -> Told:
     """Run a function in every rank of a plan with roles."""
-    chosen, events = as_plan(plan), []
+    chosen = as_plan(plan)
+    events: list[tuple[str, dict[str, Any]]] = []
+    watches = audience or (lambda mate: Recorder(mate, events))
     assert chosen.outer is not None
     crew = Crew(
         worker=work,
-        scheduler=lambda: run_scheduler(lambda mate: Recorder(mate, events)),
+        scheduler=lambda: run_scheduler(watches),
         server=run_server,
         servers=terms_of(chosen, timeout_s).servers,
         plan=plan,
@@ -84,6 +92,20 @@ def run_crew(
 def train_crew(job: Job, plan: str, faults: Faults | None = None) -> Told:
     """Train a job under a plan with roles."""
     return run_crew(lambda: train_job(job), plan, faults)
+
+
+def train_crew_into(
+    out: Path, job: Job, plan: str, *, resume: bool = False, timeout_s: float = 30.0
+) -> Told:
+    """Train a job under a plan with roles, with a run folder."""
+
+    def prepare(session: Any) -> None:
+        watch(session, Watching(quiet=True))
+
+    def work() -> Result:
+        return train_job(job, out=out, resume=resume, prepare=prepare)
+
+    return run_crew(work, plan, timeout_s=timeout_s, audience=RunAudience)
 
 
 def small_job(**changes: Any) -> Job:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from crews import run_crew, small_job, train_crew
+from crews import run_crew, small_job, train_crew, train_crew_into
 
 import allfuse as af
 from allfuse.base.errors import PlanError, UserError
@@ -168,3 +169,27 @@ def test_optimizers_that_are_not_per_element_are_refused() -> None:
 def test_a_plan_with_servers_is_refused_where_nobody_started_them() -> None:
     with pytest.raises(PlanError, match="a scheduler and servers are started by"):
         af.session(plan="data(1, sync=asp)")
+
+
+def test_a_run_goes_on_from_its_folder_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    plan = "data(2, topology=central(servers=2))"
+    whole = train_crew(small_job(), plan).result.weights
+    first = train_crew_into(tmp_path / "run", small_job(stop=af.Stop(steps=5)), plan)
+    assert first.result.steps == 5
+    told = train_crew_into(tmp_path / "run", small_job(), plan, resume=True)
+    assert told.result.steps == STEPS
+    assert all(torch.equal(value, told.result.weights[name]) for name, value in whole.items())
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_run_is_refused_to_go_on_with_another_plan_or_job(tmp_path: Path) -> None:
+    plan = "data(2, topology=central(servers=1){})"
+    job = small_job(stop=af.Stop(steps=2))
+    assert train_crew_into(tmp_path / "run", job, plan.format("")).result.steps == 2
+    asp = plan.format(", sync=asp")
+    told = train_crew_into(tmp_path / "run", job, asp, resume=True, timeout_s=1.0)
+    assert "the plan was" in str(told.crew.roles["scheduler 0"])
+    other = small_job(batch_size=10)
+    bsp = plan.format("")
+    told = train_crew_into(tmp_path / "run", other, bsp, resume=True, timeout_s=1.0)
+    assert "batch_size" in str(told.crew.roles["scheduler 0"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from allfuse.base.events import Event
@@ -22,6 +22,7 @@ from allfuse.observe.figures import (
 from allfuse.observe.progress import Progress
 
 Row = tuple[str, str]
+MOST_STALENESS = 9  # values of a histogram in one line
 
 
 def start_rows(start: Mapping[str, Any]) -> list[Row]:
@@ -165,9 +166,39 @@ def message(event: Event) -> str | None:
             text = f"warning: step {data.get('step')} was not saved: {data.get('reason')}"
         case "stop":
             text = f"stopping: {data.get('reason')}"
+        case "join":
+            text = f"{data.get('worker')} takes part"
+        case "leave":
+            text = f"{data.get('worker')} has left"
+        case "server_lost":
+            text = f"lost: the server of shard {data.get('shard')}: {data.get('reason')}"
+        case "server_restored":
+            text = (
+                f"a server of shard {data.get('shard')} goes on at version {data.get('sequence')}, "
+                f"without the last {data.get('lost')} updates"
+            )
+        case "staleness":
+            text = staleness_text(data.get("missed") or [])
         case _:
             return None
     return text if event.rank == 0 else f"rank {event.rank}: {text}"
+
+
+def staleness_text(missed: Iterable[Sequence[int]]) -> str:
+    """How many updates were made without so many others, in percent of all."""
+    counts = {int(value): int(count) for value, count in missed}
+    total = sum(counts.values())
+    if not total:
+        return "no updates"
+    shown = sorted(counts.items())[:MOST_STALENESS]
+    parts = [f"{value}: {percent(count / total)}" for value, count in shown]
+    rest = total - sum(count for _, count in shown)
+    parts += [f"more: {percent(rest / total)}"] if rest else []
+    mean = sum(value * count for value, count in counts.items()) / total
+    return (
+        f"staleness of {format_count(total)} updates (others that each missed): "
+        f"{', '.join(parts)}; mean {mean:.2f}, most {max(counts)}"
+    )
 
 
 def aligned(rows: list[Row]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,13 +33,14 @@ CREATE TABLE workers (name TEXT PRIMARY KEY, number INTEGER, host TEXT, presence
 CREATE TABLE servers (shard INTEGER, birth INTEGER, name TEXT, place TEXT, found INTEGER,
     PRIMARY KEY (shard, birth));
 CREATE TABLE leases (lease INTEGER PRIMARY KEY, worker TEXT, clock INTEGER, block INTEGER,
-    part INTEGER, offers TEXT, due TEXT, state TEXT, read INTEGER, births TEXT, loss REAL,
-    count REAL, rows INTEGER, seconds REAL, options BLOB);
+    part INTEGER, offers BLOB, due BLOB, state TEXT, read INTEGER, births BLOB, loss REAL,
+    count REAL, rows INTEGER, seconds REAL, options BLOB, sequence INTEGER, place INTEGER,
+    weight REAL, missed INTEGER, lag INTEGER);
 CREATE INDEX open_leases ON leases (state) WHERE state IN ('out', 'staged', 'revoked');
-CREATE TABLE orders (sequence INTEGER PRIMARY KEY, updates INTEGER, readers TEXT, dropped TEXT,
+CREATE INDEX leases_of_workers ON leases (worker);
+CREATE INDEX commits ON leases (sequence, place) WHERE sequence IS NOT NULL;
+CREATE TABLE orders (sequence INTEGER PRIMARY KEY, updates INTEGER, readers BLOB, dropped BLOB,
     save INTEGER);
-CREATE TABLE commits (sequence INTEGER, place INTEGER, lease INTEGER, weight REAL, read INTEGER,
-    missed INTEGER, lag INTEGER, PRIMARY KEY (sequence, place)) WITHOUT ROWID;
 """
 
 
@@ -92,14 +92,14 @@ class Book:
     # Facts and notes: plain values by name.
 
     def put(self, name: str, value: Any) -> None:
-        self._write("INSERT OR REPLACE INTO facts VALUES (?, ?)", name, msgpack.packb(value))
+        self._write("INSERT OR REPLACE INTO facts VALUES (?, ?)", name, _pack(value))
 
     def get(self, name: str, default: Any = None) -> Any:
         row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
         return default if row is None else _unpack(row[0])
 
     def put_note(self, name: str, done: int, state: dict[str, Any]) -> None:
-        packed = msgpack.packb(state)
+        packed = _pack(state)
         self._write("INSERT OR REPLACE INTO notes VALUES (?, ?, ?)", name, done, packed)
 
     def notes(self) -> dict[str, tuple[int, dict[str, Any]]]:
@@ -122,7 +122,11 @@ class Book:
 
     def workers(self) -> list[tuple[Worker, int]]:
         """Each worker with its clock, in the order of joining."""
-        rows = self._db.execute("SELECT * FROM workers ORDER BY number")
+        rows = self._db.execute(
+            "SELECT name, number, host, presence, max(w.clock, coalesce((SELECT "
+            "l.clock + (l.state = 'committed') FROM leases l WHERE l.worker = w.name "
+            "ORDER BY l.lease DESC LIMIT 1), 0)), held FROM workers w ORDER BY number"
+        )
         return [
             (Worker(name, number, host, Presence(presence), held), clock)
             for name, number, host, presence, clock, held in rows
@@ -160,15 +164,13 @@ class Book:
             work.clock,
             work.unit.block,
             work.unit.part,
-            json.dumps(work.offers),
-            json.dumps(work.due),
+            _pack(work.offers),
+            _pack(work.due),
             work.state.value,
         )
 
     def put_offers(self, work: Work) -> None:
-        self._write(
-            "UPDATE leases SET offers = ? WHERE lease = ?", json.dumps(work.offers), work.lease
-        )
+        self._write("UPDATE leases SET offers = ? WHERE lease = ?", _pack(work.offers), work.lease)
 
     def put_state(self, work: Work) -> None:
         self._write("UPDATE leases SET state = ? WHERE lease = ?", work.state.value, work.lease)
@@ -178,20 +180,33 @@ class Book:
         self._write("UPDATE leases SET state = 'dropped' WHERE lease = ?", lease)
 
     def put_result(self, work: Work) -> None:
-        """State and result of a lease that was finished."""
+        """State and result of a lease whose update is there, and which is not ordered yet."""
+        self._put_result(work, None)
+
+    def put_commit(self, work: Work, commit: Commit) -> None:
+        """State and result of a lease whose update is ordered."""
+        self._put_result(work, commit)
+
+    def _put_result(self, work: Work, commit: Commit | None) -> None:
         result = work.result
         assert result is not None
         self._write(
             "UPDATE leases SET state = ?, read = ?, births = ?, loss = ?, count = ?, rows = ?, "
-            "seconds = ?, options = ? WHERE lease = ?",
+            "seconds = ?, options = ?, sequence = ?, place = ?, weight = ?, missed = ?, lag = ? "
+            "WHERE lease = ?",
             work.state.value,
             result.sequence,
-            json.dumps(result.births),
+            _pack(result.births),
             result.loss,
             result.count,
             result.rows,
             result.seconds,
-            msgpack.packb(result.options),
+            _pack(result.options),
+            None if commit is None else commit.sequence,
+            None if commit is None else commit.place,
+            None if commit is None else commit.weight,
+            None if commit is None else commit.missed,
+            None if commit is None else commit.lag,
             work.lease,
         )
 
@@ -204,12 +219,12 @@ class Book:
         )
         found = []
         for lease, worker, clock, block, part, offers, due, state, *result in rows:
-            work = Work(lease, worker, clock, Unit(block, part), [], json.loads(due), State(state))
-            work.offers = [Offer(*each) for each in json.loads(offers)]
+            work = Work(lease, worker, clock, Unit(block, part), [], _unpack(due), State(state))
+            work.offers = [Offer(*each) for each in _unpack(offers)]
             if result[0] is not None:
                 read, births, loss, count, rows, seconds, options = result
                 work.result = Result(
-                    read, json.loads(births), loss, count, rows, seconds, _unpack(options)
+                    read, _unpack(births), loss, count, rows, seconds, _unpack(options)
                 )
             found.append(work)
         return found
@@ -230,17 +245,15 @@ class Book:
 
     # Orders.
 
-    def put_order(self, order: Order, commits: list[Commit]) -> None:
+    def put_order(self, order: Order) -> None:
         self._write(
             "INSERT INTO orders VALUES (?, ?, ?, ?, ?)",
             order.sequence,
             order.updates,
-            json.dumps(order.to),
-            json.dumps(order.dropped),
+            _pack(order.to),
+            _pack(order.dropped),
             int(order.save),
         )
-        for commit in commits:
-            self._write("INSERT INTO commits VALUES (?, ?, ?, ?, ?, ?, ?)", *commit)
 
     def orders(self, first: int, last: int) -> list[Order]:
         """Those from one sequence to another, both included."""
@@ -254,8 +267,8 @@ class Book:
                 sequence,
                 updates,
                 [(each.lease, each.weight) for each in self.commits(sequence, sequence)],
-                json.loads(readers),
-                json.loads(dropped),
+                _unpack(readers),
+                _unpack(dropped),
                 bool(save),
             )
             for sequence, updates, readers, dropped, save in rows
@@ -269,7 +282,8 @@ class Book:
     def commits(self, first: int, last: int) -> list[Commit]:
         """The updates of the orders from one sequence to another, in their order."""
         rows = self._db.execute(
-            "SELECT * FROM commits WHERE sequence BETWEEN ? AND ? ORDER BY sequence, place",
+            "SELECT sequence, place, lease, weight, read, missed, lag FROM leases "
+            "WHERE sequence BETWEEN ? AND ? ORDER BY sequence, place",
             (first, last),
         )
         return [Commit(*row) for row in rows]
@@ -286,19 +300,23 @@ class Book:
         """Take back all that came after a sequence, for a job that starts again from there: nobody
         is here, and what was learned since is to be learned again. How many updates were lost."""
         lost = self.newest()[1] - self.updates_until(last)
-        late = "SELECT lease FROM commits WHERE sequence > ?"
-        self._write(f"UPDATE leases SET state = 'dropped' WHERE lease IN ({late})", last)
         self._write(
-            "UPDATE leases SET state = 'dropped' WHERE state IN ('out', 'staged', 'revoked')"
+            "UPDATE leases SET state = 'dropped', sequence = NULL "
+            "WHERE sequence > ? OR state IN ('out', 'staged', 'revoked')",
+            last,
         )
-        self._write("DELETE FROM commits WHERE sequence > ?", last)
         self._write("DELETE FROM orders WHERE sequence > ?", last)
         self._write("UPDATE workers SET presence = 'gone'")
         self._write("DELETE FROM servers")
         self._write(
-            "DELETE FROM facts WHERE name IN ('stop', 'end', 'due', 'final_due', 'lacking')"
+            "DELETE FROM facts WHERE name IN ('task', 'stop', 'end', 'due', 'final_due', 'lacking')"
         )
         return lost
+
+
+def _pack(value: Any) -> bytes:
+    packed: bytes = msgpack.packb(value)
+    return packed
 
 
 def _unpack(packed: bytes) -> Any:

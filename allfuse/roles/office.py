@@ -17,6 +17,7 @@ from allfuse.roles.book import Book
 from allfuse.roles.messages import SCHEDULER, About, Hello, Join, Message, open_letter
 from allfuse.roles.scheduler import Scheduler
 from allfuse.roles.server import Server
+from allfuse.roles.snapshots import Snapshots
 from allfuse.roles.terms import Terms
 from allfuse.topology.central import Central
 
@@ -85,12 +86,13 @@ def run_scheduler(make_audience: Callable[[Crewmate], Audience]) -> None:
 
 def _schedule(world: World, crew: Crewmate, desk: Desk, audience: Audience) -> None:
     letters = _Letters(desk)
+    terms = terms_of(as_plan(crew.plan), world.timeout_s)
     folder, early = _open_run(world, crew, letters, audience)
     book = Book(folder / BOOK if folder is not None else ":memory:")
     try:
-        scheduler = Scheduler(
-            terms_of(as_plan(crew.plan), world.timeout_s), book, emit=audience.event
-        )
+        if folder is not None and early:
+            _go_back(book, folder / SNAPSHOTS, terms.servers)
+        scheduler = Scheduler(terms, book, emit=audience.event)
         for sender, message in early:
             letters.send(scheduler.handle(sender, message, time.monotonic()))
         ticked_s = time.monotonic()
@@ -109,6 +111,16 @@ def _schedule(world: World, crew: Crewmate, desk: Desk, audience: Audience) -> N
             raise WorkerFailed(scheduler.outcome.reason, rank=-1)
     finally:
         book.close()
+
+
+def _go_back(book: Book, snapshots: Path, servers: int) -> None:
+    """Where a run goes on: at the last version that all its servers have on disk."""
+    if book.newest()[0] < 0:
+        return
+    kept = [set(Snapshots(snapshots, index, servers).all()) for index in range(servers)]
+    common = set.intersection(*kept)
+    with book.transaction():
+        book.strike(max(common, default=-1))
 
 
 def _about(crew: Crewmate) -> About:

@@ -95,7 +95,7 @@ class Keeper:
         record = self.describe(facts, fingerprints, self.place.plan)
         if self.resume:
             self.folder = RunFolder.open(self.path, lock=self.place.rank == 0)
-            _refuse_other(self.folder, fingerprints, facts)
+            refuse_other(self.folder, fingerprints, facts)
             if self.place.rank == 0 and self.folder.record.get("plan") != record["plan"]:
                 self.folder.update(plan=record["plan"], command=record["command"])
         elif self.place.rank == 0:
@@ -286,7 +286,7 @@ def _trouble_with(checkpoints: Checkpoints, step: int) -> str | None:
     return None
 
 
-def _refuse_other(
+def refuse_other(
     folder: RunFolder, fingerprints: Mapping[str, str], facts: Mapping[str, Any]
 ) -> None:
     """Resuming goes on with the same job, data and batches, or not at all."""
