@@ -15,7 +15,6 @@ import pytest
 from allfuse.base.errors import RunError
 from allfuse.roles import messages as say
 from allfuse.roles.book import Book
-from allfuse.roles.clocks import Clocks
 from allfuse.roles.leases import Leases
 from allfuse.roles.messages import SCHEDULER
 from allfuse.roles.records import State, Work
@@ -37,9 +36,11 @@ class Desk:
         *names: str,
         make: type[Scheduler] = Scheduler,
         bound: int | None = None,
+        book: Book | None = None,
         **job: Any,
     ) -> None:
-        self.terms, self.make, self.book, self.job = terms, make, Book(":memory:"), job
+        self.terms, self.make, self.job = terms, make, job
+        self.book = Book(":memory:") if book is None else book
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.now_s = 0.0
         self.auditor = Auditor(bound)
@@ -99,6 +100,10 @@ class Desk:
         )
         return self.say(name, replace(finished, **changed))
 
+    def is_busy(self, name: str) -> bool:
+        """Whether a worker has a lease that is not ordered."""
+        return name in self.leases and self.leases[name].lease not in self.auditor.committed
+
     def lose(self, name: str) -> Mail:
         return self.take(self.scheduler.lost(name, self.now_s))
 
@@ -118,37 +123,54 @@ def orders(mail: Mail) -> list[list[Any]]:
 # The bound of ssp, in random schedules.
 
 
-def run_schedule(seed: int, s: int, make: type[Scheduler] = Scheduler) -> Auditor:
+@pytest.fixture(scope="module")
+def blank() -> Callable[[], Book]:
+    """Makes one book blank again and again, which is faster than to make it."""
+    book = Book(":memory:")
+
+    def wipe() -> Book:
+        with book.transaction():
+            for table in ("facts", "notes", "workers", "servers", "leases", "orders"):
+                book._write(f"DELETE FROM {table}")
+        return book
+
+    return wipe
+
+
+def run_schedule(book: Book, seed: int, s: int, make: type[Scheduler] = Scheduler) -> Auditor:
     """Workers that take random times, come, are killed, and say things twice."""
     chance = random.Random(seed)
-    parts, steps = chance.randint(1, 6), chance.randint(1, 4)
+    parts, steps = chance.randint(1, 6), chance.choice([1, 1, 2, 3])
     names = [f"w{n}" for n in range(parts)]
     speeds = {name: chance.choice([1, 1, 4, 16]) for name in names}
     terms = Terms(parts=parts, sync=Ssp(s), min=1, max=parts + 2, snapshot_s=None)
-    desk = Desk(terms, *names, make=make, bound=s, steps=steps, epochs=None)
+    desk = Desk(terms, *names, make=make, bound=s, book=book, steps=steps, epochs=None)
     while desk.scheduler.outcome is None:
-        (name,) = chance.choices(list(speeds), list(speeds.values()))
-        lease = desk.leases.get(name)
         event = chance.random()
         if event < 0.04 and len(speeds) > 1:
+            name = chance.choice(list(speeds))
             del speeds[name]
             desk.lose(name)
         elif event < 0.08 and len(speeds) < terms.most:
             newcomer = f"n{len(desk.events)}"
             speeds[newcomer] = chance.choice([1, 4, 16])
             desk.join(newcomer)
-        elif lease is not None and lease.lease not in desk.auditor.committed:
+        else:
+            busy = [name for name in speeds if desk.is_busy(name)]
+            name = max(busy, key=lambda name: chance.random() ** (1 / speeds[name]))
+            lease = desk.leases[name]
             desk.finish(name, lease)
             if event > 0.95:
                 desk.finish(name, lease)
     desk.auditor.check(steps, parts)
-    desk.book.close()
     return desk.auditor
 
 
 @pytest.mark.parametrize("s", range(5))
-def test_ssp_never_exceeds_its_bound_in_ten_thousand_random_schedules(s: int) -> None:
-    highest = max(run_schedule(seed, s).highest for seed in range(2000))
+def test_ssp_never_exceeds_its_bound_in_ten_thousand_random_schedules(
+    s: int, blank: Callable[[], Book]
+) -> None:
+    highest = max(run_schedule(blank(), seed, s).highest for seed in range(2000))
     assert highest > s
 
 
@@ -161,10 +183,10 @@ class Unbound(Scheduler):
 
 
 @pytest.mark.parametrize("s", range(1, 4))
-def test_a_scheduler_that_ignores_the_bound_is_found_out(s: int) -> None:
+def test_a_scheduler_that_ignores_the_bound_is_found_out(s: int, blank: Callable[[], Book]) -> None:
     with pytest.raises(AssertionError, match="clocks apart"):
         for seed in range(200):
-            run_schedule(seed, s, Unbound)
+            run_schedule(blank(), seed, s, Unbound)
 
 
 # Exactly once, on a network that loses, doubles and delays.
@@ -873,5 +895,32 @@ def test_the_record_says_what_a_replay_needs(tmp_path: Path) -> None:
     assert row == ("w0", 0, 0, 0, 3.0)
 
 
-def test_clocks_are_not_shared_between_schedulers() -> None:
-    assert Clocks(1).low == Clocks(1).low == 0
+def test_what_was_decided_is_on_disk_before_it_is_said(tmp_path: Path) -> None:
+    desk = Desk(Terms(parts=1, sync=Asp()), "w0", book=Book(tmp_path / "book"))
+    desk.finish("w0")
+    other = Book(tmp_path / "book")
+    assert other.newest() == (1, 1)
+    assert [commit.lease for commit in other.commits(0, 9)] == [0]
+    assert [work.lease for work in other.open_work()] == [desk.leases["w0"].lease]
+
+
+def test_of_what_raised_nothing_is_in_the_book(monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(Terms(parts=1, sync=Asp()), "w0")
+    before = list(desk.book._db.iterdump())
+    with monkeypatch.context() as patch:
+        patch.setattr(Book, "put_order", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            desk.finish("w0")
+    assert list(desk.book._db.iterdump()) == before
+    desk.begin()
+    desk.finish("w0")
+    assert desk.scheduler.done == 1
+
+
+def test_a_lost_worker_whose_place_was_taken_is_refused() -> None:
+    desk = Desk(Terms(parts=2, sync=Asp(), min=1), "w0", "w1")
+    lease = desk.leases["w0"]
+    desk.lose("w0")
+    desk.join("w2")
+    ((_, refused),) = desk.finish("w0", lease)
+    assert "others have taken its place" in refused.reason

@@ -170,7 +170,7 @@ class Course:
             self._tell_commit(leases, work, commit)
         for worker in told:
             self.remind(worker)
-        return bool(commits)
+        return bool(leases.ready())
 
     def _count(self, works: list[Work]) -> None:
         """Clocks whose updates are ordered."""
@@ -197,7 +197,6 @@ class Course:
                 base = worker.base
                 is_fresh = base is not None and base.updates == offer.updates
                 leases.grant(worker, base if base is not None and is_fresh else offer)
-                self._members.keep(worker)
                 granted.append(worker)
         return granted
 
@@ -209,7 +208,8 @@ class Course:
             if work is not None:
                 leases.offer(work, offer)
             worker.held = offer.sequence
-            self._members.keep(worker)
+            if work is None:
+                self._members.keep(worker)
         return again
 
     def _is_at_end(self, leases: Leases) -> bool:

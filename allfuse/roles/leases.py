@@ -114,15 +114,13 @@ class Leases:
             weight = 1 / (missed + 1) if self._terms.is_scaled else 1.0
             if self._terms.in_step:
                 weight = result.count / total if total > 0 else 0.0
-            commits.append(Commit(sequence, place, work.lease, weight, read.sequence, missed, lag))
+            commit = Commit(sequence, place, work.lease, weight, read.sequence, missed, lag)
+            commits.append(commit)
             self.staleness.count(missed, lag)
             self.ledger.consume(work.unit)
             del self.open[work.lease]
             work.state = State.COMMITTED
-            if self._terms.in_step:
-                self._book.put_state(work)
-            else:
-                self._book.put_result(work)
+            self._book.put_commit(work, commit)
         self._fall_due(before)
         return commits
 

@@ -391,7 +391,7 @@ def open_letter(letter: Letter) -> Message:
     cls = MESSAGES.get(letter.kind)
     if cls is None:
         raise Malformed(f"a message of kind {letter.kind!r}")
-    hints = _hints(cls)
+    hints = _hints(letter.kind)
     if letter.fields.keys() != hints.keys():
         raise Malformed(f"a {letter.kind} with fields {sorted(letter.fields)}")
     for name, value in letter.fields.items():
@@ -401,8 +401,9 @@ def open_letter(letter: Letter) -> Message:
 
 
 @lru_cache
-def _hints(cls: type[Message]) -> dict[str, Any]:
+def _hints(kind: str) -> dict[str, Any]:
     """What each field of a message may be."""
+    cls = MESSAGES[kind]
     hints = typing.get_type_hints(cls)
     return {spec.name: hints[spec.name] for spec in fields(cls) if spec.name != "tensors"}
 

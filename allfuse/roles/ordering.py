@@ -91,7 +91,7 @@ class Ordering:
         )
         if order.save:
             self._ordered_save = order.sequence
-        self._book.put_order(order, commits)
+        self._book.put_order(order)
         message = say.Orders(first=order.sequence, entries=[order.plain])
         for shard in sorted(self.servers):
             server = self.servers[shard]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from allfuse.sync import Asp, Bsp, Sync
@@ -38,7 +39,7 @@ class Terms:
     snapshot_s: float | None = 30.0
     resend_s: float = 1.0
 
-    @property
+    @cached_property
     def in_step(self) -> bool:
         """One order for all parts of a block, instead of one for each update."""
         return self.sync.bound == 0
@@ -59,7 +60,5 @@ class Terms:
     @property
     def plain(self) -> dict[str, Any]:
         """What a book must agree on with those who go on from it."""
-        whole = asdict(self)
-        return {name: whole[name] for name in ("parts", "every", "servers")} | {
-            "sync": str(self.sync)
-        }
+        own = {"parts": self.parts, "every": self.every, "servers": self.servers}
+        return {**own, "sync": str(self.sync)}
