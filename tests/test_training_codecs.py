@@ -12,7 +12,16 @@ import torch
 from test_codec import LOSSY
 from test_rule import variants as rule_variants
 from torch import nn
-from training_cases import assert_equal, job, network, points, session, train, under
+from training_cases import (
+    assert_equal,
+    job,
+    network,
+    normed_network,
+    points,
+    session,
+    train,
+    under,
+)
 
 from allfuse.base.errors import UserError
 from allfuse.codec import Codec
@@ -187,6 +196,23 @@ def test_verify_replays_what_is_lost_and_what_is_kept(plan: str) -> None:
     made = functools.partial(wide_job, accumulate=2, clip=0.5, batch_size=7)
     report = verify_job(made, plan, steps=6, threads=True)
     assert report.promise == "replayed"
+    assert report.ok, report.first
+
+
+TIED = [
+    "data(2, codec=int8)",
+    "data(3, codec=lowrank(2), topology=ring)",
+    "data(4, rule=median)",
+    "data(3, rule=clipped(0.1), codec=int4)",
+    "site(2, every=2) * data(2, rule=vote)",
+]
+
+
+@pytest.mark.parametrize("plan", TIED)
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_verify_replays_gradients_that_batch_norm_ties_together(plan: str, accumulate: int) -> None:
+    made = functools.partial(job, model=normed_network, batch_size=10, accumulate=accumulate)
+    report = verify_job(made, plan, steps=4, threads=True)
     assert report.ok, report.first
 
 

@@ -4,8 +4,9 @@ It shares with the code under test the job, the first weights, the order of samp
 the rule that cuts n rows into even shares, and what is pure math (see replay.py). Everything else
 is plain PyTorch: no session, no links. An exact plan is one model that learns from whole batches.
 Where gradients are encoded or fused by another rule than the mean, the model learns from the share
-of each replica by itself, and those gradients become one. A plan with k sites is k models, each
-with its own optimizer, that become one now and then, or mix by the weights of a gossip's schedule.
+of each replica by itself (see together.py for BatchNorm), and those gradients become one. A plan
+with k sites is k models, each with its own optimizer, that become one now and then, or mix by the
+weights of a gossip's schedule.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from allfuse.training.start import build_model
 from allfuse.verify.record import Recorder
 from allfuse.verify.replay import Replay, is_plain_mean, positions_of
 from allfuse.verify.samples import read_batches
+from allfuse.verify.together import Together, has_batch_norm
 
 Piece: TypeAlias = tuple[Any, int]
 """A batch, and its rows."""
@@ -70,25 +72,51 @@ class Learner:
         """The same on a batch of which each replica has a part, with gradients of its own."""
         sizes = [sum(size for _, size in pieces) for pieces in parts]
         rows = sum(sizes)
-        totals, counts, gradients = [], [], []
-        for pieces in parts:
-            total, count = self._differentiate(pieces, rows)
-            totals.append(total)
-            counts.append(count)
-            gradients.append([parameter.grad for parameter in self.held])
-            self.optimizer.zero_grad()
+        if self.job.batch_statistics == "global" and has_batch_norm(self.model):
+            totals, counts, gradients = self._differentiate_together(parts, rows)
+        else:
+            totals, counts, gradients = [], [], []
+            for pieces in parts:
+                total, count = self._differentiate(pieces, rows)
+                totals.append(total)
+                counts.append(count)
+                gradients.append([parameter.grad for parameter in self.held])
+                self.optimizer.zero_grad()
         if not sum(counts):
             raise NonFiniteLoss("the loss of the reference is a mean over nothing")
         self._fuse(gradients, [float(size) for size in sizes], counts, replay)
         return sum(totals) / sum(counts), self._step(rows)
 
+    def _differentiate_together(
+        self, parts: Sequence[Sequence[Piece]], rows: int
+    ) -> tuple[list[float], list[float], list[list[Tensor | None]]]:
+        """The same for all replicas, piece by piece, where statistics are of the rows of all."""
+        there = [replica for replica, pieces in enumerate(parts) if pieces]
+        together = Together(self.model, len(there))
+        totals, counts = [0.0] * len(parts), [0.0] * len(parts)
+        for number in range(len(parts[there[0]])):
+            told = together.run(self._lose, [parts[replica][number] for replica in there])
+            torch.stack([loss / rows for loss, _ in told]).sum().backward()
+            for replica, (loss, counted) in zip(there, told, strict=True):
+                totals[replica] += loss.item()
+                counts[replica] += counted
+        together.keep_buffers()
+        gradients: list[list[Tensor | None]] = [[None] * len(self.held) for _ in parts]
+        for replica, own in zip(there, together.gradients(self.held), strict=True):
+            gradients[replica] = own
+        return totals, counts, gradients
+
+    def _lose(self, model: nn.Module, batch: Any, size: int) -> tuple[Tensor, float]:
+        """The sum of losses of a model on a batch of so many rows, and what is counted."""
+        with self.autocast():
+            outputs = (self.job.forward or default_forward)(model, batch)
+            return sum_of_losses(self.job.loss(outputs, batch), size)
+
     def _differentiate(self, pieces: Sequence[Piece], rows: int) -> tuple[float, float]:
         """Add the gradients of the sum of losses over `rows`; the sum, and what is counted."""
         total, count = 0.0, 0.0
         for batch, size in pieces:
-            with self.autocast():
-                outputs = (self.job.forward or default_forward)(self.model, batch)
-                loss, counted = sum_of_losses(self.job.loss(outputs, batch), size)
+            loss, counted = self._lose(self.model, batch, size)
             self.scaler.scale(loss / rows).backward()  # not yet over what the loss counts
             total += loss.item()
             count += counted
@@ -198,12 +226,13 @@ def run_reference(
         for site in range(sites):
             shares = batch.shares[site * each : (site + 1) * each]
             groups = [[part] for part in shares] if apart else [shares]
+            accumulate = min([job.accumulate, *(len(part) for part in shares if len(part))])
             inputs.append(
                 [
                     cut_into_pieces(
                         batch.fetch(group) if sum(map(len, group)) else None,
                         [len(part) for part in group],
-                        job.accumulate,
+                        accumulate,
                         device,
                     )
                     for group in groups

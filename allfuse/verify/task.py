@@ -14,7 +14,6 @@ from allfuse.base.errors import AllfuseError, Interrupted
 from allfuse.job import Job, as_job
 from allfuse.launcher import current_world
 from allfuse.plan import Data, Plan
-from allfuse.rule import Mean
 from allfuse.training.place import choose_device
 from allfuse.verify.compare import TOLERANCES, compare_run
 from allfuse.verify.record import Recorder, Reference
@@ -100,11 +99,6 @@ def statistics_notes(job: Job, plan: Plan, model: nn.Module) -> list[str]:
     data = plan.axis("data")
     if not norms or not isinstance(data, Data) or data.n == 1:
         return []
-    if not data.codec.lossless or not isinstance(data.rule, Mean):
-        return [
-            "BatchNorm ties the gradients of workers together before they are fused, and the "
-            "reference takes each worker's by itself, so differences are to be expected"
-        ]
     if job.batch_statistics == "local":
         return [
             "batch_statistics is local: BatchNorm sees each worker's share only, which no single "
