@@ -49,7 +49,8 @@ class Delivery:
     """An update, or the first weights, on the way to all servers.
 
     pieces: those that were sent, by (server, piece). births: of the servers that hold all.
-    finished: what the scheduler is told then, once all pieces were sent. is_told: it was.
+    finished: what the scheduler is told then, once all pieces were sent. is_told: it was, of these
+    births. was_told: it was, of any.
     """
 
     lease: int
@@ -59,6 +60,7 @@ class Delivery:
     births: dict[int, int] = field(default_factory=dict)
     finished: dict[str, Any] | None = None
     is_told: bool = False
+    was_told: bool = False
 
 
 class Client:
@@ -295,7 +297,7 @@ class Client:
             return []
         if delivery.is_told and not again:
             return []
-        delivery.is_told = True
+        delivery.is_told = delivery.was_told = True
         births = [delivery.births[server] for server in range(self.servers)]
         finished = Finished(
             lease=delivery.lease, sequence=delivery.sequence, births=births, **delivery.finished
@@ -303,35 +305,39 @@ class Client:
         return [(SCHEDULER, finished)]
 
     def _take_lease(self, message: Lease, now_s: float) -> None:
-        held = self.lease
+        if self._phase is Phase.JOINING and message.sequence >= 0:
+            return  # the weights would come from nowhere: it is said again after the welcome
+        given, held = self._deliveries.get(GIVEN), self.lease
+        if given is not None and given.is_told and given.sequence < message.sequence:
+            del self._deliveries[GIVEN]  # servers went on from there
         if held is not None and held.lease == message.lease:
-            newer = message.sequence > held.sequence and self._current is None
-            if newer:  # other weights for it, since those before did not come
-                self.lease = message
+            if message.sequence > held.sequence and self._current is None:
+                self.lease = message  # other weights for it, since those before did not come
                 self._progress(now_s)
             return
-        is_new = held is None or message.lease < 0 or 0 <= held.lease < message.lease
-        if not is_new:
-            return
-        if self._current is not None:
-            if self._current.is_told:
-                self.updates.keep()
-            else:  # it was revoked
-                del self._deliveries[self._current.lease]
-            self._current = None
-        for delivery in list(self._deliveries.values()):
-            if delivery.lease != GIVEN and (message.lease < 0 or delivery.clock < message.clock):
-                del self._deliveries[delivery.lease]
-        if message.sequence >= 0 and self._deliveries.get(GIVEN, None) is not None:
-            self._end_giving()
+        if held is not None and not (message.lease < 0 or 0 <= held.lease < message.lease):
+            return  # it is late
+        self._close_current()
+        ended = [
+            delivery.lease
+            for delivery in self._deliveries.values()
+            if delivery.lease != GIVEN and (message.lease < 0 or delivery.clock < message.clock)
+        ]
+        for lease in ended:
+            del self._deliveries[lease]
         self.lease, self._phase = message, Phase.WAITING
         self._progress(now_s)
         self._take_waiting()
 
-    def _end_giving(self) -> None:
-        """A lease tells that the servers have weights."""
-        if self._deliveries[GIVEN].is_told:
-            del self._deliveries[GIVEN]
+    def _close_current(self) -> None:
+        """Another lease has come: the update of the last one was finished, or is revoked."""
+        if self._current is None:
+            return
+        if self._current.was_told:
+            self.updates.keep()
+        else:
+            del self._deliveries[self._current.lease]
+        self._current = None
 
     def _take(self, server: int, message: Weights, now_s: float) -> None:
         """Weights that come while one works wait: they must not change under a backward pass."""
@@ -381,11 +387,14 @@ class Client:
                     mail.append((place, Ask(lease=delivery.lease)))
             if self._phase is Phase.WAITING:
                 mail += self._tell_finished(delivery, again=True)
-        if mail or self._phase is Phase.WORKING:
+        if self._phase is Phase.WORKING:
             return mail
         if self.lease is not None and self._current is None:
-            return [(SCHEDULER, Again(lease=self.lease.lease, sequence=self.lease.sequence))]
-        return [(SCHEDULER, Again())]
+            again = Again(lease=self.lease.lease, sequence=self.lease.sequence)
+            mail.append((SCHEDULER, again))
+        if self._current is None or not self._current.is_told or self._pauses > 1:
+            mail.append((SCHEDULER, Again()))  # something else may be amiss
+        return mail
 
     def _progress(self, now_s: float) -> None:
         self._moved_s, self._pauses = now_s, 1

@@ -25,7 +25,7 @@ from allfuse.roles.messages import (
     Weights,
 )
 from allfuse.roles.readers import Readers
-from allfuse.roles.shard import Shard
+from allfuse.roles.shard import Shard, Values
 from allfuse.roles.snapshots import Snapshots
 from allfuse.roles.stage import Bundle, Stage
 
@@ -49,7 +49,7 @@ class Server:
     once: the optimizer steps by the weighted sum of the leases' updates, in their order, with the
     options that came with the first; then those who are named get the weights of that version,
     from a copy that later updates leave alone; then the shard is written to disk where it is asked
-    for. Weights are taken from the scheduler's last giver until the first order.
+    for. Weights that workers give are taken until the first order, those that were whole last.
 
     `handle` may raise `Malformed`: whoever sent that is wrong, and nothing has changed.
 
@@ -59,7 +59,7 @@ class Server:
     Args:
         birth: random; of this process.
         place: where workers find it.
-        folder: for snapshots; None keeps none.
+        folder: for snapshots; None keeps none, and what is to be written counts as written.
 
     Example:
         server = Server(0, 1, birth=7, place="127.0.0.1:7078")
@@ -77,9 +77,7 @@ class Server:
         self._sequence = self.saved
         self._has_weights = False
         self._takes_weights = True  # until the first order after they were given
-        self._giver = ""
-        self._superseded: set[str] = set()
-        self._given = Bundle("")
+        self._given: dict[str, dict[int, Values]] = {}  # by giver
         self._served_s = float("-inf")
         self.refusal = ""
 
@@ -95,13 +93,14 @@ class Server:
             return []
         self._served_s = now_s
         serve = Serve(index=self.index, birth=self.birth, applied=self.applied, place=self.place)
-        return [(SCHEDULER, serve)]
+        mail: list[Mail] = [(SCHEDULER, serve)]
+        if self._has_weights:
+            mail.append((SCHEDULER, self._applied()))  # it may have got lost
+        return mail
 
     def lost(self, name: str, now_s: float) -> list[Mail]:
         """The connection of a worker has ended: nothing that it sent is on its way."""
-        self._superseded.discard(name)
-        if name == self._giver:
-            self._giver, self._given = "", Bundle("")
+        self._given.pop(name, None)
         if self.shard is not None:
             self._readers.forget(name)
         return []
@@ -166,33 +165,26 @@ class Server:
     # The first weights.
 
     def _take_given(self, sender: str, message: Give) -> Iterator[Mail]:
-        if self.shard is None or not self._listens_to(sender):
+        shard = self.shard
+        if shard is None:
             return
         values = self._stage.read(message.piece, message.pieces, message.tensors)
-        if self._takes_weights:
-            self._given.pieces.setdefault(message.piece, values)
-            if len(self._given.pieces) == len(self.shard.pieces):
-                for piece, each in self._given.pieces.items():
-                    self.shard.put(piece, each)
+        pieces = self._given.setdefault(sender, {})
+        if self._takes_weights and message.piece not in pieces:
+            pieces[message.piece] = values
+            if len(pieces) == len(shard.pieces):
+                for piece, each in pieces.items():
+                    shard.put(piece, each)
                 self._has_weights = True
-        if not self._missing_given():
+        if not self._missing_given(sender):
             yield sender, Staged(lease=GIVEN, birth=self.birth)
 
-    def _listens_to(self, sender: str) -> bool:
-        """Whether it may give weights: of several the one who began last."""
-        if sender in self._superseded:
-            return False
-        if sender != self._giver:
-            if self._giver:
-                self._superseded.add(self._giver)
-            self._giver, self._given = sender, Bundle(sender)
-        return True
-
-    def _missing_given(self) -> list[int]:
+    def _missing_given(self, sender: str) -> list[int]:
+        """What a giver has not brought yet; nothing where weights are not taken any more."""
         assert self.shard is not None
-        if not self._takes_weights:
-            return []
-        return [n for n in range(len(self.shard.pieces)) if n not in self._given.pieces]
+        held = self._given.get(sender, {})
+        count = len(self.shard.pieces) if self._takes_weights else 0
+        return [number for number in range(count) if number not in held]
 
     # Updates.
 
@@ -212,12 +204,7 @@ class Server:
     def _tell_missing(self, sender: str, lease: int) -> Iterator[Mail]:
         if self.shard is None or lease in self._stage.ended:
             return
-        if lease == GIVEN:
-            if not self._listens_to(sender):
-                return
-            missing = self._missing_given()
-        else:
-            missing = self._stage.missing(lease)
+        missing = self._missing_given(sender) if lease == GIVEN else self._stage.missing(lease)
         yield sender, Staged(lease=lease, birth=self.birth, missing=missing)
 
     # Orders.
@@ -229,7 +216,10 @@ class Server:
         for sequence, order in enumerate(orders, message.first):
             if sequence == self._sequence + 1:
                 yield from self._carry_out_one(sequence, order)
-        yield SCHEDULER, Applied(sequence=self._sequence, saved=self.saved)
+        yield SCHEDULER, self._applied()
+
+    def _applied(self) -> Applied:
+        return Applied(sequence=self._sequence, saved=self.saved)
 
     def _carry_out_one(self, sequence: int, order: Order) -> Iterator[Mail]:
         shard, stage = self.shard, self._stage
@@ -265,9 +255,10 @@ class Server:
         for lease in [*(lease for lease, _ in order.leases), *order.dropped]:
             stage.end(lease)
         self._sequence, self._takes_weights = sequence, False
-        self._given = Bundle("")
-        if order.save and self.snapshots is not None:
-            self.snapshots.save(shard, sequence)
+        self._given.clear()
+        if order.save:
+            if self.snapshots is not None:
+                self.snapshots.save(shard, sequence)
             self.saved = sequence
 
 
