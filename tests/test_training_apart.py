@@ -166,6 +166,16 @@ def test_optimizers_that_are_not_per_element_are_refused() -> None:
     assert all("Adafactor" in str(result) for result in told.results)
 
 
+def test_clipping_the_whole_gradient_is_refused_in_step_and_done_by_each_worker_out_of_step() -> (
+    None
+):
+    plan = "data(2, topology=central(servers=2){})"
+    told = train_crew(small_job(clip=0.1), plan.format(""))
+    assert all(isinstance(result, UserError) for result in told.results)
+    told = train_crew(small_job(clip=0.1), plan.format(", sync=asp"))
+    assert told.result.steps == STEPS
+
+
 def test_a_plan_with_servers_is_refused_where_nobody_started_them() -> None:
     with pytest.raises(PlanError, match="a scheduler and servers are started by"):
         af.session(plan="data(1, sync=asp)")
@@ -193,3 +203,13 @@ def test_a_run_is_refused_to_go_on_with_another_plan_or_job(tmp_path: Path) -> N
     bsp = plan.format("")
     told = train_crew_into(tmp_path / "run", other, bsp, resume=True, timeout_s=1.0)
     assert "batch_size" in str(told.crew.roles["scheduler 0"])
+
+
+@pytest.mark.parametrize("sync", ["bsp", "asp"])
+def test_a_part_without_samples_changes_nothing(sync: str) -> None:
+    job = small_job(stop=af.Stop(epochs=1))  # the last batch has 7 samples for 8 workers
+    told = train_crew(job, f"data(8, topology=central(servers=1), sync={sync})")
+    assert told.result.steps == 7
+    assert sum(commit["rows"] for commit in told.all("commit")) == 97
+    if sync == "bsp":
+        assert_close(told.result.weights, weights_of(job, "data(1)"))

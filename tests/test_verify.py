@@ -602,3 +602,9 @@ def test_fresh_processes_give_the_same_report() -> None:
     assert report.ok, report.lines()
     assert report.workers == 2
     assert told.count("compared") == 3
+
+
+@pytest.mark.parametrize("every", ["3", "end"])
+def test_sites_end_with_what_their_rule_makes_of_them(every: str) -> None:
+    report = check(f"site(3, every={every}, rule=median)")
+    assert report.ok, report.first

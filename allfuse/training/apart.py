@@ -90,7 +90,12 @@ class Apart:
     # Begin.
 
     def take_over(
-        self, learner: Learner, before: Callable[[], None], after: Callable[[], None]
+        self,
+        learner: Learner,
+        before: Callable[[], None],
+        after: Callable[[], None],
+        *,
+        clips: bool,
     ) -> None:
         """Have the step of an optimizer push its gradients; servers step instead."""
         if learner.precision.scaler is not None:
@@ -100,6 +105,12 @@ class Apart:
             )
         if not self.pushes_gradients:
             return
+        if self.terms.in_step and clips:
+            raise UserError(
+                f"clip under {self.outer}: the norm of the whole gradient is known to no server "
+                f"alone; allowed: data({self.outer.n}, topology=central) without servers, or "
+                "sync=asp or ssp, where each worker clips its own"
+            )
 
         def push(optimizer: torch.optim.Optimizer, closure: None = None) -> None:
             before()

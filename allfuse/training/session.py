@@ -213,6 +213,7 @@ class Session:
                 learner,
                 lambda: self._before_step_of(learner),
                 lambda: self.stepper.after_step_of(learner),
+                clips=self.settings.clip is not None,
             )
         self.state.add_learner(learner)
         return optimizer

@@ -257,7 +257,10 @@ def run_reference(
     if mixing is not None:
         for learner in learners:
             learner.samples = 1  # all count alike
-    average(learners)
+    if between is None or mixing is not None or not between.replay.fusion.codec.lossless:
+        average(learners)
+    elif any(learner.samples for learner in learners):  # no round since the last step
+        between.round(learners, steps)
     recorder.keep("end", models)
     return model
 
