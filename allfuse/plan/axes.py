@@ -17,6 +17,7 @@ from allfuse.base.choice import Choice
 from allfuse.base.errors import PlanError
 from allfuse.codec import CODECS, Codec, Identity
 from allfuse.plan.option import Option
+from allfuse.plan.pace import refuse_mixing, refuse_pace
 from allfuse.plan.pairing import refuse_out_of_step, refuse_pairing
 from allfuse.plan.parse import clip
 from allfuse.rule import RULES, Mean, Rule
@@ -124,9 +125,11 @@ class Site(Axis):
     """Replicas that share the data and step on their own; their weights are fused now and then.
 
     `every` is the number of steps from one fusion to the next, or "end" for one at the end.
+    `fragments` is how many parts of the model are fused by themselves, at staggered steps; `delay`
+    is how many steps go on while a part is fused, before what comes out is taken in.
 
-    >>> str(Site(4, every=50))
-    'site(4, every=50)'
+    >>> str(Site(4, every=50, fragments=5, delay=3))
+    'site(4, every=50, fragments=5, delay=3)'
     """
 
     name: ClassVar[str] = "site"
@@ -137,6 +140,8 @@ class Site(Axis):
 
     every: int | Literal["end"] = 1
     outer: Option[Outer] = Option(OUTERS, Average())
+    fragments: int = 1
+    delay: int = 0
     topology: Option[Topology | None] = Option(TOPOLOGIES, None)
     sync: Option[Sync] = Option(SYNCS, Bsp())
     codec: Option[Codec] = Option(CODECS, Identity())
@@ -167,6 +172,9 @@ class Site(Axis):
                 "weights that are fused once, at the end, have nobody to be ahead of",
                 f"{self.name}({self.n}, every=end)",
             )
+        refuse_pace(str(self), self.n, self.every, self.fragments, self.delay, self.has_roles)
+        if self.topology is not None and not self.topology.exact:
+            refuse_mixing(self.n, self.topology, self.outer, self.fragments, self.delay)
 
     @property
     def has_roles(self) -> bool:
@@ -188,6 +196,13 @@ class Site(Axis):
         )
         if not isinstance(self.outer, Average):
             text += f", and the outer optimizer {self.outer} steps from there"
+        if self.fragments > 1:
+            text += f", in {self.fragments} fragments of whole tensors at staggered steps"
+        if self.delay:
+            text += (
+                f", in the background: {_count(self.delay, 'step')} later what comes out becomes "
+                "the mean of itself and of what the site has come to meanwhile"
+            )
         return text
 
 

@@ -10,10 +10,13 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from allfuse.base.choice import Choice
 from allfuse.base.errors import PlanError
+
+if TYPE_CHECKING:  # plans are read without loading torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,25 @@ class Outer(Choice):
                 1 / replicas where each steps by itself.
         """
 
+    def step(
+        self, fused: Tensor, anchor: Tensor, momentum: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Where replicas go on from, and the momentum that they keep.
+
+        Torch's SGD from `anchor` along anchor - fused, written as what is added to the fused
+        weights: under lr=1 without momentum that is nothing, to the bit. Changes no argument.
+
+        Args:
+            fused: what the replicas fused (k,).
+            anchor: the weights of the round before (k,).
+            momentum: the decaying sum of changes of all rounds before (k,), None at the first.
+        """
+        options = self.options()
+        decay, change = options.get("momentum", 0.0), fused - anchor
+        momentum = change if momentum is None else momentum * decay + change
+        way = change + momentum * decay if options.get("nesterov") else momentum
+        return fused + (way * options["lr"] - change), momentum
+
 
 @dataclass(frozen=True)
 class Average(Outer):
@@ -42,6 +64,11 @@ class Average(Outer):
 
     def options(self, share: float = 1.0) -> dict[str, Any]:
         return {"lr": share}
+
+    def step(
+        self, fused: Tensor, anchor: Tensor, momentum: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        return fused, None
 
 
 @dataclass(frozen=True)
