@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -12,12 +11,11 @@ from torch import Tensor
 
 from allfuse.link.post import Malformed
 from allfuse.roles.blueprint import Blueprint
+from allfuse.roles.delivery import Delivery
 from allfuse.roles.messages import (
     SCHEDULER,
     Again,
-    Ask,
     Beat,
-    Finished,
     Give,
     Join,
     Lease,
@@ -42,25 +40,6 @@ class Phase(Enum):
     JOINING = "joining"
     WAITING = "waiting"  # for a lease and its weights
     WORKING = "working"  # from `begin` to `finish`
-
-
-@dataclass
-class Delivery:
-    """An update, or the first weights, on the way to all servers.
-
-    pieces: those that were sent, by (server, piece). births: of the servers that hold all.
-    finished: what the scheduler is told then, once all pieces were sent. is_told: it was, of these
-    births. was_told: it was, of any.
-    """
-
-    lease: int
-    clock: int
-    sequence: int
-    pieces: dict[tuple[int, int], Message] = field(default_factory=dict)
-    births: dict[int, int] = field(default_factory=dict)
-    finished: dict[str, Any] | None = None
-    is_told: bool = False
-    was_told: bool = False
 
 
 class Client:
@@ -187,7 +166,7 @@ class Client:
         self._phase = Phase.WAITING
         self._progress(now_s)
         self._take_waiting()
-        return self._said(mail + self._tell_finished(self._current), now_s)
+        return self._said(mail + self._current.tell(self.places), now_s)
 
     def leave(self) -> list[Mail]:
         """Go; what was begun is given to others."""
@@ -271,38 +250,17 @@ class Client:
         return self._deliver_again(given, now_s)
 
     def _deliver_again(self, delivery: Delivery | None, now_s: float) -> list[Mail]:
-        """Ask all servers what they lack of a delivery."""
         if delivery is None:
             return []
-        delivery.births.clear()
-        delivery.is_told = False
         self._progress(now_s)
-        return [(place, Ask(lease=delivery.lease)) for place in self.places]
+        return delivery.restart(self.places)
 
     def _staged(self, server: int, message: Staged, now_s: float) -> list[Mail]:
         delivery = self._deliveries.get(message.lease)
         if delivery is None:
             return []
         self._progress(now_s)
-        if not message.missing:
-            delivery.births[server] = message.birth
-            return self._tell_finished(delivery)
-        delivery.births.pop(server, None)
-        found = [delivery.pieces.get((server, piece)) for piece in message.missing]
-        return [(self.places[server], piece) for piece in found if piece is not None]
-
-    def _tell_finished(self, delivery: Delivery, again: bool = False) -> list[Mail]:
-        """Tell the scheduler once all servers hold all."""
-        if delivery.finished is None or len(delivery.births) < self.servers:
-            return []
-        if delivery.is_told and not again:
-            return []
-        delivery.is_told = delivery.was_told = True
-        births = [delivery.births[server] for server in range(self.servers)]
-        finished = Finished(
-            lease=delivery.lease, sequence=delivery.sequence, births=births, **delivery.finished
-        )
-        return [(SCHEDULER, finished)]
+        return delivery.heard(server, message, self.places)
 
     def _take_lease(self, message: Lease, now_s: float) -> None:
         if self._phase is Phase.JOINING and message.sequence >= 0:
@@ -380,13 +338,10 @@ class Client:
             return [(SCHEDULER, self._join)]
         mail: list[Mail] = []
         for delivery in self._deliveries.values():
-            if delivery.finished is None:
-                continue
-            for server, place in enumerate(self.places):
-                if server not in delivery.births:
-                    mail.append((place, Ask(lease=delivery.lease)))
-            if self._phase is Phase.WAITING:
-                mail += self._tell_finished(delivery, again=True)
+            if delivery.finished is not None:
+                mail += delivery.ask(self.places)
+                if self._phase is Phase.WAITING:
+                    mail += delivery.tell(self.places)
         if self._phase is Phase.WORKING:
             return mail
         if self.lease is not None and self._current is None:
