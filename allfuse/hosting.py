@@ -155,6 +155,8 @@ class RunAudience:
         self.folder: RunFolder | None = None
         self._closing = ExitStack()
         self._began: float | None = None
+        self._run: dict[str, Any] = {}
+        self._held: list[tuple[str, dict[str, Any]]] = []  # until the course begins
         self._stepped = 0.0
         self._samples = self._since = 0
         self._losses: dict[str, list[float]] = {}
@@ -187,17 +189,11 @@ class RunAudience:
             "folder": out,
             "watching": facts.get("watching") or {},
             "about": facts.get("about") or {},
+            "start": facts["start"],
+            "job_file": facts.get("job_file"),
         }
         self._watch(run)
         self.crew.tell_run(run)
-        self._began = self._stepped = time.monotonic()
-        self.bus.emit("start", **facts["start"])
-        if self.crew.listens_beyond:
-            job = Path(facts.get("job_file") or "JOB").name
-            token = "" if self.token_file is None else f" --token-file {self.token_file}"
-            place = self.crew.scheduler(0.0)
-            text = f"others can take part: allfuse join {place} {job}{token}"
-            self.bus.emit("note", text=text)
         return None if out is None else Path(out)
 
     def goes_on(self, run: dict[str, Any]) -> Path | None:
@@ -205,11 +201,29 @@ class RunAudience:
         if run["folder"] is not None:
             self.folder = RunFolder.open(run["folder"], lock=True)
         self._watch(run)
-        self._began = self._stepped = time.monotonic()
-        self.bus.emit("warning", text="the scheduler was lost; another one goes on from its book")
+        self._held.append(
+            ("warning", {"text": "the scheduler was lost; another one goes on from its book"})
+        )
         return None if run["folder"] is None else Path(run["folder"])
 
+    def begins(self, done: int) -> None:
+        """The course begins, or goes on after so many steps."""
+        run = self._run
+        self.bus.step = done
+        self._began = self._stepped = time.monotonic()
+        self.bus.emit("start", **{**run["start"], "resumed_step": done})
+        if self.crew.listens_beyond and not done:
+            job = Path(run["job_file"] or "JOB").name
+            token = "" if self.token_file is None else f" --token-file {self.token_file}"
+            place = self.crew.scheduler(0.0)
+            text = f"others can take part: allfuse join {place} {job}{token}"
+            self.bus.emit("note", text=text)
+        held, self._held = self._held, []
+        for name, data in held:
+            self.event(name, **data)
+
     def _watch(self, run: dict[str, Any]) -> None:
+        self._run = run
         watching = Watching(**run["watching"])
         watch_bus(self.bus, watching, lambda: self.folder, self._at_close)
 
@@ -218,6 +232,9 @@ class RunAudience:
 
     def event(self, name: str, /, **data: Any) -> None:
         """Tell what the scheduler says in the words of a run."""
+        if self._began is None:
+            self._held.append((name, data))
+            return
         match name:
             case "told":
                 self._told(data["worker"], data["event"], data["data"])

@@ -26,6 +26,7 @@ BENCHMARKS = (
     "allreduce",
     "socket_link",
     "push_pull",
+    "straggler",
     "network",
     "slow_link",
     "quality",

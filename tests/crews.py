@@ -33,6 +33,9 @@ class Recorder:
     def goes_on(self, run: dict[str, Any]) -> Path | None:
         return None
 
+    def begins(self, done: int) -> None:
+        self.events.append(("begins", {"done": done}))
+
     def event(self, name: str, /, **data: Any) -> None:
         self.events.append((name, data))
 

@@ -30,12 +30,15 @@ class Audience(Protocol):
     """Those who watch a job; the scheduler tells them.
 
     `opens` comes with what the first worker said of the run, or `goes_on` where the scheduler takes
-    over from one that was lost; both give the run's folder. `event` is what the scheduler emits.
+    over from one that was lost; both give the run's folder. `begins` tells what is done already:
+    what the scheduler emits before that, by `event`, comes after it.
     """
 
     def opens(self, facts: dict[str, Any]) -> Path | None: ...
 
     def goes_on(self, run: dict[str, Any]) -> Path | None: ...
+
+    def begins(self, done: int) -> None: ...
 
     def event(self, name: str, /, **data: Any) -> None: ...
 
@@ -95,6 +98,7 @@ def _schedule(world: World, crew: Crewmate, desk: Desk, audience: Audience) -> N
         scheduler = Scheduler(terms, book, emit=audience.event)
         for sender, message in early:
             letters.send(scheduler.handle(sender, message, time.monotonic()))
+        audience.begins(scheduler.done)
         ticked_s = time.monotonic()
         while not scheduler.is_over and not world.stop_requested.is_set():
             for sender, message in letters.receive(TICK_S):

@@ -1,0 +1,225 @@
+"""Workers, servers and the scheduler as processes that are killed, and workers that join."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+JOB = """
+import os, time
+from pathlib import Path
+import torch
+import allfuse as af
+from allfuse.launcher import current_world
+
+SAMPLES = 1024
+
+def job(pids="", pause=0.02, epochs=4):
+    world = current_world()
+    Path(pids, f"{os.getpid()}").touch()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(SAMPLES + 400, 8, generator=generator)
+    y = (x.sum(1) > 0).long()
+    def loss(outputs, batch):
+        if torch.is_grad_enabled():
+            time.sleep(pause)
+        return torch.nn.functional.cross_entropy(outputs, batch[1])
+    return af.Job(
+        model=lambda: torch.nn.Sequential(
+            torch.nn.Linear(8, 32), torch.nn.Tanh(), torch.nn.Linear(32, 2)
+        ),
+        train=(x[:SAMPLES], y[:SAMPLES]),
+        validation=(x[SAMPLES:], y[SAMPLES:]),
+        metrics={"accuracy": af.accuracy},
+        loss=loss,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.5),
+        batch_size=32,
+        save_every=None,
+        stop=af.Stop(epochs=epochs),
+    )
+"""
+SAMPLES = 1024
+
+
+class Run:
+    """A run of the command line whose processes can be killed."""
+
+    def __init__(self, folder: Path, plan: str, epochs: int, *more: str) -> None:
+        self.folder, self.out = folder, folder / "run"
+        self.pids = folder / "pids"
+        self.pids.mkdir()
+        self.job = folder / "job.py"
+        self.job.write_text(textwrap.dedent(JOB))
+        self.process = self.allfuse(
+            "train", str(self.job), "--plan", plan, "--out", str(self.out), "--timeout", "60",
+            "--set", f"epochs={epochs}", "--set", f"pids={self.pids}", *more,
+        )  # fmt: skip
+
+    def allfuse(self, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "allfuse", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def workers(self) -> list[int]:
+        """The worker processes that live, the oldest first."""
+        found = sorted(self.pids.iterdir(), key=lambda path: path.stat().st_mtime)
+        return [int(path.name) for path in found if is_alive(int(path.name))]
+
+    def roles(self) -> list[int]:
+        """Scheduler and servers: what the launcher started besides workers."""
+        zygotes = children(self.process.pid)
+        return [pid for z in zygotes for pid in children(z) if not (self.pids / str(pid)).exists()]
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        path = self.out / "events.jsonl"
+        if not path.exists():
+            return []
+        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+        return [event for event in map(json.loads, lines) if event["event"] == name]
+
+    def until(self, updates: int) -> None:
+        """Wait until so many updates were ordered."""
+        deadline = time.monotonic() + 120
+        while len(self.events("commit")) < updates:
+            assert self.process.poll() is None, self.process.communicate()[0]
+            assert time.monotonic() < deadline, "training does not get on"
+            time.sleep(0.05)
+
+    def finish(self) -> str:
+        told, _ = self.process.communicate(timeout=180)
+        assert self.process.returncode == 0, told
+        return told
+
+    def close(self) -> None:
+        for pid in [*self.workers(), self.process.pid]:
+            kill(pid)
+        self.process.wait()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Any]:
+    runs: list[Run] = []
+
+    def begin(plan: str, epochs: int, *more: str) -> Run:
+        runs.append(Run(tmp_path, plan, epochs, *more))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        run.close()
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def children(pid: int) -> list[int]:
+    try:
+        told = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    except OSError:
+        return []
+    return [int(child) for child in told.split()]
+
+
+def kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def assert_every_sample_was_used_once(run: Run, epochs: int) -> None:
+    commits = run.events("commit")
+    units = Counter((commit["block"], commit["part"]) for commit in commits)
+    assert set(units.values()) == {1}
+    assert sum(commit["rows"] for commit in commits) == epochs * SAMPLES
+
+
+def test_a_killed_worker_gives_its_work_back_and_the_others_go_on(start: Any) -> None:
+    run = start("data(3, topology=central(servers=1), sync=asp, min=1)", 4)
+    run.until(40)
+    pids = [*run.workers(), *run.roles()]
+    kill(run.workers()[1])
+    told = run.finish()
+    assert "lost" in told
+    assert len(run.events("lost")) == 1
+    assert_every_sample_was_used_once(run, 4)
+    (ended,) = run.events("end")
+    assert ended["steps"] == 4 * SAMPLES // 32
+    assert (run.out / "model.safetensors").exists()
+    assert not [pid for pid in pids if is_alive(pid)]
+
+
+def test_in_step_the_work_of_a_killed_worker_is_done_by_the_others(start: Any) -> None:
+    run = start("data(3, topology=central(servers=1), min=1)", 3)
+    run.until(30)
+    kill(run.workers()[0])
+    killed = time.time()
+    run.finish()
+    assert_every_sample_was_used_once(run, 3)
+    after = [commit["time"] for commit in run.events("commit") if commit["time"] > killed]
+    assert after[0] - killed < 15  # 2 s and less on a quiet machine
+
+
+def test_a_killed_server_and_a_killed_scheduler_are_started_again(start: Any) -> None:
+    run = start("data(2, topology=central(servers=1), sync=asp)", 12)
+    run.until(20)
+    roles = run.roles()
+    for number, pid in enumerate(roles):
+        kill(pid)
+        run.until(80 + 60 * number)
+    run.finish()
+    assert_every_sample_was_used_once(run, 12)
+    (restored,) = run.events("server_restored")
+    assert restored["lost"] >= 0
+
+
+@pytest.mark.slow
+def test_a_job_outlives_workers_that_are_killed_and_join_every_few_seconds(
+    start: Any, tmp_path: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    plan = "data(4, topology=central(servers=2), sync=asp, min=1, max=8)"
+    epochs, run_token = 60, tmp_path / "job.token"
+    run = None
+    joined = []
+    try:
+        run = start(plan, epochs, "--listen", place, "--token-file", str(run_token))
+        run.until(20)
+        begin = time.monotonic()
+        while time.monotonic() - begin < 60 and run.process.poll() is None:
+            kill(run.workers()[0])
+            joined.append(
+                run.allfuse("join", place, str(run.job), "--token-file", str(run_token), "-q")
+            )
+            time.sleep(6)
+        run.finish()
+    finally:
+        for process in joined:
+            process.kill()
+            process.wait()
+    assert len(run.events("lost")) >= 4
+    assert len(run.events("join")) >= 7
+    assert_every_sample_was_used_once(run, epochs)
+    assert run.events("evaluated")[-1]["metrics"]["accuracy"] > 0.97
