@@ -72,6 +72,7 @@ class About:
     plan: str
     arguments: dict[str, Any]
     limits: dict[str, int | None]
+    out: str | None
 
 
 def ask_about(place: str, token: bytes, timeout_s: float) -> About:
@@ -188,7 +189,12 @@ class RunAudience:
         run = {
             "folder": out,
             "watching": facts.get("watching") or {},
-            "about": facts.get("about") or {},
+            "about": {
+                **facts.get("about", {}),
+                "out": None if out is None else str(Path(out).resolve()),
+            }
+            if "about" in facts
+            else {},
             "start": facts["start"],
             "job_file": facts.get("job_file"),
         }

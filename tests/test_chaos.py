@@ -223,3 +223,4 @@ def test_a_job_outlives_workers_that_are_killed_and_join_every_few_seconds(
     assert len(run.events("join")) >= 7
     assert_every_sample_was_used_once(run, epochs)
     assert run.events("evaluated")[-1]["metrics"]["accuracy"] > 0.97
+    assert (run.out / "model.safetensors").exists()

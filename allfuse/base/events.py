@@ -45,6 +45,6 @@ class Bus:
         if not self.wants(name):
             return
         event = Event(name=name, time=time.time(), rank=self.rank, step=self.step, data=data)
-        for sink, names in self._sinks:
+        for sink, names in tuple(self._sinks):  # who subscribes meanwhile hears the next one
             if names is None or name in names:
                 sink(event)

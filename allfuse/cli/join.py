@@ -54,7 +54,7 @@ def join(
         train_file,
         str(job),
         {},
-        arguments=about.arguments,
+        joined=about,
         out=None,
         resume=False,
         limits=about.limits,

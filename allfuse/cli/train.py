@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from allfuse.base.errors import UserError
+from allfuse.base.errors import UserError, WorkerFailed
 from allfuse.cli.options import (
     DebugOption,
     DeviceOption,
@@ -23,12 +24,14 @@ from allfuse.cli.options import (
     TokenOption,
     WorkersOption,
     choose_plan,
+    is_first,
     parse_settings,
     print_json,
     run_under,
 )
 
 if TYPE_CHECKING:
+    from allfuse.hosting import About
     from allfuse.training.loop import Result
 
 
@@ -102,27 +105,35 @@ def train(
         quiet=quiet,
         to_stderr=as_json,
     )
-    result: Result = run_under(
-        chosen,
-        work,
-        threads=threads,
-        timeout_s=timeout,
-        on_loss=on_loss,
-        listen=listen,
-        token_file=token_file,
-    )
+    try:
+        result: Result | None = run_under(
+            chosen,
+            work,
+            threads=threads,
+            timeout_s=timeout,
+            on_loss=on_loss,
+            listen=listen,
+            token_file=token_file,
+        )
+    except WorkerFailed as error:
+        from allfuse.store.run import is_run
+
+        folder = out or resume
+        if not error.trace and folder is not None and is_run(folder) and is_first():
+            print(f"to go on: allfuse train {job} --resume {folder}", file=sys.stderr)
+        raise
     if as_json:
         print_json(
             {
                 "ok": True,
                 "command": "train",
                 "plan": str(chosen),
-                "steps": result.steps,
-                "loss": result.loss,
-                "reason": result.reason,
-                "validation": result.metrics,
-                "test": result.test,
-                "out": result.out,
+                "steps": result.steps if result else None,
+                "loss": result.loss if result else None,
+                "reason": result.reason if result else "others have ended the job",
+                "validation": result.metrics if result else {},
+                "test": result.test if result else {},
+                "out": result.out if result else str(out or resume),
             }
         )
 
@@ -131,7 +142,7 @@ def train_file(
     job_file: str,
     settings: dict[str, str],
     *,
-    arguments: dict[str, Any] | None = None,
+    joined: About | None = None,
     out: str | None,
     resume: bool,
     limits: dict[str, int | None],
@@ -143,7 +154,7 @@ def train_file(
 ) -> Result:
     """What every rank does: load the job, watch the session, train.
 
-    `arguments` are those of a job that this rank joins.
+    `joined` is what is known of a job that this rank joins.
     """
     from dataclasses import replace
 
@@ -156,8 +167,7 @@ def train_file(
     function = load_job_function(job_file)
     if resume and out is not None:
         settings = {**RunFolder.open(out).record.get("arguments", {}), **settings}
-    if arguments is None:
-        arguments = resolve(function, settings, job_file)
+    arguments = joined.arguments if joined else resolve(function, settings, job_file)
     job = make_job(function, arguments, job_file)
     given = {name: value for name, value in limits.items() if value is not None}
     if given:
@@ -170,6 +180,7 @@ def train_file(
         keeper.facts |= {"arguments": arguments, "job_file": str(keeper.job_file)}
         if session.apart is not None:
             session.apart.facts["about"] = {"arguments": arguments, "limits": limits}
+            session.apart.export_to = joined.out if joined else None
         keeper.fingerprints["job"] = source_fingerprint(keeper.job_file)
         watching = Watching(
             quiet=quiet, tensorboard=tensorboard, profile=profile, to_stderr=to_stderr

@@ -204,9 +204,19 @@ class CrewWatch(Watch):
 
     def _has_ended(self, channel: Channel, outcome: Outcome, status: int) -> None:
         super()._has_ended(channel, outcome, status)
-        if not self._released and all(each.status is not None for each in self.workers):
+        if not self._released and self._is_done:
             self._released = True  # roles have nobody to work for any more
             self._say_stop(self.roles)
+
+    @property
+    def _is_done(self) -> bool:
+        """Whether nobody works any more: here, or at all where others may have joined."""
+        schedulers = [each for each in self.roles if self.part_of(each).role == SCHEDULER]
+        if schedulers and schedulers[-1].status is not None:
+            return True  # it is not started again
+        ended = all(each.status is not None for each in self.workers)
+        goes_on = self.crew.listen is not None and all(each.is_lost for each in self.workers)
+        return ended and (not goes_on or self.stops > 0)
 
     def _note_failure(self, outcome: Outcome) -> None:
         part = self.part_of(outcome)
@@ -247,7 +257,8 @@ class CrewWatch(Watch):
 
 
 def judge_crew(workers: Sequence[Outcome], roles: Sequence[Outcome], interrupted: bool) -> Any:
-    """The result of the first worker that has one; else raises for what failed first."""
+    """The result of the first worker that has one, None where others have it; else raises for what
+    failed first."""
     failed = [each for each in (*workers, *roles) if each.result is None and not each.is_lost]
     if failed:
         return judge(failed, interrupted)
@@ -256,6 +267,8 @@ def judge_crew(workers: Sequence[Outcome], roles: Sequence[Outcome], interrupted
             return judge([outcome], interrupted)
     if interrupted:
         raise Interrupted("interrupted; the workers were killed")
+    if any(each.name == "the scheduler" and each.result is not None for each in roles):
+        return None  # others have joined, and ended the job
     lost = [each for each in workers if each.is_lost]
     if lost:
         return judge(lost, interrupted)

@@ -30,7 +30,7 @@ from allfuse.roles.messages import Join, Lease
 from allfuse.roles.office import terms_of
 from allfuse.roles.replica import Replica
 from allfuse.split.data import Loader, Portion
-from allfuse.store.run import RunFolder
+from allfuse.store.run import RunFolder, is_run
 from allfuse.training.course import Course
 from allfuse.training.cursor import Cursor
 from allfuse.training.wishes import INTERRUPT, STOP
@@ -55,6 +55,7 @@ class Apart:
 
     Attributes:
         facts: what the run is to be told of by the first group that comes.
+        export_to: the folder of a run that this group has joined.
         lease: what the group works on; its number is -1 at the end. None before the first.
     """
 
@@ -66,6 +67,7 @@ class Apart:
         self.terms = terms_of(place.whole, place.world.timeout_s)
         self.facts: dict[str, Any] = {}
         self.lease: Lease | None = None
+        self.export_to: str | None = None
         self.replica: Replica | None = None
         self.leads = place.rank == 0
         self._agent: Agent | None = None
@@ -262,9 +264,9 @@ class Apart:
 
     @property
     def folder(self) -> RunFolder | None:
-        """The run's folder; the scheduler holds it."""
-        out = self.facts.get("out")
-        return None if out is None else RunFolder.open(out)
+        """The run's folder; the scheduler holds it. None where it is out of reach."""
+        out = self.facts.get("out") or self.export_to
+        return RunFolder.open(out) if out is not None and is_run(out) else None
 
     def stop(self, reason: str) -> None:
         """Ask that no more work is handed out to anybody."""
