@@ -18,7 +18,7 @@ from allfuse.base.errors import PlanError
 from allfuse.codec import CODECS, Codec, Identity
 from allfuse.plan.option import Option
 from allfuse.plan.pace import refuse_mixing, refuse_pace
-from allfuse.plan.pairing import refuse_out_of_step, refuse_pairing
+from allfuse.plan.pairing import refuse_balance, refuse_out_of_step, refuse_pairing
 from allfuse.plan.parse import clip
 from allfuse.rule import RULES, Mean, Rule
 from allfuse.sync import SYNCS, Bsp, Sync
@@ -73,6 +73,8 @@ class Axis(Choice, ABC):
 class Data(Axis):
     """Replicas that share each batch; their gradients are fused every step.
 
+    `balance` says how a batch is shared out: "even", or by measured "speed".
+
     >>> str(Data(4, codec="identity"))
     'data(4)'
     """
@@ -87,12 +89,14 @@ class Data(Axis):
     sync: Option[Sync] = Option(SYNCS, Bsp())
     codec: Option[Codec] = Option(CODECS, Identity())
     rule: Option[Rule] = Option(RULES, Mean())
+    balance: str = "even"
     min: int | None = None
     max: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _refuse_meaningless(self)
+        refuse_balance(str(self), self.n, self.balance, self.has_roles)
         if self.topology is not None and not self.topology.exact:
             raise PlanError(
                 f"{self.name}({clip(repr(self.n), 20)}, topology={self.topology})",
@@ -114,8 +118,9 @@ class Data(Axis):
     def explain(self) -> str:
         if self.n == 1:
             return "one replica takes each batch; there are no other gradients to fuse"
+        how = ", in parts as large as they are fast" if self.balance == "speed" else ""
         return (
-            f"{self.n} replicas share each batch; every step their gradients are "
+            f"{self.n} replicas share each batch{how}; every step their gradients are "
             f"{_explain_fusion(self)}. Each counts as much as the samples (or tokens) behind it"
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from allfuse.base.errors import PlanError
 from allfuse.codec import Codec, MessageCodec, SumCodec
+from allfuse.plan.parse import clip
 from allfuse.rule import GatherRule, Mean, Rule
 from allfuse.sync import Sync
 from allfuse.topology import Native, Topology
@@ -65,3 +66,20 @@ def refuse_out_of_step(
     if isinstance(codec, SumCodec):
         why = f"{codec} encodes a sum of all peers together, and servers take updates one by one"
         raise PlanError(f"{given[:-1]}, codec={codec})", why, f"{given[:-1]}, codec=int8)")
+
+
+def refuse_balance(axis: str, n: int, balance: object, has_roles: bool) -> None:
+    """Refuse what is no way to share out batches, and shares by speed where others hand out work.
+
+    Raises:
+        PlanError: says what can be.
+    """
+    if balance not in ("even", "speed"):
+        why = f"there is no balance {clip(repr(balance), 40)}"
+        raise PlanError(f"data({n}, balance=...)", why, allowed="even, speed")
+    if balance == "speed" and has_roles:
+        why = (
+            "a scheduler hands out the work in equal parts, to whoever is ready for more; "
+            "balance=speed is for replicas in step, without servers"
+        )
+        raise PlanError(axis, why, f"data({n}, balance=speed)")

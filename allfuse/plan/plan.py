@@ -71,6 +71,11 @@ class Plan:
         """Groups are in step inside, and may be out of step between each other."""
         shared = [axis for axis in self.axes if isinstance(axis, Data | Site)]
         for inner in shared[1:]:
+            if isinstance(inner, Data) and inner.balance != "even":
+                even: dict[Axis, Axis] = {inner: replace(inner, balance="even")}
+                why = "no site knows how fast the workers of another are: shares are even beside it"
+                nearest = [even.get(axis, axis) for axis in self.axes]
+                raise PlanError(_join(self.axes), why, _join(nearest))
             if inner.has_roles:
                 calm: Axis = replace(inner, sync=Bsp(), topology=None, min=None, max=None)
                 first: Axis = replace(shared[0], sync=inner.sync, topology=inner.topology)
