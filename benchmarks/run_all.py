@@ -27,6 +27,7 @@ BENCHMARKS = (
     "socket_link",
     "push_pull",
     "straggler",
+    "lost_worker",
     "network",
     "slow_link",
     "quality",
