@@ -85,7 +85,7 @@ def draw_topologies(plan: Plan, hosts: int) -> list[str]:
 
     lines: list[str] = []
     for axis in plan.axes:
-        if isinstance(axis, Data | Site) and axis.topology is not None and axis.n > 1:
+        if isinstance(axis, Data | Site) and axis.topology and axis.n > 1 and not axis.has_roles:
             head, *phases = draw(axis.topology, spread(plan, axis, hosts))
             lines += ["", f"{axis.name}: {head}", *phases]
     return lines
@@ -160,6 +160,13 @@ def tell_job(
                     f"  {axis.name:<11} {fusion.codec} makes {format_bytes(encoded)} of "
                     f"{format_bytes(payload)}, {share_of:.1%}{tell_warm(fusion.codec)}"
                 )
+            if axis.has_roles:
+                lines.append(
+                    f"  {axis.name:<11} each update pushes {format_bytes(encoded)} and pulls as "
+                    "much, for each replica"
+                )
+                facts[f"{axis.name}_bytes_per_update"] = 2 * encoded
+                continue
             sent = round(fusion.topology.bytes_per_peer(spread(plan, axis, hosts), encoded))
             lines.append(
                 f"  {axis.name:<11} a fusion over {fusion.topology} sends {format_bytes(sent)} "

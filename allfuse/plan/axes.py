@@ -308,7 +308,9 @@ def _explain_fusion(axis: Data | Site) -> str:
         parts.append("each as it is ready")
     elif axis.sync.bound > 0:
         parts.append(f"at most {_count(axis.sync.bound, 'step')} apart")
-    if axis.topology is None:
+    if axis.has_roles:
+        parts.append("by servers")
+    elif axis.topology is None:
         parts.append("over a topology that is picked when training starts")
     else:
         parts.append(f"over {axis.topology}")

@@ -37,6 +37,8 @@ def describe(plan: Plan) -> list[str]:
     """
     lines = [f"{plan}: {_ranks(plan)}."]
     lines += [f"{axis}: {axis.explain()}." for axis in plan.axes]
+    if plan.outer is not None:
+        lines.append(f"Beside them: {_roles(plan)}.")
     lines.append(f"Batches: {_batches(plan)}.")
     meaning, check = PROMISES[plan.promise]
     try:
@@ -70,6 +72,25 @@ def layout(plan: Plan, most: int = 16) -> list[str]:
     if plan.workers > most:
         lines.append(f"and {plan.workers - most:,} more ranks, the last axis fastest")
     return lines
+
+
+def _roles(plan: Plan) -> str:
+    """What is started besides workers, and what passes between them."""
+    outer = plan.outer
+    assert outer is not None
+    servers = "1 server" if plan.servers == 1 else f"{plan.servers} servers"
+    what = "its gradient" if outer.name == "data" else "what its steps changed"
+    step = (
+        "and all of one batch make one step"
+        if outer.sync.bound == 0
+        else "and each push is a step of its own"
+    )
+    text = (
+        f"{servers} that hold the weights and run the optimizer, and a scheduler that hands out "
+        f"the work; each replica pushes {what} to all servers, {step}, then it pulls the weights"
+    )
+    least, most = outer.min or outer.n, outer.max or outer.n
+    return text + (f"; {least} to {most} replicas may come and go" if least < most else "")
 
 
 def _ranks(plan: Plan) -> str:

@@ -152,6 +152,14 @@ class Plan:
         return next((axis for axis in shared if axis.has_roles), None)
 
     @property
+    def servers(self) -> int:
+        """Server processes beside the workers: those that are named, else one for each replica of
+        `outer`; 0 without one."""
+        if self.outer is None:
+            return 0
+        return getattr(self.outer.topology, "servers", None) or self.outer.n
+
+    @property
     def inner(self) -> Plan:
         """The plan of one replica of `outer`: what is in step. The plan itself without one."""
         inner = tuple(axis for axis in self.axes if axis is not self.outer)

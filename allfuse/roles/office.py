@@ -19,7 +19,6 @@ from allfuse.roles.scheduler import Scheduler
 from allfuse.roles.server import Server
 from allfuse.roles.snapshots import Snapshots
 from allfuse.roles.terms import Terms
-from allfuse.topology.central import Central
 
 TICK_S = 0.2  # between two looks at the clock
 BOOK = "scheduler.sqlite"
@@ -46,20 +45,16 @@ class Audience(Protocol):
 
 
 def terms_of(plan: Plan, timeout_s: float) -> Terms:
-    """What a scheduler holds workers of a plan to.
-
-    A bare `central`, and no topology, put as many servers as there are replicas.
-    """
+    """What a scheduler holds workers of a plan to."""
     outer = plan.outer
     assert outer is not None, "all are in step, without servers"
-    named = outer.topology.servers if isinstance(outer.topology, Central) else None
     every = getattr(outer, "every", 1)
     assert isinstance(every, int)
     return Terms(
         parts=outer.n,
         every=every,
         sync=outer.sync,
-        servers=named or outer.n,
+        servers=plan.servers,
         min=outer.min,
         max=outer.max,
         timeout_s=timeout_s,
