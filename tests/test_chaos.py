@@ -108,7 +108,7 @@ class Run:
     def close(self) -> None:
         for pid in [*self.workers(), self.process.pid]:
             kill(pid)
-        self.process.wait()
+        self.process.communicate()
 
 
 @pytest.fixture
@@ -220,7 +220,7 @@ def test_a_job_outlives_workers_that_are_killed_and_join_every_few_seconds(
     finally:
         for process in joined:
             process.kill()
-            process.wait()
+            process.communicate()
     assert len(run.events("lost")) >= 4
     assert len(run.events("join")) >= 7
     assert_every_sample_was_used_once(run, epochs)
