@@ -59,7 +59,7 @@ def test_it_is_the_weighted_mean_and_the_same_on_all_sites(workers: int, total: 
         link, tensors = open_link(), tensors_of(current_world().rank)  # type: ignore[union-attr]
         fusion = WeightFusion(tensors, Fuser(Fusion(), link))
         fusion.fuse([count * scale for count in samples])
-        return [tensor.detach() for tensor in tensors], link.sent_bytes, fusion.payload_bytes(0)
+        return [tensor.detach() for tensor in tensors], link.sent_bytes, fusion.read().payload_bytes
 
     outcomes = run(work, workers)
     parts = [tensors_of(rank) for rank in range(workers)]

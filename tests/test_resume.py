@@ -258,7 +258,7 @@ def test_sites_that_become_data_workers_start_from_their_weighted_mean(tmp_path:
     checkpoints = Checkpoints(out / "checkpoints")
     held = [checkpoints.read(2, rank=rank)[0] for rank in (0, 1)]
     samples = [state["rounds"]["samples"] for state in held]
-    assert samples == [4.0, 6.0]
+    assert samples == [[4.0], [6.0]]
     seen: list[dict[str, Tensor]] = []
     moments: list[Tensor] = []
 
@@ -317,7 +317,7 @@ def test_a_site_that_never_learned_has_no_say_in_the_mean(tmp_path: Path) -> Non
     under("site(2, every=end)", alone)
     checkpoints = Checkpoints(out / "checkpoints")
     held = [checkpoints.read(2, rank=rank)[0] for rank in (0, 1)]
-    assert held[0]["rounds"]["samples"] == 0.0
+    assert held[0]["rounds"]["samples"] == [0.0]
     assert held[0]["optimizers"][0]["state"] == {}
 
     def resumed() -> tuple[dict[str, Tensor], Any]:

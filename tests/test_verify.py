@@ -22,13 +22,14 @@ from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
 import allfuse as af
 from allfuse.base.errors import JobError, NonFiniteLoss, PlanError, UserError
 from allfuse.fusion import Fuser
+from allfuse.fusion.flight import Flight
 from allfuse.fusion.gradients import GradientFusion
-from allfuse.fusion.weights import WeightFusion
 from allfuse.launcher import current_world
 from allfuse.link.lone import Done
 from allfuse.split.data import Loader, Portion, as_source, plan_batches
 from allfuse.training.exchange import Figures
 from allfuse.training.learner import Learner
+from allfuse.training.rounds import Rounds
 from allfuse.training.session import Session
 from allfuse.verify import Report, verify_job
 from allfuse.verify.reference import cut_into_pieces, sum_of_losses
@@ -358,11 +359,9 @@ def test_local_batch_statistics_that_were_asked_for_are_named() -> None:
 
 
 def test_sites_averaged_with_wrong_weights_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    fuse = WeightFusion.fuse
+    carry = Flight.carry
     monkeypatch.setattr(
-        WeightFusion,
-        "fuse",
-        lambda self, weights, round: fuse(self, [1.0 / len(weights)] * len(weights), round),
+        Flight, "carry", lambda self, weights: carry(self, [1.0 / len(weights)] * len(weights))
     )
     report = check("site(3, every=2)")  # 10 samples are 3, 3 and 4
     assert report.first is not None
@@ -372,7 +371,7 @@ def test_sites_averaged_with_wrong_weights_are_found(monkeypatch: pytest.MonkeyP
 
 
 def test_a_last_round_that_is_left_out_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(WeightFusion, "fuse", lambda *arguments: None)
+    monkeypatch.setattr(Flight, "land", lambda *arguments, **options: None)
     report = check("site(2, every=end)")
     assert [row.moment for row in report.rows if row.wrong] == ["end"]
     assert not report.ok
@@ -412,7 +411,8 @@ def test_other_first_weights_on_one_rank_are_found(monkeypatch: pytest.MonkeyPat
 
 
 def test_rounds_of_the_wrong_steps_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("allfuse.training.rounds.Rounds.due", lambda self, steps: steps % 3 == 0)
+    starting = Rounds.starting
+    monkeypatch.setattr(Rounds, "starting", lambda self, steps: starting(self, steps - 1))
     first = check("site(2, every=2)").first
     assert first is not None
     assert first.step == 2

@@ -7,139 +7,166 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from allfuse.base.tensors import split_buckets
-from allfuse.base.torch_private import foreach_copy
 from allfuse.codec.memory import capture_all, restore_all
+from allfuse.fusion.flight import Bundle, Flight, Load
 from allfuse.fusion.fuser import Fuser
 from allfuse.fusion.gradients import BUCKET_BYTES, read_state
-from allfuse.link import Work
-from allfuse.rule import Rule, SumRule
-
-
-class Bundle:
-    """Some tensors of one type, which travel as one.
-
-    With a memory only what has changed since the last round is sent: `agreed` is what all peers
-    held then, None before the first.
-    """
-
-    def __init__(self, names: list[str], tensors: list[Tensor], fuser: Fuser) -> None:
-        self.names, self.tensors = names, tensors
-        self.sizes = [tensor.numel() for tensor in tensors]
-        shapes = [tuple(tensor.shape) for tensor in tensors]
-        self.memory = fuser.memory(shapes, tensors[0].dtype, tensors[0].device)
-        self.agreed: Tensor | None = None
-        self.flat = tensors[0].new_empty(0)
-
-    def read(self) -> Tensor:
-        return torch.cat([tensor.detach().reshape(-1) for tensor in self.tensors])
-
-    def write(self) -> None:
-        """Take the fused values, and remember them where changes are sent."""
-        if self.memory is not None:
-            self.agreed = self.flat
-        pieces = self.flat.split(self.sizes)
-        views = [piece.view_as(t) for piece, t in zip(pieces, self.tensors, strict=True)]
-        foreach_copy([tensor.detach() for tensor in self.tensors], views)
+from allfuse.sync.outer import Average, Outer
 
 
 class WeightFusion:
     """Replaces tensors by their fused value over the peers of a `site` axis.
 
     Phases of one round, for B bytes of tensors on n peers:
-      1. copy into flat buckets, prepared by a rule that sums with this peer's weight; under a codec
-         that loses something what is sent is the change since the last round, which is small;
-      2. fuse over the topology, all buckets under way at once: 2 (n-1)/n B bytes sent by each;
-      3. a rule that sums finishes with the sum of weights; copy back.
+      1. `read`: copies into flat buckets; under a codec that loses something what is sent is the
+         change since the last round, which is small;
+      2. `Flight.carry`: prepared by a rule that sums with this peer's weight, fused over the
+         topology, all buckets under way at once: 2 (n-1)/n B bytes sent by each; a rule that sums
+         finishes with the sum of weights;
+      3. `Flight.land`: the outer optimizer's step, and the copy back.
 
-    Tensors that are not floating point (counters of batches) stay local. Before changes can be sent
-    the peers must agree on something: `agree()` where their values are equal, else the first round
-    is not encoded.
+    Tensors that are not floating point (counters of batches) stay local; the outer optimizer steps
+    parameters, and buffers are averaged. Before changes can be sent, or stepped along, the peers
+    must agree on something: `agree()` where their values are equal, else the first round is neither
+    encoded nor stepped.
+
+    Args:
+        outer: what becomes of fused weights.
+        fragments: into how many parts the tensors are cut, each of which has rounds of its own.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], fuser: Fuser) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        fuser: Fuser,
+        *,
+        outer: Outer | None = None,
+        fragments: int = 1,
+    ) -> None:
         self.tensors = [tensor for tensor in tensors if tensor.is_floating_point()]
-        self.fuser = fuser
-        self.bundles: list[Bundle] = []
-        kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-        for number, tensor in enumerate(self.tensors):
-            kinds.setdefault((tensor.dtype, tensor.device), []).append(number)
-        for numbers in kinds.values():
-            sizes = [self.tensors[number].nbytes for number in numbers]
-            for positions in split_buckets(sizes, BUCKET_BYTES, BUCKET_BYTES):
-                held = [numbers[position] for position in positions]
-                names = [str(number) for number in held]
-                self.bundles.append(Bundle(names, [self.tensors[n] for n in held], fuser))
+        self.fuser, self.outer = fuser, outer or Average()
+        self.fragments: list[list[Bundle]] = []
+        count = 0
+        for numbers in cut_fragments([tensor.nbytes for tensor in self.tensors], fragments):
+            held = self._bundle(numbers, count)
+            count += len(held)
+            self.fragments.append(held)
 
-    def payload_bytes(self, round: int) -> int:
-        """What a peer has to say in a round, encoded."""
-        codec = self.fuser.fusion.codec
-        shapes = [tuple(tensor.shape) for tensor in self.tensors]
-        return codec.payload_bytes(shapes, 4) if codec.encodes(round) else self.plain_bytes
+    def _bundle(self, numbers: list[int], count: int) -> list[Bundle]:
+        """The tensors of a fragment by type and kind; `count` bundles are before them."""
+        kinds: dict[tuple[torch.dtype, torch.device, bool], list[int]] = {}
+        has_steps = not isinstance(self.outer, Average)
+        for number in numbers:
+            tensor = self.tensors[number]
+            steps = has_steps and isinstance(tensor, Parameter)
+            kinds.setdefault((tensor.dtype, tensor.device, steps), []).append(number)
+        bundles: list[Bundle] = []
+        for (_, _, steps), members in kinds.items():
+            sizes = [self.tensors[number].nbytes for number in members]
+            for places in split_buckets(sizes, BUCKET_BYTES, BUCKET_BYTES):
+                held = [members[place] for place in places]
+                bundles.append(
+                    Bundle(
+                        count + len(bundles),
+                        [str(number) for number in held],
+                        [self.tensors[number] for number in held],
+                        self.fuser,
+                        steps,
+                    )
+                )
+        return bundles
 
     @property
-    def plain_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors)
+    def bundles(self) -> list[Bundle]:
+        return [bundle for fragment in self.fragments for bundle in fragment]
 
     def agree(self) -> None:
         """The values here are those of all peers."""
         for bundle in self.bundles:
-            if bundle.memory is not None:
+            if bundle.keeps:
                 bundle.agreed = bundle.read()
 
-    @torch.no_grad()
-    def fuse(self, weights: Sequence[float], round: int = 0) -> None:
-        """One round, in place. `weights` are those of all peers.
+    @property
+    def has_agreed(self) -> bool:
+        """Whether there is something to go on from in the next round, where that is needed."""
+        return all(bundle.agreed is not None for bundle in self.bundles if bundle.keeps)
 
-        A topology that mixes brings weights of its own, in which all peers count alike.
-        """
-        if self.fuser.link.size == 1:
-            return
-        rule: Rule | None = None if self.fuser.mixes else self.fuser.fusion.rule
-        own, total = weights[self.fuser.link.rank], sum(weights)
-        encodes = self.fuser.encodes(round)
-        under_way: list[tuple[Bundle, Tensor | None, Work]] = []
-        for number, bundle in enumerate(self.bundles):
-            flat = bundle.flat = bundle.read()
-            base = bundle.agreed if encodes else None
-            if base is not None:
-                flat -= base
-            if isinstance(rule, SumRule):
-                rule.prepare(flat, own)
-            work = self.fuser.start(
-                flat,
-                f"fuse weights, bucket {number}",
-                round=round,
-                weights=weights,
-                memory=None if base is None else bundle.memory,
-            )
-            under_way.append((bundle, base, work))
-        for bundle, base, work in under_way:
-            work.wait()
-            if isinstance(rule, SumRule):
-                rule.finish(bundle.flat, total)
-            if base is not None:
-                bundle.flat += base
-            bundle.write()
+    def read(
+        self, fragment: int | None = None, round: int = 0, exact: Fuser | None = None
+    ) -> Flight:
+        """The start of a round of one fragment, or of all; by `exact` it goes whole, as it is."""
+        encodes = exact is None and self.fuser.encodes(round)
+        loads = []
+        for bundle in self.bundles if fragment is None else self.fragments[fragment]:
+            load = Load(bundle, bundle.read())
+            if encodes and bundle.memory is not None and bundle.agreed is not None:
+                load.base, load.encoded = bundle.agreed, True
+                load.flat -= load.base
+            loads.append(load)
+        return Flight(loads, exact or self.fuser, round, encodes)
+
+    def fuse(self, weights: Sequence[float], round: int = 0) -> None:
+        """One round of all, in place. `weights` are those of all peers."""
+        if self.fuser.link.size > 1:
+            flight = self.read(round=round)
+            flight.carry(weights)
+            flight.land(self.outer)
 
     def capture(self) -> dict[str, Any] | None:
         """What is kept from round to round: live tensors. None where nothing is."""
-        memories = [(b.names, b.memory) for b in self.bundles if b.memory is not None]
-        if not memories:
+        keeping = [bundle for bundle in self.bundles if bundle.keeps]
+        if not keeping:
             return None
         agreed: dict[str, Tensor] = {}
-        for bundle in self.bundles:
-            if bundle.agreed is not None:
-                agreed |= dict(zip(bundle.names, bundle.agreed.split(bundle.sizes), strict=True))
+        momentum: dict[str, Tensor] = {}
+        for bundle in keeping:
+            agreed |= bundle.name(bundle.agreed) if bundle.agreed is not None else {}
+            momentum |= bundle.name(bundle.momentum) if bundle.momentum is not None else {}
         codec = str(self.fuser.fusion.codec)
-        return {"agreed": agreed, "codec": codec, **capture_all(memories)}
+        memories = [(b.names, b.memory) for b in keeping if b.memory is not None]
+        return {"agreed": agreed, "momentum": momentum, "codec": codec, **capture_all(memories)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take back what is kept."""
+        """Take back what is kept, as far as there is a use for it."""
         memories = [(b.names, b.memory) for b in self.bundles if b.memory is not None]
         restore_all(memories, read_state(state, self.fuser))
         for bundle in self.bundles:
-            found = [state["agreed"].get(name) for name in bundle.names]
-            if bundle.memory is not None and all(piece is not None for piece in found):
-                bundle.agreed = torch.cat([piece.reshape(-1) for piece in found]).to(bundle.read())
+            agreed = bundle.find(state["agreed"])
+            if bundle.keeps and agreed is not None:
+                bundle.agreed = agreed.to(bundle.tensors[0].dtype)
+            momentum = bundle.find(state["momentum"])
+            if bundle.steps and momentum is not None:
+                bundle.momentum = momentum.to(bundle.exact)
+
+    def revive(self, fragment: int, values: Mapping[str, Tensor], encoded: bool) -> Flight | None:
+        """A flight that was carried before a checkpoint; None if its tensors are not these."""
+        loads = []
+        for bundle in self.fragments[fragment]:
+            flat = bundle.find(values)
+            if flat is None:
+                return None
+            flat = flat.to(bundle.tensors[0].dtype)
+            loads.append(Load(bundle, flat, encoded=encoded and bundle.memory is not None))
+        return Flight(loads, self.fuser, 0, encoded)
+
+
+def cut_fragments(sizes: Sequence[int], fragments: int) -> list[list[int]]:
+    """The numbers of tensors of so many bytes, in fragments of about as many bytes each.
+
+    Each goes where there is least, in the order of the model: over layers of one size that makes
+    the strides of Douillard et al. 2025 (arXiv:2501.18512), where a fragment has some
+    of all depths. Tensors that are added at the end leave all others where they are.
+
+    >>> cut_fragments([4, 1, 4, 1, 4, 1, 4, 1], 2)
+    [[0, 3, 4, 7], [1, 2, 5, 6]]
+    """
+    held: list[list[int]] = [[] for _ in range(fragments)]
+    bytes_of = [0] * fragments
+    for number, size in enumerate(sizes):
+        least = bytes_of.index(min(bytes_of))
+        held[least].append(number)
+        bytes_of[least] += size
+    return held

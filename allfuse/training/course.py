@@ -161,17 +161,19 @@ class Course:
             self.wishes.hear(step.figures.stops)
         if self.rounds.active:
             samples = self.stepper.reference(portion) if step.learned else 0.0
-            self.rounds.after_step(samples, self.cursor.steps, self.state.models.values())
+            models = self.state.models.values()
+            self.rounds.after_step(samples, self.cursor.steps, models, self.wishes.heard)
         self.told(step)
         self._maybe_stop(ends_epoch)
 
     def _maybe_stop(self, ends_epoch: bool) -> None:
-        """Stop where all ranks know that one wishes to. Sites meet at rounds and ends of epochs."""
+        """Stop where all ranks know that one wishes to. Sites meet at rounds and ends of epochs,
+        and hear of each other with what was fused in the background."""
         heard = self.wishes.heard
         if self.rounds.active:
-            if not (ends_epoch or self.rounds.due(self.cursor.steps)):
-                return
-            heard = self.rounds.agree(max(heard, self.wishes.own))
+            heard = self.rounds.wish
+            if ends_epoch or self.rounds.due(self.cursor.steps):
+                heard = self.rounds.agree(max(self.wishes.heard, self.wishes.own))
         if heard >= INTERRUPT:
             self.interrupted()
         if heard:

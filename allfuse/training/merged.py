@@ -46,7 +46,7 @@ def read_merged(
     if same_sites:
         state = read(leads[here.get("site", 0)])
     else:
-        state = mean_of_sites([read(writer) for writer in leads.values()])
+        state = mean_of_sites([read(w) for w in leads.values()], _size(plan, "site"))
     ranks = list(written)
     if plan == old and rank in ranks:
         state["fusions"] = read(rank)["fusions"]
@@ -77,19 +77,23 @@ def share_out(kept: tuple[State | None, ...], share: float) -> State | None:
     return {**found[0], "residuals": totals}
 
 
-def mean_of_sites(states: list[State]) -> State:
-    """One state from those of all sites, weighted by what each learned from since its last round.
+def mean_of_sites(states: list[State], sites: int = 1) -> State:
+    """One state from those of all sites, for each of so many new ones: their mean, weighted by what
+    each learned from since its last round.
 
     A site that learned from nothing counts only where no other has anything to say. What sites have
-    not sent of their weights is shared out, and sent after a first round that is not encoded.
+    not sent of their weights is shared out. What all agreed on at the last round, the momentum of
+    an outer optimizer and what was fused and not taken in yet are the same in all.
     """
-    weights = [state["rounds"]["samples"] for state in states]
+    weights = [max(state["rounds"]["samples"]) for state in states]
     told = weights if any(weights) else [1.0] * len(states)
     merged: State = mean_of_states(states, told)
-    fusion = share_out(tuple(state["rounds"].get("fusion") for state in states), 1 / len(states))
+    rounds = states[0]["rounds"]
+    fusion = share_out(tuple(state["rounds"]["fusion"] for state in states), 1 / sites)
     if fusion is not None:
-        fusion |= {"agreed": {}, "kept": {}}
-    merged["rounds"] = {"samples": 0.0, "steps_since": 0, "fusion": fusion}
+        fusion |= {"kept": {}}
+    fresh = {"samples": [0.0], "steps_since": 0, "equal": True, "fusion": fusion}
+    merged["rounds"] = {**rounds, **fresh}
     return merged
 
 

@@ -155,7 +155,8 @@ class Place:
         is_open = axis.topology is None and settled(layout, topologies) is None
         if why is not None and not is_open:
             self.choices[f"topology of {name}"] = why
-        if not is_open and not Fuser(fusion, link).needs_own_link:
+        waits = not (isinstance(axis, Site) and axis.delay)
+        if waits and not is_open and not Fuser(fusion, link).needs_own_link:
             return Fuser(fusion, link)
         own = self._link(name, f"fuse {name}")
         if not is_open:

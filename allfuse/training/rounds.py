@@ -5,40 +5,94 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from allfuse.base.errors import PlanError
 from allfuse.base.torch_private import foreach_copy
-from allfuse.fusion import Fuser, Fusion
+from allfuse.codec import Identity
+from allfuse.fusion import Fuser, choose
+from allfuse.fusion.flight import Flight
 from allfuse.fusion.weights import WeightFusion
+from allfuse.link.runner import Runner
 from allfuse.plan import Site
+from allfuse.sync.outer import Average
+from allfuse.training.wishes import NOTHING
 
 if TYPE_CHECKING:
     from allfuse.base.events import Bus
+    from allfuse.link import Link, Work
     from allfuse.training.place import Place
+
+OWN_SHARE = 0.5
+"""What a site keeps of its own weights where a fusion that took some steps comes in: alpha of
+Douillard et al. 2025 (arXiv:2501.18512, algorithm 2), with the value that they use. Without a delay
+it keeps nothing, so that a fusion without one is the same as ever."""
+
+
+@dataclass
+class Departure:
+    """A round that was started: of which fragment, to land after which step.
+
+    wish: the strongest wish to stop that any site had heard of, known once it was carried.
+    """
+
+    flight: Flight
+    fragment: int
+    due: int
+    wish: int = NOTHING
+    seconds: float = 0.0
+    work: Work | None = None
+
+    def wait(self) -> None:
+        if self.work is not None:
+            self.work.wait()
 
 
 class Rounds:
     """Fuses weights and floating-point buffers over the sites. Optimizer state stays local.
 
+    A round is started after its step and lands `delay` steps later, carried in the background over
+    a link of its own. Each fragment has its own rounds, every H steps; the last one at the steps
+    that H divides, the others before it at even distances. What all sites agreed on at the last
+    round, and the momentum of the outer optimizer, are the same on all, bit for bit.
+
     A site weighs as much as the samples that it has learned from since the last round. Over a
     topology that only mixes all sites weigh alike. Where one model is asked for (to measure, to
-    export, at the end) the exact mean is taken, also under a codec that loses something. `settle`
-    is called before weights change.
+    export, at the end) the exact mean is taken, also under a codec that loses something and without
+    an outer step: one belongs to a whole round. Only `every=end` has its round there. `settle` is
+    called before weights change.
     """
 
     def __init__(self, place: Place, bus: Bus, settle: Callable[[], None]) -> None:
         self.place, self.bus, self._settle = place, bus, settle
         axis = place.plan.axis("site")
-        self.every = axis.every if isinstance(axis, Site) and place.site.size > 1 else None
-        self.samples = 0.0
+        self.axis = axis if isinstance(axis, Site) and place.site.size > 1 else Site(1)
         self.steps_since = 0
+        self.wish = NOTHING  # heard with what landed after the last step
+        self.samples = [0.0] * self.axis.fragments  # since the last round of each
         self._is_mean = False  # the weights here, since the last step
         self._held: list[int] = []
         self._fusion = WeightFusion([], place.site_fuser)
-        self._exact = self._fusion
+        self._exact = self._exact_fuser()
+        self._runner = Runner(f"allfuse-rounds-{place.rank}")
+        self._departed: list[Departure] = []
+
+    def _exact_fuser(self) -> Fuser:
+        """Fuses as the plan says, but exactly and while the caller waits."""
+        fuser, axis = self.place.site_fuser, self.axis
+        if not self.mixes and fuser.fusion.codec.lossless and not axis.delay:
+            return fuser
+        fusion, _ = choose(axis.rule, None, axis.sync, Identity(), axis.n)
+        return Fuser(fusion, self.place.site)
+
+    def close(self) -> None:
+        """Waits for nobody."""
+        self._runner.close()
+        self._exact.close()
 
     @property
     def active(self) -> bool:
@@ -54,29 +108,93 @@ class Rounds:
         return self._is_mean or (self.steps_since == 0 and not self.mixes)
 
     def due(self, steps: int) -> bool:
-        return isinstance(self.every, int) and steps % self.every == 0
+        """Whether all sites meet after this step, and wait for each other."""
+        every = self.axis.every
+        return isinstance(every, int) and steps % every == 0 and not self.axis.delay
 
-    def after_step(self, samples: float, steps: int, models: Iterable[nn.Module]) -> None:
-        """Count a step on so many samples; a round where one is due."""
-        self.samples += samples
+    def starting(self, steps: int) -> list[tuple[int, int]]:
+        """The fragments whose rounds start after this step, and the numbers of these rounds."""
+        every, fragments = self.axis.every, self.axis.fragments
+        if not isinstance(every, int):
+            return []
+        since = [steps - every * (number + 1) // fragments for number in range(fragments)]
+        return [(n, own // every) for n, own in enumerate(since) if own >= 0 and own % every == 0]
+
+    def after_step(
+        self, samples: float, steps: int, models: Iterable[nn.Module], wish: int = NOTHING
+    ) -> None:
+        """Count a step on so many samples; start rounds, and land those that are due.
+
+        `wish` is what this site has heard by now, and tells with a round in the background.
+        """
+        self.samples = [own + samples for own in self.samples]
         self.steps_since += 1
-        self._is_mean = False
-        if isinstance(self.every, int) and self.due(steps):
-            self._round(models, exact=False, number=steps // self.every - 1)
+        self._is_mean, self.wish = False, NOTHING
+        for fragment, number in self.starting(steps):
+            self._start(fragment, number, steps, models, wish)
+        while self._departed and self._departed[0].due <= steps:
+            self._land()
+
+    def _start(
+        self, fragment: int, number: int, steps: int, models: Iterable[nn.Module], wish: int
+    ) -> None:
+        begin = time.perf_counter()
+        self._settle()
+        self._build(models)
+        flight = self._fusion.read(fragment, number)
+        departure = Departure(flight, fragment, steps + self.axis.delay)
+        samples, self.samples[fragment] = self.samples[fragment], 0.0
+
+        def carry() -> None:
+            weights, departure.wish = self._tell(self._way, samples, wish)
+            flight.carry(weights)
+
+        if self.axis.delay:
+            departure.work = self._runner.start(carry)
+        else:
+            carry()
+        self._departed.append(departure)
+        departure.seconds = time.perf_counter() - begin
+
+    def _land(self) -> None:
+        """Take in the oldest round under way."""
+        begin = time.perf_counter()
+        departure = self._departed.pop(0)
+        departure.wait()
+        if departure.work is not None:
+            self._settle()
+        departure.flight.land(self.axis.outer, OWN_SHARE if self.axis.delay else 0.0)
+        self.wish = max(self.wish, departure.wish)
+        if self.axis.fragments == 1 and not self.axis.delay:
+            self.steps_since = 0
+        departure.seconds += time.perf_counter() - begin
+        self._tell_round(departure.flight, departure.seconds)
+
+    def _tell_round(self, flight: Flight, seconds: float) -> None:
+        self.bus.emit("round", axis="site", bytes=flight.payload_bytes, seconds=seconds)
 
     def finish(self, models: Iterable[nn.Module]) -> None:
-        """The last round, after which all sites are equal."""
-        if self.active and not self.equal:
-            self._round(models, exact=True)
-            self._fusion.agree()
-
-    def _round(self, models: Iterable[nn.Module], exact: bool, number: int = 0) -> None:
+        """The last round, after which all sites are equal. What is under way lands at once."""
+        if not self.active or self.equal:
+            return
         begin = time.perf_counter()
-        fusion = self._fuse(models, exact, number)
-        self.samples, self.steps_since = 0.0, 0
-        self._is_mean = exact or not self.mixes
-        seconds = time.perf_counter() - begin
-        self.bus.emit("round", axis="site", bytes=fusion.payload_bytes(number), seconds=seconds)
+        while self._departed:
+            self._land()
+        flight = self._fuse_exactly(models, keep=True)
+        if self.axis.every != "end":
+            self._fusion.agree()
+        self.samples, self.steps_since, self._is_mean = [0.0] * self.axis.fragments, 0, True
+        self._tell_round(flight, time.perf_counter() - begin)
+
+    def _fuse_exactly(self, models: Iterable[nn.Module], keep: bool) -> Flight:
+        """The exact mean of what the sites hold by now, or what their rule makes of it."""
+        self._settle()
+        self._build(models)
+        flight = self._fusion.read(exact=self._exact)
+        flight.carry(self._tell(self.place.site, max(self.samples))[0])
+        steps = self.axis.every == "end"
+        flight.land(self.axis.outer if steps else Average(), keep=keep and steps)
+        return flight
 
     def begin(self, models: Iterable[nn.Module]) -> None:
         """Before the first step: all sites hold the same weights."""
@@ -92,61 +210,122 @@ class Rounds:
         return [bundle.read() for bundle in self._fusion.bundles]
 
     def _build(self, models: Iterable[nn.Module]) -> None:
-        """Fusions of all weights that there are by now."""
+        """Fusions of all weights that there are by now; what is kept of those before stays."""
         tensors = [t for m in models for t in (*m.parameters(), *m.buffers())]
         held = [id(tensor) for tensor in tensors]
         if held == self._held:
             return
-        self._held = held
-        fuser = self.place.site_fuser
-        self._fusion = self._exact = WeightFusion(tensors, fuser)
-        if self.mixes or not fuser.fusion.codec.lossless:
-            self._exact = WeightFusion(tensors, Fuser(Fusion(), self.place.site))
+        while self._departed:
+            self._land()
+        kept = self._fusion.capture()
+        self._held, self._fusion = held, self._make(tensors, self.axis.fragments)
+        if kept is not None:
+            self._fusion.restore(kept)
 
-    def _fuse(self, models: Iterable[nn.Module], exact: bool, number: int = 0) -> WeightFusion:
-        """The exact fusion of the sites, or what the plan says of its round `number`."""
-        self._settle()
-        self._build(models)
-        fusion = self._exact if exact else self._fusion
-        fusion.fuse(self._weights(), number)
+    def _make(self, tensors: list[Tensor], fragments: int) -> WeightFusion:
+        fuser, outer = self.place.site_fuser, self.axis.outer
+        fusion = WeightFusion(tensors, fuser, outer=outer, fragments=fragments)
+        if not all(fusion.fragments) and fusion.tensors:
+            count = len(fusion.tensors)
+            raise PlanError(
+                str(self.axis),
+                f"fragments are of whole tensors, and there are {count}",
+                f"site({self.axis.n}, every={self.axis.every}, fragments={count})",
+            )
         return fusion
 
     def capture(self) -> dict[str, Any]:
+        """What to go on from. Waits until what is under way is carried: that is kept as it lands,
+        and codecs have kept by then what they lost."""
+        for departure in self._departed:
+            departure.wait()
         return {
-            "samples": self.samples,
+            "samples": list(self.samples),
             "steps_since": self.steps_since,
+            "equal": self.equal,
             "fusion": self._fusion.capture(),
+            "pace": [self.axis.every, self.axis.fragments, self.axis.delay],
+            "departed": [
+                {
+                    "fragment": departure.fragment,
+                    "due": departure.due,
+                    "encoded": any(load.encoded for load in departure.flight.loads),
+                    "values": {
+                        name: value
+                        for load in departure.flight.loads
+                        for name, value in load.bundle.name(load.flat).items()
+                    },
+                }
+                for departure in self._departed
+            ],
         }
 
     def restore(self, state: Mapping[str, Any], models: Iterable[nn.Module]) -> None:
-        self.samples, self.steps_since = state["samples"], state["steps_since"]
-        if self.active:
-            self._build(models)
-            if (kept := state.get("fusion")) is not None:
-                self._fusion.restore(kept)
+        """Go on from a state; at another pace what was under way lands at once."""
+        fragments, samples = self.axis.fragments, state["samples"]
+        same = len(samples) == fragments
+        self.samples = list(samples) if same else [max(samples)] * fragments
+        self.steps_since = state["steps_since"]
+        self._departed.clear()
+        if not self.active:
+            return
+        self._build(models)
+        own_pace = [self.axis.every, fragments, self.axis.delay]
+        kept, departed = state["fusion"], state["departed"]
+        if state["pace"] == own_pace:
+            self._revive(self._fusion, kept, departed)
+        elif departed:
+            before = self._make(self._fusion.tensors, state["pace"][1])
+            self._revive(before, kept, departed)
+            while self._departed:
+                self._departed.pop(0).flight.land(self.axis.outer, OWN_SHARE)
+            kept = before.capture()
+        if kept is not None:
+            self._fusion.restore(kept)
+        if state["equal"] and not self._fusion.has_agreed:
+            self._fusion.agree()
 
-    def _weights(self) -> list[float]:
-        """Each site's share of the samples since the last round: the sites tell each other."""
+    def _revive(
+        self, fusion: WeightFusion, kept: Mapping[str, Any] | None, departed: list[dict[str, Any]]
+    ) -> None:
+        if kept is not None:
+            fusion.restore(kept)
+        for each in departed:
+            flight = fusion.revive(each["fragment"], each["values"], each["encoded"])
+            if flight is not None:
+                self._departed.append(Departure(flight, each["fragment"], each["due"]))
+
+    @property
+    def _way(self) -> Link:
+        """How sites tell each other what comes with a round."""
+        return self.place.site_fuser.link if self.axis.delay else self.place.site
+
+    def _tell(self, way: Link, samples: float, wish: int = NOTHING) -> tuple[list[float], int]:
+        """Each site's share of all samples, and the strongest wish of any."""
         site = self.place.site
         alike = [1.0 / site.size] * site.size
         if self.mixes:
-            return alike
-        slots = torch.zeros(site.size, dtype=torch.float64, device=self.place.device)
-        slots[site.rank] = self.samples
-        site.all_reduce(slots, "exchange samples of sites").wait()
-        total = float(slots.sum())
-        return [samples / total for samples in slots.tolist()] if total else alike
+            return alike, NOTHING
+        slots = torch.zeros(2, site.size, dtype=torch.float64, device=self.place.device)
+        slots[0, site.rank], slots[1, site.rank] = samples, wish
+        way.all_reduce(slots, "exchange samples of sites").wait()
+        told, wishes = slots.tolist()
+        total = sum(told)
+        return [own / total for own in told] if total else alike, int(max(wishes))
 
     @contextlib.contextmanager
     def fused_for_a_moment(self, models: Iterable[nn.Module]) -> Iterator[None]:
-        """The exact mean of the sites' weights, to be measured or exported; then one's own."""
+        """What the sites would end with now, to be measured or exported; then one's own weights."""
         if not self.active or self.equal:
             yield
             return
         models = list(models)
         held = [t for m in models for t in (*m.parameters(), *m.buffers()) if t.is_floating_point()]
         own = [tensor.detach().clone() for tensor in held]
-        self._fuse(models, exact=True)
+        for departure in self._departed:
+            departure.wait()
+            departure.flight.land(self.axis.outer, OWN_SHARE, keep=False)
+        self._fuse_exactly(models, keep=False)
         try:
             yield
         finally:

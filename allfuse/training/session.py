@@ -613,6 +613,7 @@ class Session:
             for closer in reversed(self._closers):
                 closing.callback(closer)
             closing.callback(lambda: self.place.close(error))
+            closing.callback(self.rounds.close)
             if self.apart is not None:
                 closing.callback(self.apart.close)
             try:

@@ -27,11 +27,11 @@ from allfuse.fusion.gradients import BUCKET_BYTES, FIRST_BUCKET_BYTES
 from allfuse.job import Job, default_forward
 from allfuse.plan import Data, Plan, Site
 from allfuse.rule import Mean, SumRule
-from allfuse.topology import Layout, Schedule
 from allfuse.training.start import build_model
 from allfuse.verify.record import Recorder
 from allfuse.verify.replay import Replay, is_plain_mean, positions_of
-from allfuse.verify.samples import read_batches
+from allfuse.verify.samples import cut_of, read_batches
+from allfuse.verify.sites import Sites
 from allfuse.verify.together import Together, has_batch_norm
 
 Piece: TypeAlias = tuple[Any, int]
@@ -48,7 +48,7 @@ class Learner:
         self.optimizer = job.optimizer(model.parameters())
         self.scheduler = job.scheduler(self.optimizer) if job.scheduler is not None else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=job.precision == "fp16")
-        self.samples = 0  # learned from since the last round
+        self.samples = 0  # learned from
         self.rounds = 0  # of fused gradients
 
     @property
@@ -204,22 +204,19 @@ def run_reference(
     `tick(step)` is called before each step. Raises NonFiniteLoss.
     """
     axis = plan.axis("site")
-    sites, every = (axis.n, axis.every) if isinstance(axis, Site) else (1, "end")
-    topology = axis.topology if isinstance(axis, Site) else None
-    mixing = topology if topology is not None and not topology.exact and sites > 1 else None
+    sites = axis.n if isinstance(axis, Site) else 1
     data = plan.axis("data")
     inside = Replay(data, job.seed) if isinstance(data, Data) else None
     apart = inside is not None and not is_plain_mean(inside)
     replays = [Replay(data, job.seed) for _ in range(sites)] if isinstance(data, Data) else []
-    between = Rounds(axis, job.seed) if isinstance(axis, Site) and sites > 1 else None
     each = plan.replicas // sites  # the replicas of a site stand side by side
     model = build_model(job.model, job.seed).to(device)
     models = [model] + [copy.deepcopy(model) for _ in range(sites - 1)]
     learners = [Learner(job, model, device) for model in models]
-    if between is not None:
-        between.begin(learners)
+    between = Sites(axis, job.seed, learners) if isinstance(axis, Site) and sites > 1 else None
     recorder.keep("0", models)
-    for step, batch in enumerate(islice(read_batches(job, plan.replicas), steps), start=1):
+    batches = read_batches(job, plan.replicas, cut_of(plan, job))
+    for step, batch in enumerate(islice(batches, steps), start=1):
         tick(step)
         figures: list[tuple[float, float] | None] = []
         inputs = []
@@ -247,112 +244,14 @@ def run_reference(
             else:
                 figures.append(learner.learn(parts[0]))
             learner.end_step(batch.last)
-        if every != "end" and step % every == 0 and between is not None:
-            if mixing is None:
-                between.round(learners, step // every - 1)
-            else:
-                mix(learners, mixing.schedule(Layout.of(sites), step // every - 1, job.seed))
+        if between is not None:
+            between.after_step(step)
         recorder.step(figures, time.perf_counter() - begin)
         recorder.keep(str(step), models)
-    if mixing is not None:
-        for learner in learners:
-            learner.samples = 1  # all count alike
-    if between is None or mixing is not None or not between.replay.fusion.codec.lossless:
-        average(learners)
-    elif any(learner.samples for learner in learners):  # no round since the last step
-        between.round(learners, steps)
+    if between is not None:
+        between.finish()
     recorder.keep("end", models)
     return model
-
-
-@torch.no_grad()
-def average(learners: list[Learner]) -> None:
-    """A round: weights and floating buffers become their mean, weighted by samples learned from."""
-    total = sum(learner.samples for learner in learners)
-    if len(learners) == 1 or total == 0:
-        return
-    held = [[*each.model.parameters(), *each.model.buffers()] for each in learners]
-    for tensors in zip(*held, strict=True):
-        if tensors[0].is_floating_point():
-            pairs = zip(tensors, learners, strict=True)
-            mean = sum(tensor * (learner.samples / total) for tensor, learner in pairs)
-            for tensor in tensors:
-                tensor.copy_(mean)
-    for learner in learners:
-        learner.samples = 0
-
-
-class Rounds:
-    """Rounds of a site axis: weights become one by its rule, encoded by its codec.
-
-    Under a codec that loses something what travels is the change since the last round.
-    """
-
-    def __init__(self, axis: Site, seed: int) -> None:
-        self.replay = Replay(axis, seed)
-        self.agreed: dict[int, Tensor] = {}
-
-    def blocks(self, learners: list[Learner], places: list[int]) -> list[Tensor]:
-        held = [floating(each) for each in learners]
-        return [torch.cat([own[place].reshape(-1) for place in places]) for own in held]
-
-    @torch.no_grad()
-    def begin(self, learners: list[Learner]) -> None:
-        for number, places in enumerate(self.bundles(learners)):
-            self.agreed[number] = self.blocks(learners, places)[0].clone()
-
-    def bundles(self, learners: list[Learner]) -> list[list[int]]:
-        return positions_of(floating(learners[0]), BUCKET_BYTES, BUCKET_BYTES)
-
-    @torch.no_grad()
-    def round(self, learners: list[Learner], number: int) -> None:
-        total = sum(learner.samples for learner in learners)
-        if is_plain_mean(self.replay):
-            average(learners)
-            return
-        alike = [1 / len(learners)] * len(learners)
-        weights = [learner.samples / total for learner in learners] if total else alike
-        encodes = self.replay.encodes(number)
-        for bundle, places in enumerate(self.bundles(learners)):
-            blocks = self.blocks(learners, places)
-            if encodes:
-                blocks = [block - self.agreed[bundle] for block in blocks]
-            held = [[floating(each)[place] for place in places] for each in learners]
-            shapes = [tuple(tensor.shape) for tensor in held[0]]
-            name = f"fuse weights, bucket {bundle}"
-            fused = self.replay.fuse(blocks, weights, shapes, name, number)
-            if encodes:
-                fused = fused + self.agreed[bundle]
-            self.agreed[bundle] = fused.clone()
-            pieces = fused.split([tensor.numel() for tensor in held[0]])
-            for own in held:
-                for tensor, piece in zip(own, pieces, strict=True):
-                    tensor.copy_(piece.view_as(tensor))
-        for learner in learners:
-            learner.samples = 0
-
-
-def floating(learner: Learner) -> list[Tensor]:
-    """All weights and buffers that are not counters."""
-    held = (*learner.model.parameters(), *learner.model.buffers())
-    return [tensor.detach() for tensor in held if tensor.is_floating_point()]
-
-
-@torch.no_grad()
-def mix(learners: list[Learner], schedule: Schedule) -> None:
-    """A round of gossip: each value becomes its own share of itself and that of what it hears."""
-    held = [[*each.model.parameters(), *each.model.buffers()] for each in learners]
-    for phase in schedule.phases:
-        for tensors in zip(*held, strict=True):
-            if not tensors[0].is_floating_point():
-                continue
-            before = [tensor.clone() for tensor in tensors]
-            for site, tensor in enumerate(tensors):
-                heard = [(before[t.src], t.weight) for t in phase if t.dst == site]
-                own = 1 - sum(weight for _, weight in heard)
-                tensor.copy_(before[site] * own + sum(value * weight for value, weight in heard))
-    for learner in learners:
-        learner.samples = 0
 
 
 def cut_into_pieces(

@@ -103,6 +103,11 @@ class Replay:
             self._send_messages(values, [memory.residual for memory in memories], seed)
         return values[0].to(first.dtype)
 
+    def shrink(self, name: str, factor: float) -> None:
+        """Keep only so much of what no peer has sent of a block."""
+        for memory in self._memories.get(name, ()):
+            memory.residual *= factor
+
     def _sum_programs(
         self, codec: SumCodec, values: list[Tensor], memories: list[Memory], seed: int
     ) -> None:

@@ -15,7 +15,6 @@ from allfuse.base.errors import PlanError, UserError
 from allfuse.launcher.thread import first_failure, launch_threads
 from allfuse.plan import Data, Plan, Site, as_plan
 from allfuse.plan.plan import PlanLike
-from allfuse.sync.outer import Average
 from allfuse.verify.compare import TOLERANCES
 from allfuse.verify.progress import Listener, Relay
 from allfuse.verify.record import Reference
@@ -109,13 +108,8 @@ def check_plan(plan: Plan) -> None:
     """
     plan.validate_executable()
     for axis in plan.axes:
-        if not (isinstance(axis, Data | Site) and is_in_step(axis)):
+        if not (isinstance(axis, Data | Site) and axis.sync.bound == 0):
             raise PlanError(str(plan), f"verify cannot replay {axis} yet", f"{axis.name}({axis.n})")
-
-
-def is_in_step(axis: Data | Site) -> bool:
-    """Whether an axis fuses at once, and sites go on from what comes out."""
-    return axis.sync.bound == 0 and (isinstance(axis, Data) or isinstance(axis.outer, Average))
 
 
 def make_report(plan: Plan, reference: Reference, rows: list[Row], threads: int) -> Report:

@@ -1,0 +1,152 @@
+"""One round of some weights: read, carried over the link, landed in the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from allfuse.base.torch_private import foreach_copy
+from allfuse.fusion.fuser import Fuser
+from allfuse.rule import Rule, SumRule
+from allfuse.sync.outer import Outer
+
+
+class Bundle:
+    """Some tensors of one type, which travel as one.
+
+    Attributes:
+        agreed: what all peers held after the last round, None before the first. Kept where changes
+            are sent (there is a memory) or where an outer optimizer steps from there.
+        momentum: what that optimizer keeps, in float32 or wider; None before its first step.
+        steps: whether an outer optimizer steps these. It does parameters; buffers are averaged.
+    """
+
+    def __init__(
+        self, number: int, names: list[str], tensors: list[Tensor], fuser: Fuser, steps: bool
+    ) -> None:
+        self.operation = f"fuse weights, bucket {number}"
+        self.names, self.tensors, self.steps = names, tensors, steps
+        self.sizes = [tensor.numel() for tensor in tensors]
+        self.shapes = [tuple(tensor.shape) for tensor in tensors]
+        first = tensors[0]
+        self.exact = torch.promote_types(first.dtype, torch.float32)
+        self.memory = fuser.memory(self.shapes, first.dtype, first.device)
+        self.agreed: Tensor | None = None
+        self.momentum: Tensor | None = None
+
+    @property
+    def keeps(self) -> bool:
+        """Whether what all peers held after a round is needed in the next."""
+        return self.memory is not None or self.steps
+
+    def read(self) -> Tensor:
+        """All values end to end: a copy (k,)."""
+        return torch.cat([tensor.detach().reshape(-1) for tensor in self.tensors])
+
+    def write(self, flat: Tensor) -> None:
+        pieces = flat.split(self.sizes)
+        views = [piece.view_as(t) for piece, t in zip(pieces, self.tensors, strict=True)]
+        foreach_copy([tensor.detach() for tensor in self.tensors], views)
+
+    def name(self, flat: Tensor) -> dict[str, Tensor]:
+        """Views of the tensors in a block, by their names."""
+        return dict(zip(self.names, flat.split(self.sizes), strict=True))
+
+    def find(self, named: Mapping[str, Tensor]) -> Tensor | None:
+        """The block again; None unless all of its tensors are there."""
+        if any(name not in named for name in self.names):
+            return None
+        pieces = [named[name].reshape(-1) for name in self.names]
+        return torch.cat(pieces).to(self.tensors[0].device)
+
+
+@dataclass
+class Load:
+    """A bundle on its way.
+
+    base: what its values are the change of; None where they are whole. encoded: what is not sent is
+    kept in the bundle's memory.
+    """
+
+    bundle: Bundle
+    flat: Tensor
+    base: Tensor | None = None
+    encoded: bool = False
+
+
+class Flight:
+    """A round of some bundles, which owns copies of their values.
+
+    `carry` may run in another thread while the tensors go on changing; it is made, and lands, in
+    the thread that trains.
+
+    Args:
+        encodes: whether the values are encoded in this round, where all peers agree on something.
+    """
+
+    def __init__(self, loads: list[Load], fuser: Fuser, round: int, encodes: bool) -> None:
+        self.loads, self.fuser, self.round, self._encodes = loads, fuser, round, encodes
+
+    @property
+    def payload_bytes(self) -> int:
+        """What a peer has to say, encoded."""
+        if not self._encodes:
+            return sum(load.flat.nbytes for load in self.loads)
+        shapes = [shape for load in self.loads for shape in load.bundle.shapes]
+        return self.fuser.fusion.codec.payload_bytes(shapes, 4)
+
+    @torch.no_grad()
+    def carry(self, weights: Sequence[float]) -> None:
+        """Fuse the values over the link; all blocks are under way at once. Raises PeerLost.
+
+        `weights` are those of all peers. A topology that mixes brings weights of its own, in which
+        all peers count alike.
+        """
+        rule: Rule | None = None if self.fuser.mixes else self.fuser.fusion.rule
+        own, total = weights[self.fuser.link.rank], sum(weights)
+        under_way = []
+        for load in self.loads:
+            if isinstance(rule, SumRule):
+                rule.prepare(load.flat, own)
+            work = self.fuser.start(
+                load.flat,
+                load.bundle.operation,
+                round=self.round,
+                weights=weights,
+                memory=load.bundle.memory if load.encoded else None,
+            )
+            under_way.append(work)
+        for load, work in zip(self.loads, under_way, strict=True):
+            work.wait()
+            if isinstance(rule, SumRule):
+                rule.finish(load.flat, total)
+            if load.base is not None:
+                load.flat += load.base
+                load.base = None
+
+    @torch.no_grad()
+    def land(self, outer: Outer, own: float = 0.0, keep: bool = True) -> None:
+        """Take in what came out: the outer optimizer steps from what all agreed on last.
+
+        Args:
+            own: the share that the tensors keep of what they hold by now. What a codec has not sent
+                is still in that share, and is kept for the next round only in the rest: else it
+                would be sent twice.
+            keep: go on from here in the next round. Else only the tensors change.
+        """
+        for load in self.loads:
+            bundle, agreed = load.bundle, load.flat
+            if bundle.steps and bundle.agreed is not None:
+                fused, anchor = agreed.to(bundle.exact), bundle.agreed.to(bundle.exact)
+                stepped, momentum = outer.step(fused, anchor, bundle.momentum)
+                agreed = stepped.to(agreed.dtype)
+                if keep:
+                    bundle.momentum = momentum
+            if keep and bundle.keeps:
+                bundle.agreed = agreed
+            if keep and own and load.encoded and bundle.memory is not None:
+                bundle.memory.residual.mul_(1 - own)
+            bundle.write(torch.lerp(agreed, bundle.read(), own) if own else agreed)
