@@ -26,6 +26,7 @@ BENCHMARKS = (
     "allreduce",
     "socket_link",
     "push_pull",
+    "server_cycle",
     "straggler",
     "lost_worker",
     "network",
