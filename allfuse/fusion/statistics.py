@@ -6,6 +6,7 @@ torch's own SyncBatchNorm refuses CPU tensors, so this is written here, for ever
 from __future__ import annotations
 
 import copy
+import time
 from typing import Any, ClassVar
 
 import torch
@@ -42,7 +43,7 @@ class Normalize(torch.autograd.Function):
             slots[link.rank, 0] = count
             slots[link.rank, 1] = mean
             slots[link.rank, 2] = variance * count
-        link.all_reduce(slots, f"fuse batch statistics{norm.whose}").wait()
+        norm.fuse(slots, "batch statistics")
         counts, means, squares = slots.unbind(dim=1)
         total = counts.sum(dim=0)
         if count <= 1 and total.max() <= 1:
@@ -57,7 +58,7 @@ class Normalize(torch.autograd.Function):
         if bias is not None:
             out += bias[:, None]
         ctx.save_for_backward(x, mean, scale, total, gain)
-        ctx.link, ctx.weight, ctx.whose = link, weight, norm.whose
+        ctx.norm, ctx.weight = norm, weight
         ctx.types = [None if tensor is None else tensor.dtype for tensor in (gain, bias)]
         ctx.mark_non_differentiable(mean, variance, total)
         return out.to(x.dtype), mean, variance, total
@@ -72,7 +73,7 @@ class Normalize(torch.autograd.Function):
         if not ctx.weight:  # what a stand-in holds may even be infinite
             own = torch.zeros_like(own)
         sums = own.clone()
-        ctx.link.all_reduce(sums, f"fuse gradients of batch statistics{ctx.whose}").wait()
+        ctx.norm.fuse(sums, "gradients of batch statistics")
         mean_dy, mean_dy_normalized = sums * (ctx.weight / total)
         dx = wide - mean_dy[:, None] - normalized * mean_dy_normalized[:, None]
         dx *= (scale if gain is None else scale * gain)[:, None]
@@ -89,14 +90,22 @@ class GlobalBatchNorm(_BatchNorm):
     """BatchNorm over the global batch, in any number of spatial dims.
 
     `weight_of_rows` is 1, or 0 on a rank that only stands in for a batch without samples: then its
-    rows take part in the transfers and in nothing else. A copy keeps the link; what is pickled is
-    the plain module again, for other processes have other links or none.
+    rows take part in the transfers and in nothing else. `waited_s` counts the seconds in them. A
+    copy keeps the link; what is pickled is the plain module again, for other processes have other
+    links or none.
     """
 
     link: Link
     whose: str = ""
     weight_of_rows: float = 1.0
+    waited_s: float = 0.0
     plain: ClassVar[type[_BatchNorm]]
+
+    def fuse(self, values: Tensor, what: str) -> None:
+        """Sum over all peers, in place."""
+        begin = time.perf_counter()
+        self.link.all_reduce(values, f"fuse {what}{self.whose}").wait()
+        self.waited_s += time.perf_counter() - begin
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
@@ -141,7 +150,7 @@ class GlobalBatchNorm(_BatchNorm):
         return made
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        ours = ("link", "whose", "weight_of_rows")
+        ours = ("link", "whose", "weight_of_rows", "waited_s")
         state = {name: value for name, value in self.__dict__.items() if name not in ours}
         return object.__new__, (self.plain,), state
 

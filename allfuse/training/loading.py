@@ -12,6 +12,7 @@ from allfuse.base.errors import DataError, UserError
 from allfuse.split.data import BatchPlan, IterableLoader, Loader, Source, Stream, plan_batches
 
 if TYPE_CHECKING:
+    from allfuse.training.balance import Balance
     from allfuse.training.place import Place
 
 
@@ -30,15 +31,24 @@ class Order:
         return {"seed": self.seed, "shuffle": self.shuffle, "drop_last": self.drop_last}
 
 
-def make_loader(source: Source | Stream, order: Order, place: Place) -> Loader | IterableLoader:
-    """This rank's loader.
+def make_loader(
+    source: Source | Stream, order: Order, place: Place, balance: Balance | None = None
+) -> Loader | IterableLoader:
+    """This rank's loader; with `balance` it decides the shares of each batch.
 
     Raises:
         UserError: more replicas than samples in a batch.
-        DataError: no batch size, or what the data itself decides was given.
+        DataError: no batch size, what the data itself decides was given, or a stream is to be
+            balanced.
     """
     pin = place.device.type == "cuda"
     if isinstance(source, Stream):
+        if balance is not None:
+            raise DataError(
+                f"{place.plan}: the data is a stream, whose samples replicas take in turns; "
+                "balance=speed needs samples that can be fetched by their number; next: a data "
+                "set with a length, or balance=even"
+            )
         size = order.batch_size or source.settings.batch_size
         if size is None:
             raise DataError(
@@ -66,14 +76,18 @@ def make_loader(source: Source | Stream, order: Order, place: Place) -> Loader |
     )
     if isinstance(plan, BatchPlan):
         refuse_small(plan.batch_size, place)
-    return Loader(
+    loader = Loader(
         source,
         plan,
         parts=place.parts,
         index=place.index,
         processes=source.settings.processes if order.loaders is None else order.loaders,
+        cut=None if balance is None else balance.cut,
         pin_memory=pin,
     )
+    if balance is not None:  # hosts may have other numbers of loader processes
+        balance.ahead = max(agree_on_rows(loader.ahead, place))
+    return loader
 
 
 def order_of_all(source: Source | Stream, batch_size: int | None, place: Place) -> Order:

@@ -22,6 +22,7 @@ from allfuse.plan import Plan
 from allfuse.split.data import Loader, Source, Stream, as_source
 from allfuse.split.whole import Whole
 from allfuse.training.apart import Apart, LeasedCourse, refuse_global_statistics
+from allfuse.training.balance import make_balance
 from allfuse.training.choosing import record_of, settle
 from allfuse.training.course import Course
 from allfuse.training.keeper import SAME, Keeper, Resume
@@ -80,6 +81,7 @@ class Session:
             self.apart = Apart(self.place, self.bus) if is_apart else None
             kept = (None, False) if is_apart else (out, resume)  # the scheduler keeps the run
             self.keeper = Keeper(self.place, *kept, self.settings.keep, self.bus)
+            self.balance = make_balance(self.place, self.settings.accumulate, self._warn)
         except BaseException:
             self.place.close()
             raise
@@ -296,7 +298,7 @@ class Session:
                 drop_last=drop_last,
                 loaders=loaders,
             )
-            loader = make_loader(source, order, self.place)
+            loader = make_loader(source, order, self.place, self.balance)
             self._begin(source, loader, order, epochs, steps)
             if self.course.was_done(number):
                 return
@@ -403,8 +405,13 @@ class Session:
         self.keeper.settle()  # the weights change next
 
     def _after_step(self, step: Step) -> None:
+        if self.balance is not None:
+            self.balance.hear(step.portion, step.figures)
         self.teller.step(step)
         self.keeper.tell_outcomes()
+
+    def _warn(self, text: str) -> None:
+        self.bus.emit("warning", text=text)
 
     def _interrupt(self) -> None:
         self.save(block=True)
@@ -446,6 +453,10 @@ class Session:
             self._restore(found)
         else:
             self.rounds.begin(self.models.values())
+        if self.balance is not None:
+            cursor = self.course.cursor
+            here = (cursor.epoch, cursor.step_in_epoch)
+            self.balance.begin(self.keeper.path, here, self.keeper.resume)
         self._choose_topologies()
         self.course.tell_step_number()
         self.teller.start(source, size, loader.steps_per_epoch, epochs, steps)

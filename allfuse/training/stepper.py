@@ -27,7 +27,8 @@ class Step:
 
     portion: this rank's samples; None when the script brings its own. idle: this rank's site has no
     sample of the batch. counted: it counts as done already, though losses of the same batch may
-    still come. stepped: the learners whose optimizers have stepped. left_open: those that had
+    still come. busy_s: seconds of its own work on the batch, without those in which it waited for
+    others. stepped: the learners whose optimizers have stepped. left_open: those that had
     gradients and had not stepped when it was counted.
     """
 
@@ -95,6 +96,7 @@ class Stepper:
         """Begin a step; without a portion on a batch of the script's own."""
         for norm in self.norms:
             norm.weight_of_rows = 1.0 if portion is None or portion.rows else 0.0
+            norm.waited_s = 0.0
         idle = portion is not None and self.reference(portion) == 0
         self.current = Step(portion, idle)
 
@@ -196,7 +198,8 @@ class Stepper:
         assert step is not None
         assert step.pending is not None
         begin = time.perf_counter()
-        step.busy_s = begin - step.begin - step.waited_s
+        met_s = sum([norm.waited_s for norm in self.norms])  # those of other models included
+        step.busy_s = begin - step.begin - step.waited_s - met_s
         figures = step.pending()
         bad, total = figures.first_not_finite(), figures.total
         if bad is not None:

@@ -13,7 +13,10 @@ from allfuse.base.errors import DataError
 from allfuse.base.keys import mix
 from allfuse.base.tensors import share
 from allfuse.job import Job
+from allfuse.plan import Data, Plan
 from allfuse.split.data import Source, Stream, as_source, plan_batches
+from allfuse.split.data.loader import Cut
+from allfuse.training.balance import apportion
 
 T = TypeVar("T")
 
@@ -32,8 +35,30 @@ class Batch:
     fetch: Callable[[list[Any]], Any]
 
 
-def read_batches(job: Job, parts: int) -> Iterator[Batch]:
+def uneven(parts: int, least: int) -> Cut:
+    """Shares that differ from replica to replica and change with every step.
+
+    They stand for those that balance=speed measures, which nobody knows beforehand: any shares give
+    the numbers that a plan promises.
+    """
+
+    def cut(total: int, epoch: int, step: int) -> tuple[int, ...]:
+        return apportion(total, [1.0 + (part + step) % parts for part in range(parts)], least)
+
+    return cut
+
+
+def cut_of(plan: Plan, job: Job) -> Cut | None:
+    """How both runs share out the batches of a plan; None: evenly."""
+    data = plan.axis("data")
+    measured = isinstance(data, Data) and data.balance == "speed" and data.n > 1
+    return uneven(plan.replicas, job.accumulate) if measured else None
+
+
+def read_batches(job: Job, parts: int, cut: Cut | None = None) -> Iterator[Batch]:
     """The batches of a job for `parts` replicas, epoch after epoch, without end.
+
+    `cut` shares them out, as in a loader.
 
     Raises:
         DataError: an epoch without batches.
@@ -43,7 +68,7 @@ def read_batches(job: Job, parts: int) -> Iterator[Batch]:
         if isinstance(source, Stream):
             batches = _read_stream(source, job, parts, epoch)
         else:
-            batches = _read_source(source, job, parts, epoch)
+            batches = _read_source(source, job, parts, epoch, cut)
         batch = None
         for batch in batches:
             yield batch
@@ -51,15 +76,20 @@ def read_batches(job: Job, parts: int) -> Iterator[Batch]:
             raise DataError(f"there are no batches in epoch {epoch}")
 
 
-def _read_source(source: Source, job: Job, parts: int, epoch: int) -> Iterator[Batch]:
-    """Replica i takes the i-th of `parts` even runs of each batch."""
+def _read_source(
+    source: Source, job: Job, parts: int, epoch: int, cut: Cut | None
+) -> Iterator[Batch]:
+    """Replica i takes the i-th of `parts` runs of each batch, even ones without a `cut`."""
     plan = plan_batches(source, batch_size=job.batch_size, seed=job.seed)
 
     def fetch(shares: list[Any]) -> Any:
         return source.fetch(np.concatenate(shares), epoch, job.seed)
 
-    for indices, last in _with_last(plan.batches(epoch)):
+    for step, (indices, last) in enumerate(_with_last(plan.batches(epoch))):
         bounds = [share(len(indices), parts, part) for part in range(parts)]
+        if cut is not None:
+            ends = list(itertools.accumulate(cut(len(indices), epoch, step)))
+            bounds = list(zip([0, *ends], ends, strict=False))
         yield Batch(shares=[indices[a:b] for a, b in bounds], last=last, fetch=fetch)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -16,6 +16,11 @@ from allfuse.split.data.base import Source
 from allfuse.split.data.batches import Batches, BatchPlan
 from allfuse.split.data.permutation import Indices
 from allfuse.split.data.portion import Portion, pin
+
+Cut: TypeAlias = Callable[[int, int, int], tuple[int, ...]]
+"""The rows of every replica, from (rows of the batch, epoch, step of the epoch)."""
+
+_AHEAD = 2  # portions that each loader process reads before they are asked for
 
 
 class _Request(NamedTuple):
@@ -34,7 +39,7 @@ class _Request(NamedTuple):
 
 
 class Loader:
-    """Gives one replica its even share of every batch, from any (epoch, step) on.
+    """Gives one replica its share of every batch, from any (epoch, step) on.
 
     A replica reads its own samples only, and the batch's first sample as a stand-in where it has
     none. The samples and their order are the same with any number of loader processes.
@@ -45,6 +50,8 @@ class Loader:
         parts: the number of replicas that share each batch.
         index: this replica.
         processes: that read ahead, 2 portions each; 0 reads in this process when asked.
+        cut: how a batch is shared out, the same on every replica; None: evenly. It is asked when
+            the portion is read, which is up to `ahead` steps before its own.
         pin_memory: puts batches where a GPU can fetch them; nothing to do without one.
 
     >>> from allfuse.split.data import BatchPlan, ColumnSource
@@ -62,11 +69,15 @@ class Loader:
         parts: int,
         index: int,
         processes: int = 0,
+        cut: Cut | None = None,
         pin_memory: bool = False,
     ) -> None:
         if not 0 <= index < parts:
             raise ValueError(f"replica {index} of {parts}: the index must be in range({parts})")
         self.source, self.plan, self.parts, self.index = source, plan, parts, index
+        self.ahead = _AHEAD * processes
+        self._cut = cut or self._evenly
+        self._even: tuple[int, ...] = ()
         self._pin = pin_memory and torch.cuda.is_available()
         self._workers = _Workers(source, plan.seed, processes, self._pin) if processes else None
 
@@ -89,9 +100,7 @@ class Loader:
             batch = self.source.fetch(request.indices, request.epoch, self.plan.seed)
             yield request.fill(pin(batch) if self._pin else batch)
 
-    def leased(
-        self, steps: Iterable[tuple[int, int]], part: int, parts: int
-    ) -> Iterator[Portion]:
+    def leased(self, steps: Iterable[tuple[int, int]], part: int, parts: int) -> Iterator[Portion]:
         """The portions of some steps, where this loader's replicas are one of several groups.
 
         Args:
@@ -129,21 +138,20 @@ class Loader:
         following = next(batches, None)
         if following is None and first_step == 0:
             raise DataError(f"there are no batches in epoch {epoch}; the sampler gave none")
-        step, total = first_step, 0
-        shares: tuple[int, ...] = ()
+        step = first_step
         while following is not None:
             batch, following = following, next(batches, None)
-            if len(batch) != total:
-                total = len(batch)
-                shares, (start, stop) = self._cut(total)
-            own = batch[start:stop] if stop > start else batch[:1]
-            yield _Request(own, stop - start, shares, epoch, step, following is None)
+            shares = self._cut(len(batch), epoch, step)
+            start, rows = sum(shares[: self.index]), shares[self.index]
+            own = batch[start : start + rows] if rows else batch[:1]
+            yield _Request(own, rows, shares, epoch, step, following is None)
             step += 1
 
-    def _cut(self, total: int) -> tuple[tuple[int, ...], tuple[int, int]]:
-        """The rows of every replica, and where this one's begin and end."""
-        bounds = [share(total, self.parts, index) for index in range(self.parts)]
-        return tuple(stop - start for start, stop in bounds), bounds[self.index]
+    def _evenly(self, total: int, epoch: int, step: int) -> tuple[int, ...]:
+        if sum(self._even) != total:
+            bounds = [share(total, self.parts, index) for index in range(self.parts)]
+            self._even = tuple(stop - start for start, stop in bounds)
+        return self._even
 
 
 class _Failure(NamedTuple):
@@ -184,6 +192,7 @@ class _Workers:
             batch_size=None,
             sampler=self,
             num_workers=processes,
+            prefetch_factor=_AHEAD,
             collate_fn=_as_it_is,
             pin_memory=pin_memory,
             worker_init_fn=source.settings.prepare_worker,
