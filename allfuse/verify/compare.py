@@ -16,6 +16,7 @@ from allfuse.plan import Plan
 from allfuse.training.loop import train_job
 from allfuse.verify.record import Reference, tensors_of
 from allfuse.verify.report import Difference, Row
+from allfuse.verify.samples import cut_of
 
 if TYPE_CHECKING:
     from allfuse.base.events import Event
@@ -41,8 +42,14 @@ def compare_run(
 ) -> tuple[list[Row], int]:
     """Train a job under its plan; every rank of it calls this. The rows, and threads of a rank."""
     comparison = Comparison(reference, progress)
+
+    def prepare(session: Session) -> None:
+        if session.balance is not None:
+            session.balance.script = cut_of(plan, job)
+        comparison.attach(session)
+
     try:
-        result = train_job(job, plan, device=device, prepare=comparison.attach)
+        result = train_job(job, plan, device=device, prepare=prepare)
         comparison.end(result.weights)
     finally:
         comparison.close()
