@@ -201,7 +201,7 @@ def test_a_job_outlives_workers_that_are_killed_and_join_every_few_seconds(
         free.bind(("127.0.0.1", 0))
         place = f"127.0.0.1:{free.getsockname()[1]}"
     plan = "data(4, topology=central(servers=2), sync=asp, min=1, max=8)"
-    epochs, run_token = 60, tmp_path / "job.token"
+    epochs, run_token = 30, tmp_path / "job.token"
     run = None
     joined = []
     try:
