@@ -212,10 +212,12 @@ class Book:
 
     def open_work(self) -> list[Work]:
         """Leases that are out or staged, and those revoked that servers are still to forget."""
+        return self._works("state IN ('out', 'staged', 'revoked')")
+
+    def _works(self, where: str) -> list[Work]:
         rows = self._db.execute(
             "SELECT lease, worker, clock, block, part, offers, due, state, read, births, loss, "
-            "count, rows, seconds, options FROM leases "
-            "WHERE state IN ('out', 'staged', 'revoked') ORDER BY lease"
+            f"count, rows, seconds, options FROM leases WHERE {where} ORDER BY lease"
         )
         found = []
         for lease, worker, clock, block, part, offers, due, state, *result in rows:
@@ -287,6 +289,17 @@ class Book:
             (first, last),
         )
         return [Commit(*row) for row in rows]
+
+    def history(self) -> list[tuple[Work, Commit]]:
+        """Every update that was ordered, in their order, with what its worker said of it."""
+        commits = {commit.lease: commit for commit in self.commits(0, self.newest()[0])}
+        works = {work.lease: work for work in self._works("state = 'committed'")}
+        return [(works[lease], commit) for lease, commit in commits.items()]
+
+    def tally(self) -> dict[State, int]:
+        """How many leases there are of each state."""
+        rows = self._db.execute("SELECT state, count(*) FROM leases GROUP BY state")
+        return {State(state): count for state, count in rows}
 
     def updates_until(self, sequence: int) -> int:
         """How many updates were ordered up to a sequence."""

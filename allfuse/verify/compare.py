@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from allfuse.job import Job
 from allfuse.plan import Plan
 from allfuse.training.loop import train_job
+from allfuse.verify.distance import Yardstick, relative
 from allfuse.verify.record import Reference, tensors_of
 from allfuse.verify.report import Difference, Row
 from allfuse.verify.samples import cut_of
@@ -71,8 +72,7 @@ class Comparison:
         self.tolerance = TOLERANCES[reference.precision]
         self.rows = []
         self.link: Link | None = None
-        self._before: dict[str, Tensor] = {}
-        self._way = 0.0
+        self._yardstick: Yardstick | None = None
 
     def attach(self, session: Session) -> None:
         """Watch a session from its first step on."""
@@ -125,27 +125,11 @@ class Comparison:
     def _differences(
         self, own: Mapping[str, Tensor], expected: dict[str, Tensor], model: nn.Module
     ) -> dict[str, float]:
-        """How far each tensor is off: the length of its difference, relative to a scale.
-
-        For a parameter the way that all parameters together have come since the start: rounding of
-        a gradient that is 0, which Adam blows up to a full step, is a small part of it, a missed
-        step a large one, whatever the learning rate. For a buffer its own length.
-        """
-        parameters = [name for name, _ in model.named_parameters() if name in expected]
-        before, self._before = self._before or expected, expected
-        self._way += length(expected[name] - before[name] for name in parameters)
-        whole = length(expected[name] for name in parameters)
-        typical = whole / math.sqrt(sum(expected[name].numel() for name in parameters))
-        epsilon = torch.finfo(next(iter(expected.values())).dtype).eps
-        scale = max(self._way, math.sqrt(epsilon) * whole)
-        found = {}
-        for name, value in expected.items():
-            off = length([own[name].cpu().double() - value.double()])
-            least = typical * math.sqrt(value.numel())
-            found[name] = relative(
-                off, scale if name in parameters else max(length([value]), least)
-            )
-        return found
+        """How far each tensor is off."""
+        if self._yardstick is None:
+            self._yardstick = Yardstick({name for name, _ in model.named_parameters()})
+        self._yardstick.advance(expected)
+        return self._yardstick.differences(own, expected)
 
     def _row(self, moment: str, told: list[list[float]], names: list[str], stepped: bool) -> Row:
         """The largest differences over all ranks, as rank 0 sees them."""
@@ -205,15 +189,3 @@ class Comparison:
         }
         with open(self.progress, "a") as file:
             file.write(json.dumps(data) + "\n")
-
-
-def length(tensors: Iterable[Tensor]) -> float:
-    """The root of the sum of all squares."""
-    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
-
-
-def relative(difference: float, scale: float) -> float:
-    """A difference in units of a scale; infinite where that has no meaning."""
-    if difference == 0.0:
-        return 0.0
-    return difference / scale if scale > 0 and math.isfinite(difference) else math.inf

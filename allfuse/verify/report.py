@@ -81,7 +81,8 @@ class Report:
     tolerance: allowed differences of loss, gradient norm and weights. first: the first one beyond
     it, from which later ones follow. loss, norm, worst: the largest of losses, of gradient norms
     and of weights. plan_seconds, reference_seconds: of the fastest step, since other programs on a
-    machine can hold up single ones a hundredfold.
+    machine can hold up single ones a hundredfold; None where steps of workers cannot be told apart.
+    compared: what with what, in words. also: another comparison of the same run.
     """
 
     plan: str
@@ -94,12 +95,14 @@ class Report:
     workers: int
     threads: int
     reference_threads: int
-    plan_seconds: float
-    reference_seconds: float
+    plan_seconds: float | None
+    reference_seconds: float | None
+    compared: str = ""
+    also: Report | None = None
 
     @property
     def ok(self) -> bool:
-        return self.first is None
+        return self.first is None and (self.also is None or self.also.ok)
 
     @property
     def first(self) -> Difference | None:
@@ -110,8 +113,9 @@ class Report:
         return max((row.loss for row in self.rows if row.loss), key=Difference.order)
 
     @property
-    def norm(self) -> Difference:
-        return max((row.norm for row in self.rows if row.norm), key=Difference.order)
+    def norm(self) -> Difference | None:
+        norms = (row.norm for row in self.rows if row.norm)
+        return max(norms, key=Difference.order, default=None)
 
     @property
     def worst(self) -> Difference:
@@ -123,8 +127,10 @@ class Report:
         return next((row.wrong for row in self.rows if row.wrong), [])
 
     @property
-    def speed_ratio(self) -> float:
+    def speed_ratio(self) -> float | None:
         """How many steps the plan does in the time of one of the reference."""
+        if self.plan_seconds is None or self.reference_seconds is None:
+            return None
         return self.reference_seconds / self.plan_seconds
 
     def as_dict(self) -> dict[str, Any]:
@@ -135,28 +141,34 @@ class Report:
         for name in ("first", "loss", "norm", "worst"):
             value = getattr(self, name)
             found[name] = None if value is None else asdict(value)
+        found["also"] = None if self.also is None else self.also.as_dict()
         plain: dict[str, Any] = _finite(found)
         return plain
 
     def lines(self) -> list[str]:
         """A summary for people."""
-        verdict = "same numbers" if self.ok else "DIFFERENT NUMBERS"
+        verdict = "same numbers" if self.first is None else "DIFFERENT NUMBERS"
+        compared = (
+            "loss, gradient norm and every weight, on every worker after every step, with "
+            + REFERENCE[self.promise]
+        )
         lines = [
             f"verify {self.plan}: {verdict} after {self.steps} steps in {self.precision}",
             f"promise     {self.promise}: {MEANING[self.promise]}",
-            "compared    loss, gradient norm and every weight, on every worker after every step, "
-            f"with {REFERENCE[self.promise]}",
+            f"compared    {self.compared or compared}",
             "",
             *self._table(),
             "",
         ]
         for label, difference in (("loss", self.loss), ("gradient", self.norm)):
-            lines.append(f"{label:<12}largest difference: {_place(difference)}")
+            if difference is not None:
+                lines.append(f"{label:<12}largest difference: {_place(difference)}")
         worst = self.worst
         lines.append(f"{'weights':<12}largest difference: {_place(worst)}, in {worst.what}")
         lines += self._explain()
-        lines.append(self._speed())
-        return lines + [f"{'note':<12}{note}" for note in self.notes]
+        lines += self._speed()
+        lines += [f"{'note':<12}{note}" for note in self.notes]
+        return lines if self.also is None else [*lines, "", *self.also.lines()]
 
     def _table(self) -> list[str]:
         every = math.ceil(len(self.rows) / MOST_ROWS)
@@ -173,7 +185,7 @@ class Report:
         if self.first is None:
             return []
         lines = [f"{'first wrong':<12}{self.first}"]
-        if self.wrong and self.loss.ok and self.norm.ok:
+        if self.wrong and self.loss.ok and (self.norm is None or self.norm.ok):
             lines.append(
                 f"{'':<12}losses and gradient norms agree throughout: what is off bears on nothing "
                 "(a bias before BatchNorm), or went wrong in the last step only"
@@ -185,14 +197,16 @@ class Report:
             lines.append(f"{'':<12}no tensor is off: training is right and reported wrong")
         return lines
 
-    def _speed(self) -> str:
+    def _speed(self) -> list[str]:
+        if self.plan_seconds is None or self.reference_seconds is None:
+            return []
         plan = f"{_count(self.workers, 'worker')} of {_count(self.threads, 'thread')}"
         alone = f"one process of {_count(self.reference_threads, 'thread')}"
-        return (
+        return [
             f"{'speed':<12}{format_seconds(self.plan_seconds)} a step with {plan}, "
             f"{format_seconds(self.reference_seconds)} with {alone}: {self.speed_ratio:.2f} times "
             f"its speed (fastest steps, in {self.precision}, without reading samples and comparing)"
-        )
+        ]
 
 
 def _table_line(row: Row) -> str:

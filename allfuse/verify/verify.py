@@ -16,6 +16,7 @@ from allfuse.launcher.thread import first_failure, launch_threads
 from allfuse.plan import Data, Plan, Site, as_plan
 from allfuse.plan.plan import PlanLike
 from allfuse.verify.compare import TOLERANCES
+from allfuse.verify.ordered import check_ordered, verify_ordered
 from allfuse.verify.progress import Listener, Relay
 from allfuse.verify.record import Reference
 from allfuse.verify.report import Report, Row
@@ -38,7 +39,8 @@ def verify_job(
     First the reference (reference.py) trains in a process of its own, then the job trains under the
     plan, with `train_job` as always. Every rank compares its own loss, gradient norm and weights
     after every step. Weights of the reference lie in a temporary folder meanwhile: steps x weights
-    in float64, at most 4 GB.
+    in float64, at most 4 GB. Plans with servers run first, and their own order of events is
+    executed serially afterwards (ordered.py).
 
     Args:
         job: a `Job`, a function that makes one, or the path of a job file.
@@ -63,6 +65,8 @@ def verify_job(
         with tempfile.TemporaryDirectory(prefix="allfuse-verify-") as name:
             task = Task(job, dict(settings or {}), chosen, steps, double, device, Path(name))
             with Relay(task.folder / "progress.jsonl", on_event) as relay:
+                if chosen.outer is not None:
+                    return verify_ordered(crew, task, lambda text: relay.emit("note", text=text))
                 relay.emit("note", text="the reference trains: a plain loop in one process")
                 reference: Reference = crew.run_alone(task.reference)
                 relay.emit("note", text=f"{chosen} trains, and is compared at every step")
@@ -106,6 +110,9 @@ def check_plan(plan: Plan) -> None:
     Raises:
         PlanError: the plan cannot run, or an axis fuses otherwise than in step.
     """
+    if plan.outer is not None:
+        check_ordered(plan)
+        return
     plan.validate_executable()
     for axis in plan.axes:
         if not (isinstance(axis, Data | Site) and axis.sync.bound == 0):

@@ -1,0 +1,203 @@
+"""What a scheduler's book says happened: who made which update of which weights, in which order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from allfuse.base.errors import AllfuseError
+from allfuse.roles.book import Book
+from allfuse.roles.ledger import Ledger, Unit
+from allfuse.roles.records import Commit, State, Work
+from allfuse.roles.terms import Terms
+
+ROOM = 1 << 62  # more clocks than there are
+
+
+@dataclass(frozen=True)
+class Update:
+    """An update that was ordered.
+
+    number: of its worker, in the order of joining. first_step, steps, part: what it was made of.
+    read: the version of the weights that it was made from. weight: what it counted. loss, count:
+    the sum of losses that the worker told, and what their mean is over. options: of the optimizer.
+    """
+
+    lease: int
+    worker: str
+    number: int
+    clock: int
+    first_step: int
+    steps: int
+    part: int
+    read: int
+    weight: float
+    loss: float
+    count: float
+    options: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Event:
+    """An order: updates in the order in which they are summed, then who got the weights."""
+
+    sequence: int
+    updates: list[Update]
+    readers: list[str]
+
+
+@dataclass
+class History:
+    """A run's order of events.
+
+    taken_back: leases that were handed out and never counted. rebirths: servers that had to be
+    started again. numbers: of the workers, by name.
+    """
+
+    events: list[Event]
+    limit: int | None
+    taken_back: int
+    rebirths: int
+    numbers: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path, terms: Terms) -> History:
+        """From a book whose scheduler has ended.
+
+        Raises:
+            RunError: it cannot be read.
+        """
+        book = Book(path)
+        try:
+            task = book.get("task") or {}
+            numbers = {worker.name: worker.number for worker, _ in book.workers()}
+            orders = book.orders(0, book.newest()[0])
+            made: dict[int, list[Update]] = {}
+            ledger = Ledger(terms.parts, terms.every, limit_of(task))
+            for work, commit in book.history():
+                update = _as_update(work, commit, ledger, numbers)
+                made.setdefault(commit.sequence, []).append(update)
+            tally = book.tally()
+            return cls(
+                [Event(order.sequence, made.get(order.sequence, []), order.to) for order in orders],
+                ledger.limit,
+                sum(count for state, count in tally.items() if state is not State.COMMITTED),
+                len(book.servers()) - terms.servers if orders else 0,
+                numbers,
+            )
+        finally:
+            book.close()
+
+    @property
+    def updates(self) -> list[Update]:
+        return [update for event in self.events for update in event.updates]
+
+    def check(self, terms: Terms) -> None:
+        """That the events can be those of the plan.
+
+        Raises:
+            AllfuseError: samples were learned from twice or never, an update was made of weights
+                that its worker had not been sent, or it counted what it should not, or a worker was
+                further ahead than the plan allows.
+        """
+        self._check_samples(terms)
+        sent: dict[str, set[int]] = {}
+        before = [0]  # updates ordered until each sequence
+        for event in self.events:
+            weights = _weights(event, before, terms)
+            for update, weight in zip(event.updates, weights, strict=True):
+                if update.read not in sent.get(update.worker, ()):
+                    raise _wrong(
+                        update, f"was made of version {update.read}, which it was not sent"
+                    )
+                if abs(update.weight - weight) > 1e-12 * weight:
+                    raise _wrong(update, f"counted {update.weight}, and should have {weight}")
+            for worker in event.readers:
+                sent.setdefault(worker, set()).add(event.sequence)
+            before.append(before[-1] + bool(event.updates))
+        _check_bound(self.events, terms)
+
+    def _check_samples(self, terms: Terms) -> None:
+        units = [(update.first_step, update.part) for update in self.updates]
+        twice = sorted({unit for unit in units if units.count(unit) > 1})
+        if twice:
+            step, part = twice[0]
+            raise AllfuseError(f"the record says that part {part} of step {step} was learned twice")
+        if self.limit is None:
+            return
+        wanted = {
+            (step, part)
+            for step in range(0, self.limit, terms.every)
+            for part in range(terms.parts)
+        }
+        never = sorted(wanted - set(units))
+        if never:
+            step, part = never[0]
+            raise AllfuseError(
+                f"the record says that {len(never)} of {len(wanted)} shares of work were never "
+                f"learned from, part {part} of step {step} first"
+            )
+
+
+def limit_of(task: dict[str, Any]) -> int | None:
+    """Steps of the whole run, as its first worker told them."""
+    epochs, each = task.get("epochs"), task.get("steps_per_epoch")
+    limits = [task.get("steps"), epochs * each if epochs is not None and each else None]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _as_update(work: Work, commit: Commit, ledger: Ledger, numbers: dict[str, int]) -> Update:
+    result, unit = work.result, Unit(*work.unit)
+    assert result is not None, "an update without a result was ordered"
+    return Update(
+        lease=work.lease,
+        worker=work.worker,
+        number=numbers[work.worker],
+        clock=work.clock,
+        first_step=ledger.first_step(unit),
+        steps=ledger.steps(unit),
+        part=unit.part,
+        read=commit.read,
+        weight=commit.weight,
+        loss=result.loss,
+        count=result.count,
+        options=result.options,
+    )
+
+
+def _weights(event: Event, before: list[int], terms: Terms) -> list[float]:
+    """What the updates of an order count by the plan. before: updates until each sequence."""
+    if terms.in_step:
+        total = sum(update.count for update in event.updates)
+        return [update.count / total if total > 0 else 0.0 for update in event.updates]
+    missed = [before[-1] - before[update.read + 1] for update in event.updates]
+    return [1 / (each + 1) if terms.is_scaled else 1.0 for each in missed]
+
+
+def _check_bound(events: list[Event], terms: Terms) -> None:
+    """That no update of clock c was made while somebody who went on was before clock c - s."""
+    bound = terms.sync.bound
+    if bound is None or terms.in_step:
+        return
+    at: dict[str, int] = {}  # the clock of each worker
+    last: dict[str, int] = {}  # the sequence of its last update
+    for event in events:
+        for update in event.updates:
+            at.setdefault(update.worker, update.clock)
+            last[update.worker] = event.sequence
+    lows: list[int] = []  # the slowest, at each sequence
+    for event in events:
+        for update in event.updates:
+            ahead = update.clock - lows[update.read]
+            if ahead > bound:
+                raise _wrong(update, f"was {ahead} clocks ahead; the plan allows {bound}")
+            at[update.worker] = update.clock + 1
+        lows.append(min((at[who] for who in at if last[who] > event.sequence), default=ROOM))
+
+
+def _wrong(update: Update, what: str) -> AllfuseError:
+    return AllfuseError(
+        f"the record cannot be right: the update of {update.worker} for part {update.part} of step "
+        f"{update.first_step} {what}"
+    )

@@ -1,0 +1,314 @@
+"""A run's order of events executed serially, in one process, by plain PyTorch.
+
+It shares with the code under test the job, the first weights, the order of samples, the rule that
+cuts n rows into even shares, and how what servers hold is named (a blueprint). There are no servers
+here, no workers at the same time, no pieces and no messages: whole tensors, one optimizer for each
+group, one update after the other. What codecs do to updates and weights is in encoded.py.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from allfuse.base.errors import AllfuseError
+from allfuse.base.tensors import share
+from allfuse.job import Job, default_forward
+from allfuse.plan import Site
+from allfuse.roles.blueprint import Blueprint
+from allfuse.roles.cutting import Block
+from allfuse.roles.elementwise import find_class, from_plain, is_per_element, to_plain, to_text
+from allfuse.roles.terms import Terms
+from allfuse.split.data import BatchPlan, Source, as_source, plan_batches
+from allfuse.training.measure import sum_and_count
+from allfuse.training.start import build_model
+from allfuse.verify.encoded import Inward, Outward
+from allfuse.verify.history import Event, History, Update
+from allfuse.verify.reference import AUTOCAST, cut_into_pieces
+
+Named: TypeAlias = dict[str, Tensor]
+
+
+@dataclass
+class Lesson:
+    """What a worker makes of its work. figures: loss and norm of each step, None without samples.
+
+    values: gradients, or weights as read less weights now, by name. total, count: the sum of
+    losses, and what their mean is over. options: those of the optimizer's groups at the end.
+    """
+
+    figures: list[tuple[float, float] | None] = field(default_factory=list)
+    values: Named = field(default_factory=dict)
+    total: float = 0.0
+    count: float = 0.0
+    options: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Samples:
+    """Which samples a group of workers learns from in a step.
+
+    Args:
+        parts: into how many each batch is cut. ranks: workers of a group, who share a part.
+    """
+
+    def __init__(self, job: Job, parts: int, ranks: int) -> None:
+        source = as_source(job.train, collate=job.collate)
+        assert isinstance(source, Source), "refused when training begins"
+        plan = plan_batches(source, batch_size=job.batch_size, seed=job.seed)
+        assert isinstance(plan, BatchPlan), "refused when training begins"
+        self.job, self.source, self.plan = job, source, plan
+        self.parts, self.ranks = parts, ranks
+
+    def pieces(self, step: int, part: int, device: torch.device) -> list[tuple[Any, int]]:
+        """The batch of a part, in the pieces that a step accumulates over; none without samples."""
+        epoch, number = divmod(step, self.plan.steps_per_epoch)
+        batch = self.plan.indices(epoch, number)
+        everybody = self.parts * self.ranks
+        bounds = [
+            share(len(batch), everybody, part * self.ranks + rank) for rank in range(self.ranks)
+        ]
+        sizes = [stop - start for start, stop in bounds]
+        if not sum(sizes):
+            return []
+        chosen = np.concatenate([batch[start:stop] for start, stop in bounds])
+        fetched = self.source.fetch(chosen, epoch, self.job.seed)
+        accumulate = min([self.job.accumulate, *(size for size in sizes if size)])
+        return cut_into_pieces(fetched, sizes, accumulate, device)
+
+    def epoch(self, step: int) -> int:
+        return step // self.plan.steps_per_epoch
+
+
+class Pupil:
+    """What belongs to one worker alone: its optimizer's state under `site`, its schedule, and the
+    buffers that are not shared."""
+
+    def __init__(self, job: Job, model: nn.Module, blueprint: Blueprint, samples: Samples) -> None:
+        self.job, self.samples, self.blueprint = job, samples, blueprint
+        self.model = copy.deepcopy(model)
+        self.optimizer = job.optimizer(self.model.parameters())
+        self.scheduler = None if job.scheduler is None else job.scheduler(self.optimizer)
+        vars(self.optimizer)["_opt_called"] = True  # what schedulers of torch look for
+        self._advanced = 0
+        named = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        self.held = {held.name: named[held.name] for held in blueprint.tensors}
+        self.device = next(iter(self.held.values())).device
+
+    def learn(self, update: Update, read: Mapping[str, Tensor], steps_here: bool) -> Lesson:
+        """Work on an update's samples from the weights that it was made of.
+
+        Args:
+            steps_here: the optimizer steps (`site`); else the gradient of the one step is it.
+        """
+        for name, tensor in self.held.items():
+            tensor.data = read[name].detach().clone()
+        lesson = Lesson()
+        for step in range(update.first_step, update.first_step + update.steps):
+            self._advance(step)
+            self.optimizer.zero_grad()
+            pieces = self.samples.pieces(step, update.part, self.device)
+            lesson.figures.append(self._differentiate(pieces, lesson) if pieces else None)
+            if steps_here and pieces:
+                self.optimizer.step()
+        lesson.options = [to_plain(g, type(self.optimizer)) for g in self.optimizer.param_groups]
+        for block in self.blueprint.blocks:
+            for name in block.names:
+                now, pushes = self.held[name], self.blueprint.groups[block.group].pushed
+                if pushes == "change":
+                    lesson.values[name] = read[name] - now.detach()
+                else:
+                    lesson.values[name] = torch.zeros_like(now) if now.grad is None else now.grad
+        return lesson
+
+    def _advance(self, step: int) -> None:
+        """The learning rate of a step: where everybody's schedule stands before it."""
+        every = self.job.scheduler_every
+        target = {"step": step, "epoch": self.samples.epoch(step)}.get(every, 0)
+        while self.scheduler is not None and self._advanced < target:
+            self.scheduler.step()
+            self._advanced += 1
+
+    def _differentiate(self, pieces: list[tuple[Any, int]], lesson: Lesson) -> tuple[float, float]:
+        """The gradient of the mean loss, clipped; the loss, and the gradient's norm before."""
+        rows, total, counted = sum(size for _, size in pieces), 0.0, 0.0
+        dtype = AUTOCAST[self.job.precision]
+        for batch, size in pieces:
+            with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+                outputs = (self.job.forward or default_forward)(self.model, batch)
+                value = self.job.loss(outputs, batch)
+            loss, factor, count = sum_and_count(value, size, "the loss")
+            weight = factor / rows
+            (loss if weight == 1.0 else loss * weight).backward()
+            total, counted = total + loss.item() * factor, counted + count
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad for p in trained if p.grad is not None]
+        if rows != counted:
+            for gradient in gradients:
+                gradient.mul_(rows / counted)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.job.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(trained, self.job.clip, norm)
+        lesson.total, lesson.count = lesson.total + total, lesson.count + counted
+        return total / counted, float(norm)
+
+
+class Central:
+    """The weights that updates are applied to: whole tensors, an optimizer for each block."""
+
+    def __init__(self, blueprint: Blueprint, model: nn.Module) -> None:
+        self.blueprint = blueprint
+        named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self.weights = {
+            held.name: Parameter(named[held.name].detach().clone()) for held in blueprint.tensors
+        }
+        self._optimizers = [self._optimizer(block) for block in blueprint.blocks]
+
+    def _optimizer(self, block: Block) -> torch.optim.Optimizer:
+        """As a plain script makes it; by torch's fused step where servers use that one."""
+        group = self.blueprint.groups[block.group]
+        made: Any = find_class(group.optimizer)
+        text = to_text(group.options)
+        fused = is_per_element(group.optimizer, text, block.dtype, fused=True)
+        how = {"fused": True} if fused else {}
+        optimizer: torch.optim.Optimizer = made(
+            [self.weights[name] for name in block.names], **from_plain(group.options), **how
+        )
+        return optimizer
+
+    @torch.no_grad()
+    def apply(self, updates: Sequence[tuple[float, Named]], options: list[dict[str, Any]]) -> None:
+        """One step by the weighted sum of updates.
+
+        Args:
+            options: of each group whose gradients are pushed; the others' never change.
+        """
+        for block, optimizer in zip(self.blueprint.blocks, self._optimizers, strict=True):
+            if self.blueprint.groups[block.group].pushed == "gradient":
+                optimizer.param_groups[0].update(from_plain(options[block.group]))
+            for name in block.names:
+                summed = add_up([(weight, values[name]) for weight, values in updates])
+                self.weights[name].grad = summed.to(block.dtype)
+            optimizer.step()
+
+    def copy(self) -> Named:
+        return {name: weight.detach().clone() for name, weight in self.weights.items()}
+
+
+def add_up(parts: Sequence[tuple[float, Tensor]]) -> Tensor:
+    """The weighted sum, in float32 or wider, in this order."""
+    (weight, first), *rest = parts
+    if not rest and weight == 1.0:
+        return first
+    total = first.to(torch.promote_types(first.dtype, torch.float32)) * weight
+    for weight, values in rest:
+        total.add_(values, alpha=weight)
+    return total
+
+
+class Serial:
+    """The run of a job under a plan with servers, executed from its history.
+
+    Kept are the weights that later updates were made of, and no others.
+
+    Args:
+        terms: of the plan. outer: its axis that is out of step. ranks: workers of a group.
+    """
+
+    def __init__(
+        self, job: Job, outer: Any, terms: Terms, ranks: int, device: torch.device
+    ) -> None:
+        self.job, self.outer, self.terms = job, outer, terms
+        self.model = build_model(job.model, job.seed).to(device)
+        self.blueprint = make_blueprint(job, self.model, outer, terms)
+        self.central = Central(self.blueprint, self.model)
+        self.samples = Samples(job, terms.parts, ranks)
+        self.outward = Outward(self.blueprint, terms.servers)
+        self.inward: dict[str, Inward] = {}
+        self.pupils: dict[str, Pupil] = {}
+        self._versions: dict[tuple[str, int], Named] = {}  # by reader and sequence
+
+    @property
+    def parameters(self) -> set[str]:
+        return {name for name, _ in self.model.named_parameters()}
+
+    def play(
+        self,
+        history: History,
+        learned: Callable[[Update, Lesson], None],
+        arrived: Callable[[Event, Named, Mapping[str, Named]], None],
+    ) -> Named:
+        """Execute all events; the weights at the end.
+
+        Args:
+            learned: told of each update. arrived: of each version of the weights, and of what each
+                of its readers then has.
+        """
+        due: dict[tuple[str, int], int] = {}
+        for update in history.updates:
+            due[update.worker, update.read] = due.get((update.worker, update.read), 0) + 1
+        now = self.central.copy()
+        for event in history.events:
+            if event.updates:
+                self._apply(event, due, learned)
+                now = self.central.copy()
+            held = {worker: self._send(worker, event, now) for worker in event.readers}
+            for worker, values in held.items():
+                if (worker, event.sequence) in due:
+                    self._versions[worker, event.sequence] = values
+            arrived(event, now, held)
+        return now
+
+    def _send(self, worker: str, event: Event, now: Named) -> Named:
+        return self.outward.send(worker, event.sequence, now)
+
+    def _apply(
+        self,
+        event: Event,
+        due: dict[tuple[str, int], int],
+        learned: Callable[[Update, Lesson], None],
+    ) -> None:
+        made: dict[int, tuple[Lesson, Named]] = {}
+        for update in sorted(event.updates, key=lambda update: update.lease):  # as a worker did
+            lesson = self._learn(update)
+            values = self.inward[update.worker].bring(update.lease, update.clock, lesson.values)
+            made[update.lease] = lesson, values
+            learned(update, lesson)
+            place = update.worker, update.read
+            self.outward.confirm(*place)
+            due[place] -= 1
+            if not due[place]:
+                del self._versions[place]
+        parts = [(u.weight, made[u.lease][1]) for u in event.updates]
+        self.central.apply(parts, made[event.updates[0].lease][0].options)
+
+    def _learn(self, update: Update) -> Lesson:
+        read = self._versions.get((update.worker, update.read))
+        if read is None:
+            raise AllfuseError(f"version {update.read} was never sent to {update.worker}")
+        if update.worker not in self.pupils:
+            self.pupils[update.worker] = Pupil(self.job, self.model, self.blueprint, self.samples)
+            self.inward[update.worker] = Inward(self.blueprint, self.terms.servers, update.worker)
+        return self.pupils[update.worker].learn(update, read, isinstance(self.outer, Site))
+
+
+def make_blueprint(job: Job, model: nn.Module, outer: Any, terms: Terms) -> Blueprint:
+    """What servers hold under a plan: trained parameters, and buffers as means of what updates make
+    of them."""
+    codec, share_of = str(outer.codec), 1.0 if terms.in_step else 1.0 / outer.n
+    optimizer = job.optimizer(model.parameters())
+    named = {id(p): name for name, p in model.named_parameters()}
+    buffers = list(model.named_buffers())
+    if not isinstance(outer, Site):
+        pairs = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        return Blueprint.of_gradients(optimizer, pairs, buffers, codec=codec, share=share_of)
+    held = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    options = outer.outer.options(share_of)
+    trained = [(named[id(p)], p) for p in held]
+    return Blueprint.of_changes(trained, buffers, options=options, codec=codec, share=share_of)

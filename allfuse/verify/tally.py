@@ -1,0 +1,91 @@
+"""Differences as they are found, in any order, made into the rows of a report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from allfuse.verify.compare import SMALLEST
+from allfuse.verify.distance import relative
+from allfuse.verify.report import Difference, Row
+
+END = "end"
+
+
+class Pair(NamedTuple):
+    """A figure as it was told of a step, and as it should be; None is none."""
+
+    rank: int
+    own: float | None
+    expected: float | None
+
+
+@dataclass
+class Tally:
+    """What differs by how much.
+
+    tolerance: allowed differences of "loss", "gradient norm" and "weights". steps: of the run.
+    is_equal: whether all weights that were compared are equal bit for bit.
+    """
+
+    tolerance: Mapping[str, float]
+    steps: int
+    is_equal: bool = True
+    _figures: dict[tuple[str, str], list[Pair]] = field(default_factory=dict)
+    _weights: dict[str, list[Difference]] = field(default_factory=dict)
+
+    def add_figure(
+        self, what: str, step: int, rank: int, own: float | None, expected: float | None
+    ) -> None:
+        """A loss or norm that a rank told after so many steps."""
+        self._figures.setdefault((what, str(step)), []).append(Pair(rank, own, expected))
+
+    def add_weights(self, moment: str, rank: int, sizes: Mapping[str, float]) -> None:
+        """How far each tensor of a rank is off, before a step or at the end."""
+        step = self.steps if moment == END else int(moment)
+        found = self._weights.setdefault(moment, [])
+        for name, size in sizes.items():
+            self.is_equal = self.is_equal and size == 0.0
+            allowed = self.tolerance["weights"]
+            found.append(Difference(what=name, rank=rank, step=step, size=size, allowed=allowed))
+
+    def rows(self) -> list[Row]:
+        """One for each moment of which anything is known."""
+        rows = []
+        for moment in [*map(str, range(self.steps + 1)), END]:
+            weights = self._weights.get(moment, [])
+            row = Row(
+                moment=moment,
+                loss=self._largest("loss", moment),
+                norm=self._largest("gradient norm", moment),
+                weights=max(weights, key=Difference.order, default=None),
+                wrong=list(dict.fromkeys(each.what for each in weights if not each.ok)),
+                seconds=None,
+            )
+            if row.differences:
+                rows.append(row)
+        return rows
+
+    def _largest(self, what: str, moment: str) -> Difference | None:
+        pairs = self._figures.get((what, moment), [])
+        known = [p.expected for (w, _), all_ in self._figures.items() if w == what for p in all_]
+        floor = SMALLEST * max((abs(value) for value in known if value is not None), default=0.0)
+        found = [self._difference(what, int(moment), pair, floor) for pair in pairs]
+        return max(found, key=Difference.order, default=None)
+
+    def _difference(self, what: str, step: int, pair: Pair, floor: float) -> Difference:
+        rank, own, expected = pair
+        size = 0.0 if own == expected else math.inf
+        if own != expected and own is not None and expected is not None:
+            size = relative(abs(own - expected), max(abs(expected), floor))
+        return Difference(
+            what=what,
+            rank=rank,
+            step=step,
+            size=size,
+            allowed=self.tolerance[what],
+            own=own,
+            expected=expected,
+        )
