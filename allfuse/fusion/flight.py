@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from allfuse.base.torch_private import foreach_copy
 from allfuse.fusion.fuser import Fuser
@@ -21,15 +23,22 @@ class Bundle:
         agreed: what all peers held after the last round, None before the first. Kept where changes
             are sent (there is a memory) or where an outer optimizer steps from there.
         momentum: what that optimizer keeps, in float32 or wider; None before its first step.
-        steps: whether an outer optimizer steps these. It does parameters; buffers are averaged.
+        buffers: where there are buffers, which it leaves as they were fused.
     """
 
     def __init__(
         self, number: int, names: list[str], tensors: list[Tensor], fuser: Fuser, steps: bool
     ) -> None:
         self.operation = f"fuse weights, bucket {number}"
-        self.names, self.tensors, self.steps = names, tensors, steps
+        self.names, self.tensors = names, tensors
         self.sizes = [tensor.numel() for tensor in tensors]
+        ends = list(itertools.accumulate(self.sizes))
+        self.buffers = [
+            slice(end - size, end)
+            for tensor, size, end in zip(tensors, self.sizes, ends, strict=True)
+            if not isinstance(tensor, Parameter)
+        ]
+        self.steps = steps and len(self.buffers) < len(tensors)
         self.shapes = [tuple(tensor.shape) for tensor in tensors]
         first = tensors[0]
         self.exact = torch.promote_types(first.dtype, torch.float32)
@@ -68,13 +77,14 @@ class Load:
     """A bundle on its way.
 
     base: what its values are the change of; None where they are whole. encoded: what is not sent is
-    kept in the bundle's memory.
+    kept in the bundle's memory. unsent: what was kept there before, where that is needed to land.
     """
 
     bundle: Bundle
     flat: Tensor
     base: Tensor | None = None
     encoded: bool = False
+    unsent: Tensor | None = None
 
 
 class Flight:
@@ -97,6 +107,15 @@ class Flight:
             return sum(load.flat.nbytes for load in self.loads)
         shapes = [shape for load in self.loads for shape in load.bundle.shapes]
         return self.fuser.fusion.codec.payload_bytes(shapes, 4)
+
+    def values(self) -> dict[str, Tensor]:
+        """What was fused, by the names of tensors, once it was carried."""
+        return {n: v for load in self.loads for n, v in load.bundle.name(load.flat).items()}
+
+    def unsent(self) -> dict[str, Tensor]:
+        """What had not been sent before it departed, where that is kept."""
+        kept = [(load.bundle, load.unsent) for load in self.loads if load.unsent is not None]
+        return {n: v for bundle, unsent in kept for n, v in bundle.name(unsent).items()}
 
     @torch.no_grad()
     def carry(self, weights: Sequence[float]) -> None:
@@ -133,8 +152,9 @@ class Flight:
 
         Args:
             own: the share that the tensors keep of what they hold by now. What a codec has not sent
-                is still in that share, and is kept for the next round only in the rest: else it
-                would be sent twice.
+                becomes the same mean of what it was before the round and after it: a share of the
+                round is undone, and what it would have sent is still there. Without steps between
+                departure and landing the sum of weights and of what was not sent stays the same.
             keep: go on from here in the next round. Else only the tensors change.
         """
         for load in self.loads:
@@ -142,11 +162,13 @@ class Flight:
             if bundle.steps and bundle.agreed is not None:
                 fused, anchor = agreed.to(bundle.exact), bundle.agreed.to(bundle.exact)
                 stepped, momentum = outer.step(fused, anchor, bundle.momentum)
+                for buffer in bundle.buffers:
+                    stepped[buffer] = fused[buffer]
                 agreed = stepped.to(agreed.dtype)
                 if keep:
                     bundle.momentum = momentum
             if keep and bundle.keeps:
                 bundle.agreed = agreed
-            if keep and own and load.encoded and bundle.memory is not None:
-                bundle.memory.residual.mul_(1 - own)
+            if keep and own and bundle.memory is not None and load.unsent is not None:
+                bundle.memory.residual.lerp_(load.unsent, own)
             bundle.write(torch.lerp(agreed, bundle.read(), own) if own else agreed)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from allfuse.base.tensors import split_buckets
 from allfuse.codec.memory import capture_all, restore_all
@@ -56,27 +55,20 @@ class WeightFusion:
             self.fragments.append(held)
 
     def _bundle(self, numbers: list[int], count: int) -> list[Bundle]:
-        """The tensors of a fragment by type and kind; `count` bundles are before them."""
-        kinds: dict[tuple[torch.dtype, torch.device, bool], list[int]] = {}
-        has_steps = not isinstance(self.outer, Average)
+        """The tensors of a fragment by type; `count` bundles are before them."""
+        steps = not isinstance(self.outer, Average)
+        kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for number in numbers:
             tensor = self.tensors[number]
-            steps = has_steps and isinstance(tensor, Parameter)
-            kinds.setdefault((tensor.dtype, tensor.device, steps), []).append(number)
+            kinds.setdefault((tensor.dtype, tensor.device), []).append(number)
         bundles: list[Bundle] = []
-        for (_, _, steps), members in kinds.items():
+        for members in kinds.values():
             sizes = [self.tensors[number].nbytes for number in members]
             for places in split_buckets(sizes, BUCKET_BYTES, BUCKET_BYTES):
                 held = [members[place] for place in places]
-                bundles.append(
-                    Bundle(
-                        count + len(bundles),
-                        [str(number) for number in held],
-                        [self.tensors[number] for number in held],
-                        self.fuser,
-                        steps,
-                    )
-                )
+                names = [str(number) for number in held]
+                tensors = [self.tensors[number] for number in held]
+                bundles.append(Bundle(count + len(bundles), names, tensors, self.fuser, steps))
         return bundles
 
     @property
@@ -95,9 +87,17 @@ class WeightFusion:
         return all(bundle.agreed is not None for bundle in self.bundles if bundle.keeps)
 
     def read(
-        self, fragment: int | None = None, round: int = 0, exact: Fuser | None = None
+        self,
+        fragment: int | None = None,
+        round: int = 0,
+        *,
+        exact: Fuser | None = None,
+        late: bool = False,
     ) -> Flight:
-        """The start of a round of one fragment, or of all; by `exact` it goes whole, as it is."""
+        """The start of a round of one fragment, or of all; by `exact` it goes whole, as it is.
+
+        `late` says that tensors will keep a share of what they hold when it lands.
+        """
         encodes = exact is None and self.fuser.encodes(round)
         loads = []
         for bundle in self.bundles if fragment is None else self.fragments[fragment]:
@@ -105,6 +105,7 @@ class WeightFusion:
             if encodes and bundle.memory is not None and bundle.agreed is not None:
                 load.base, load.encoded = bundle.agreed, True
                 load.flat -= load.base
+                load.unsent = bundle.memory.residual.clone() if late else None
             loads.append(load)
         return Flight(loads, exact or self.fuser, round, encodes)
 
@@ -141,16 +142,19 @@ class WeightFusion:
             if bundle.steps and momentum is not None:
                 bundle.momentum = momentum.to(bundle.exact)
 
-    def revive(self, fragment: int, values: Mapping[str, Tensor], encoded: bool) -> Flight | None:
-        """A flight that was carried before a checkpoint; None if its tensors are not these."""
+    def revive(
+        self, fragment: int, values: Mapping[str, Tensor], unsent: Mapping[str, Tensor]
+    ) -> Flight | None:
+        """A flight that was carried before a checkpoint, as its `values` and `unsent` tell; None
+        if its tensors are not these."""
         loads = []
         for bundle in self.fragments[fragment]:
             flat = bundle.find(values)
             if flat is None:
                 return None
             flat = flat.to(bundle.tensors[0].dtype)
-            loads.append(Load(bundle, flat, encoded=encoded and bundle.memory is not None))
-        return Flight(loads, self.fuser, 0, encoded)
+            loads.append(Load(bundle, flat, unsent=bundle.find(unsent)))
+        return Flight(loads, self.fuser, 0, bool(unsent))
 
 
 def cut_fragments(sizes: Sequence[int], fragments: int) -> list[list[int]]:

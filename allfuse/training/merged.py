@@ -72,9 +72,12 @@ def share_out(kept: tuple[State | None, ...], share: float) -> State | None:
     found = [each for each in kept if each is not None]
     if not found:
         return None
-    names = found[0]["residuals"]
-    totals = {name: sum(each["residuals"][name] for each in found) * share for name in names}
-    return {**found[0], "residuals": totals}
+    return {**found[0], "residuals": _sum([each["residuals"] for each in found], share)}
+
+
+def _sum(named: list[dict[str, Tensor]], factor: float) -> dict[str, Tensor]:
+    """By name, the sum times a factor."""
+    return {n: torch.stack([each[n] for each in named]).sum(0) * factor for n in named[0]}
 
 
 def mean_of_sites(states: list[State], sites: int = 1) -> State:
@@ -93,6 +96,11 @@ def mean_of_sites(states: list[State], sites: int = 1) -> State:
     if fusion is not None:
         fusion |= {"kept": {}}
     fresh = {"samples": [0.0], "steps_since": 0, "equal": True, "fusion": fusion}
+    departed = zip(*(state["rounds"]["departed"] for state in states), strict=True)
+    fresh["departed"] = [
+        {**same[0], "unsent": _sum([each["unsent"] for each in same], 1 / sites)}
+        for same in departed
+    ]
     merged["rounds"] = {**rounds, **fresh}
     return merged
 

@@ -45,7 +45,7 @@ class Departure:
     due: int
     wish: int = NOTHING
     seconds: float = 0.0
-    work: Work | None = None
+    work: Work | None = None  # of what is carried in the background
 
     def wait(self) -> None:
         if self.work is not None:
@@ -141,7 +141,7 @@ class Rounds:
         begin = time.perf_counter()
         self._settle()
         self._build(models)
-        flight = self._fusion.read(fragment, number)
+        flight = self._fusion.read(fragment, number, late=self.axis.delay > 0)
         departure = Departure(flight, fragment, steps + self.axis.delay)
         samples, self.samples[fragment] = self.samples[fragment], 0.0
 
@@ -161,8 +161,7 @@ class Rounds:
         begin = time.perf_counter()
         departure = self._departed.pop(0)
         departure.wait()
-        if departure.work is not None:
-            self._settle()
+        self._settle()
         departure.flight.land(self.axis.outer, OWN_SHARE if self.axis.delay else 0.0)
         self.wish = max(self.wish, departure.wish)
         if self.axis.fragments == 1 and not self.axis.delay:
@@ -249,12 +248,8 @@ class Rounds:
                 {
                     "fragment": departure.fragment,
                     "due": departure.due,
-                    "encoded": any(load.encoded for load in departure.flight.loads),
-                    "values": {
-                        name: value
-                        for load in departure.flight.loads
-                        for name, value in load.bundle.name(load.flat).items()
-                    },
+                    "values": departure.flight.values(),
+                    "unsent": departure.flight.unsent(),
                 }
                 for departure in self._departed
             ],
@@ -291,7 +286,7 @@ class Rounds:
         if kept is not None:
             fusion.restore(kept)
         for each in departed:
-            flight = fusion.revive(each["fragment"], each["values"], each["encoded"])
+            flight = fusion.revive(each["fragment"], each["values"], each["unsent"])
             if flight is not None:
                 self._departed.append(Departure(flight, each["fragment"], each["due"]))
 

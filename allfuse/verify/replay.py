@@ -103,10 +103,15 @@ class Replay:
             self._send_messages(values, [memory.residual for memory in memories], seed)
         return values[0].to(first.dtype)
 
-    def shrink(self, name: str, factor: float) -> None:
-        """Keep only so much of what no peer has sent of a block."""
-        for memory in self._memories.get(name, ()):
-            memory.residual *= factor
+    def unsent(self, name: str) -> list[Tensor]:
+        """What each peer has not sent of a block; empty before its first round."""
+        return [memory.residual.clone() for memory in self._memories.get(name, ())]
+
+    def undo(self, name: str, before: list[Tensor], share: float) -> None:
+        """Set what was not sent back by a share of the way, to what it was `before` a round."""
+        for peer, memory in enumerate(self._memories.get(name, ())):
+            past = before[peer] if before else torch.zeros_like(memory.residual)
+            memory.residual = share * past + (1 - share) * memory.residual
 
     def _sum_programs(
         self, codec: SumCodec, values: list[Tensor], memories: list[Memory], seed: int

@@ -33,12 +33,15 @@ class Learner(Protocol):
 
 @dataclass
 class Departure:
-    """What was fused of a fragment: a value for each tensor, by its place, and when it lands."""
+    """What was fused of a fragment: a value for each tensor, by its place, and when it lands.
+
+    unsent: by the name of a block, what its peers had not sent before.
+    """
 
     fragment: int
     due: int
     fused: dict[int, Tensor]
-    encoded: bool
+    unsent: dict[str, list[Tensor]]
 
 
 class Sites:
@@ -66,13 +69,11 @@ class Sites:
         number = 0
         for places in cut_fragments([tensor.nbytes for tensor in held], axis.fragments):
             self.bundles.append([])
-            kinds = [p for p in places if p in self.stepped], sorted({*places} - self.stepped)
-            for kind in kinds:
-                for found in positions_of([held[p] for p in kind], BUCKET_BYTES, BUCKET_BYTES):
-                    name = f"fuse weights, bucket {number}"
-                    self.bundles[-1].append((name, [kind[place] for place in found]))
-                    number += 1
-            anchors = [self.anchors[place] for place in kinds[0]]
+            for found in positions_of([held[p] for p in places], BUCKET_BYTES, BUCKET_BYTES):
+                name = f"fuse weights, bucket {number}"
+                self.bundles[-1].append((name, [places[place] for place in found]))
+                number += 1
+            anchors = [self.anchors[place] for place in places if place in self.stepped]
             options = axis.outer.options()
             self.optimizers.append(torch.optim.SGD(anchors, **options) if anchors else None)
         self.seen = [[0] * len(learners) for _ in range(axis.fragments)]
@@ -97,8 +98,9 @@ class Sites:
             weights = self.weights(fragment)
             self.seen[fragment] = [learner.samples for learner in self.learners]
             encodes = self.replay.encodes(number)
+            unsent = {name: self.replay.unsent(name) for name, _ in self.bundles[fragment]}
             fused = self.fuse(self.replay, fragment, weights, number, encodes)
-            self.departed.append(Departure(fragment, step + self.axis.delay, fused, encodes))
+            self.departed.append(Departure(fragment, step + self.axis.delay, fused, unsent))
         while self.departed and self.departed[0].due <= step:
             self.land(self.departed.pop(0), OWN_SHARE if self.axis.delay else 0.0)
             self.equal = self.axis.delay == 0 and fragments == 1
@@ -114,7 +116,7 @@ class Sites:
         for fragment in range(self.axis.fragments):
             fused = self.fuse(self.exact, fragment, weights, 0, False)
             if self.axis.every == "end":
-                self.land(Departure(fragment, 0, fused, False), 0.0)
+                self.land(Departure(fragment, 0, fused, {}), 0.0)
             else:
                 self.write(fused, 0.0)
 
@@ -162,9 +164,8 @@ class Sites:
         optimizer = self.optimizers[departure.fragment]
         if optimizer is not None:
             optimizer.step()
-        if departure.encoded and own:  # the rest of what was not sent is in the sites' own share
-            for name, _ in self.bundles[departure.fragment]:
-                self.replay.shrink(name, 1 - own)
+        for name, unsent in departure.unsent.items():
+            self.replay.undo(name, unsent, own)
         self.write({place: self.anchors[place] for place in departure.fused}, own)
 
     def write(self, values: dict[int, Tensor], own: float) -> None:
