@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import threading
 from collections.abc import Callable
 from itertools import pairwise
@@ -526,10 +525,11 @@ def test_a_stepped_buffer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     ("change", "step"),
     [
         (lambda patch: patch.setattr("allfuse.training.rounds.OWN_SHARE", 0.4), 4),
-        (lambda patch: patch.setattr(Rounds, "_land", late(Rounds._land)), 4),
-        (lambda patch: patch.setattr(Flight, "unsent", property(dict)), None),
+        (lambda patch: patch.setattr(Rounds, "_land", never(Rounds._land)), 4),
+        (lambda patch: patch.setattr(WeightFusion, "read", careless(WeightFusion.read)), 8),
+        (lambda patch: None, None),
     ],
-    ids=("mixed otherwise", "one step late", "nothing planted"),
+    ids=("mixed otherwise", "never", "what was not sent is sent twice", "nothing planted"),
 )
 def test_what_lands_otherwise_is_found(
     monkeypatch: pytest.MonkeyPatch, change: Callable[[pytest.MonkeyPatch], None], step: int | None
@@ -539,18 +539,12 @@ def test_what_lands_otherwise_is_found(
     assert (None if first is None else first.step) == step
 
 
-def late(land: Callable[[Rounds], None]) -> Callable[[Rounds], None]:
-    """Lands only in a step after the one that it is due in."""
+def never(land: Callable[[Rounds], None]) -> Callable[[Rounds], None]:
+    return lambda self: self._departed.clear() if self.steps_since < 9 else land(self)
 
-    @functools.wraps(land)
-    def wait(self: Rounds) -> None:
-        departure = self._departed[0]
-        if departure.due < (self.place.world.step or 0):
-            land(self)
-        else:
-            self._departed[:] = []
 
-    return wait
+def careless(read: Callable[..., Flight]) -> Callable[..., Flight]:
+    return lambda *arguments, late=False, **others: read(*arguments, **others)
 
 
 # What has no meaning.
