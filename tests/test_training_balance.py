@@ -261,13 +261,14 @@ def set_back(out: Path, step: int) -> None:
 
 def test_a_run_that_is_resumed_uses_the_shares_that_it_had_and_measures_on(tmp_path: Path) -> None:
     out, plan = tmp_path / "run", "data(3, balance=speed)"
-    made = balanced(save_every=20)
+    whole = Stop(steps=43)  # no decision is open at its end
+    made = balanced(save_every=20, stop=whole)
     results, shares = go(made, plan, out=out)
     assert len(set(shares[0])) > 1
     checkpoint = 20
     set_back(out, checkpoint)
     before = (out / RECORD).read_bytes()
-    other = balanced(save_every=20, loss=slept(slow(2)))  # what it would measure now
+    other = balanced(save_every=20, stop=whole, loss=slept(slow(2)))  # what it would measure now
     again, replayed = go(other, plan, out=out, resume=True)
     assert replayed[0] == shares[0][checkpoint:]
     assert_equal(again[0].weights, results[0].weights, exact=True)

@@ -28,6 +28,7 @@ class RunFolder:
         run.json            plan, arguments, versions, fingerprints, choices, seed, command line
         job.py              a copy of the job file
         events.jsonl        what happened
+        shares.jsonl        what was decided on shares of batches, under balance=speed
         checkpoints/        see `Checkpoints`
         model.safetensors   the trained model
 
