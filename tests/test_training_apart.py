@@ -11,8 +11,9 @@ import torch
 from crews import run_crew, small_job, train_crew, train_crew_into
 
 import allfuse as af
-from allfuse.base.errors import PlanError, UserError
+from allfuse.base.errors import Interrupted, PlanError, UserError
 from allfuse.job import Job
+from allfuse.launcher import current_world
 from allfuse.launcher.thread import launch_threads
 from allfuse.link.mailroom import random_faults
 from allfuse.training.loop import train_job
@@ -192,6 +193,19 @@ def test_a_run_goes_on_from_its_folder_as_if_it_had_not_stopped(tmp_path: Path) 
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
+def test_an_interrupted_run_says_how_it_goes_on(tmp_path: Path) -> None:
+    def loss(outputs: Any, batch: Any) -> torch.Tensor:
+        world = current_world()
+        assert world is not None
+        world.stop_requested.set()
+        return torch.nn.functional.cross_entropy(outputs, batch[1])
+
+    job = small_job(loss=loss, stop=af.Stop(epochs=50))
+    told = train_crew_into(tmp_path / "run", job, "data(2, sync=asp)")
+    with pytest.raises(Interrupted, match=f"held is in {tmp_path / 'run'}: go on with"):
+        _ = told.result
+
+
 def test_a_run_is_refused_to_go_on_with_another_plan_or_job(tmp_path: Path) -> None:
     plan = "data(2, topology=central(servers=1){})"
     job = small_job(stop=af.Stop(steps=2))
@@ -213,3 +227,26 @@ def test_a_part_without_samples_changes_nothing(sync: str) -> None:
     assert sum(commit["rows"] for commit in told.all("commit")) == 97
     if sync == "bsp":
         assert_close(told.result.weights, weights_of(job, "data(1)"))
+
+
+def test_the_loss_told_at_the_end_is_of_samples_also_where_the_last_part_had_none() -> None:
+    job = small_job(batch_size=1, stop=af.Stop(steps=12))
+    assert torch.tensor(train_crew(job, "data(3, sync=asp)").result.loss).isfinite()
+
+
+@pytest.mark.parametrize("plan", ["data(2, sync=asp)", "site(2, every=4, sync=asp)"])
+def test_what_a_script_asks_for_every_so_often_is_due(plan: str) -> None:
+    def script() -> int:
+        data, count = torch.utils.data.TensorDataset(*small_job().train), 0
+        with af.session() as s:
+            model = s.model(lambda: torch.nn.Linear(8, 2).double())
+            optimizer = s.optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+            for x, y in s.batches(data, batch_size=15, epochs=4):
+                s.backward(torch.nn.functional.cross_entropy(model(x), y))
+                optimizer.step()
+                optimizer.zero_grad()
+                count += s.due("epoch")
+        return count
+
+    counts = run_crew(script, plan).results
+    assert max(counts) >= 1, counts

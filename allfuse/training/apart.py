@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from allfuse.base.errors import Interrupted, PlanError, UserError
+from allfuse.job import check_whole
 from allfuse.plan import Site
 from allfuse.roles.agent import Agent
 from allfuse.roles.blueprint import Blueprint
@@ -78,7 +79,8 @@ class Apart:
         self._blueprint: Blueprint | None = None
         self._options: Callable[[], list[dict[str, Any]]] = list
         self._loss = self._count = self._begin_s = 0.0
-        self._rows = 0
+        self._rows = self._done_before = 0
+        self._steps_per_epoch = 1
 
     @property
     def is_over(self) -> bool:
@@ -137,6 +139,7 @@ class Apart:
                 f"{len(state.learners)}; next: a plan in step"
             )
         learner = state.learners[0]
+        self._steps_per_epoch = steps_per_epoch
         held = self._held(state, learner)
         blueprint = self._blueprint = self._make_blueprint(learner, state)
         if self._agent is not None:
@@ -222,10 +225,12 @@ class Apart:
     def _next(self) -> None:
         """The next lease and its weights, on all ranks of the group."""
         assert self.replica is not None
+        before = self.lease
         if self._agent is not None:
             self._agent.step = 0 if self.lease is None else self.lease.done
             self.lease = self._agent.next_lease()
         self.lease = self._shared(self.lease)
+        self._done_before = self.lease.done if before is None else before.done
         for flat in self.replica.live:
             if self.place.replicas.size > 1 and flat.numel():
                 self.place.replicas.broadcast(flat, "spread the weights of a lease").wait()
@@ -250,12 +255,20 @@ class Apart:
         return Lease(**dict(zip(NUMBERS, values, strict=False)), due=due_here, reason="it is told")
 
     def is_due(self, every: int | str | None) -> bool:
-        """Whether what is done every so many steps, or every "epoch", falls to this group now."""
+        """Whether what is done every so many steps, or every "epoch", falls to this group now.
+
+        What the scheduler was told of falls to one group; what only a script knows of, to each.
+        """
         lease = self.lease
-        kinds = ("evaluate", "save")
-        return lease is not None and any(
-            every == self.facts.get(f"{kind}_every") and kind in lease.due for kind in kinds
-        )
+        if lease is None or every is None:
+            return False
+        kinds = [kind for kind in ("evaluate", "save") if self.facts.get(f"{kind}_every") == every]
+        if kinds:
+            return any(kind in lease.due for kind in kinds)
+        if every != "epoch":
+            check_whole("due", "every", every)
+        steps = self._steps_per_epoch if every == "epoch" else int(every)
+        return lease.done // steps > self._done_before // steps
 
     @property
     def finishes(self) -> bool:
@@ -267,6 +280,14 @@ class Apart:
         """The run's folder; the scheduler holds it. None where it is out of reach."""
         out = self.facts.get("out") or self.export_to
         return RunFolder.open(out) if out is not None and is_run(out) else None
+
+    def how_to_go_on(self) -> str:
+        """Words for an error: where the run goes on."""
+        out = self.facts.get("out")
+        if out is None:
+            return "there is no run folder, so nothing to go on from"
+        how = "resume=True" if self.facts.get("job_file") is None else f"--resume {out}"
+        return f"what the servers held is in {out}: go on with {how}"
 
     def stop(self, reason: str) -> None:
         """Ask that no more work is handed out to anybody."""
@@ -322,7 +343,9 @@ class LeasedCourse(Course):
                     break
         self.stepper.current = None
         if self._is_interrupted:
-            raise Interrupted(f"interrupted after step {self.cursor.steps}")
+            raise Interrupted(
+                f"interrupted after step {self.cursor.steps}; {self.apart.how_to_go_on()}"
+            )
 
     def _read(self, loader: Loader, lease: Lease) -> Iterator[tuple[int, Portion]]:
         """The steps of a lease, counted from the first of the run, with their portions."""
