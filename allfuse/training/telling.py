@@ -66,7 +66,7 @@ class Teller:
         portion, figures = step.portion, step.figures
         shares = () if portion is None else portion.shares
         self._samples += sum(shares)
-        if session.apart is None or sum(shares):  # else no sample of the batch was this group's
+        if session.apart is None or any(shares):  # else no sample of the batch was this group's
             self.loss = math.nan if figures is None else figures.loss
         if not session.bus.wants("step"):
             return
