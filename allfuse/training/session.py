@@ -123,8 +123,9 @@ class Session:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which alone prints and writes."""
-        return self.place.rank == 0
+        """Whether this is rank 0, which alone prints and writes; of several groups the first's."""
+        crew = self.place.world.crew
+        return self.place.rank == 0 and (crew is None or crew.index == 0)
 
     @property
     def steps(self) -> int:
