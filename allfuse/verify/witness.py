@@ -65,7 +65,7 @@ class Witness:
             self._keep_weights()
         line = {
             "lease": self._lease.lease,
-            "loss": event.data["loss"],
+            "loss": event.data["loss"] if event.data["samples"] else None,
             "norm": event.data["grad_norm"],
         }
         with open(self.folder / f"steps-{self.rank}.jsonl", "a") as file:
