@@ -25,11 +25,16 @@ from allfuse.cli.options import (
 
 
 def verify(
-    job: Annotated[Path, typer.Argument(help="A Python file with a function job().")],
+    job: Annotated[
+        Path,
+        typer.Argument(help="A Python file with a function job(), or a finished run with servers."),
+    ],
     plan: PlanOption = None,
     workers: WorkersOption = None,
     settings: SetOption = None,
-    steps: Annotated[int, typer.Option(metavar="N", help="Steps to compare.")] = 10,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Steps to compare; 10 unless given.")
+    ] = None,
     as_trained: Annotated[
         bool,
         typer.Option(
@@ -48,34 +53,49 @@ def verify(
     Loss, norm of the gradient and every weight, after each step, on each worker. Ends with exit
     code 1 when they differ by more than the tolerance of the plan's promise.
 
+    A run whose plan has servers is executed again in the order of its own scheduler's book.
+
     allfuse verify examples/digits.py --plan "data(2)"
+
+    allfuse verify runs/digits
     """
     from allfuse.launcher.torchrun import started_by_torchrun
 
     if started_by_torchrun():
         raise UserError("verify starts its own workers; allowed: run it without torchrun")
-    if steps < 1:
+    if steps is not None and steps < 1:
         raise UserError(f"--steps {steps}: allowed: a whole number from 1")
-    chosen = choose_plan(plan, workers, default="data(2)")
     from allfuse.launcher.local import warm_up
+    from allfuse.store.run import is_run
 
+    past = is_run(job)
+    if past and (plan, workers, steps, device, settings or None, as_trained or None) != (None,) * 6:
+        raise UserError(
+            f"verify {job}: it is a run, which has its plan, arguments and steps; allowed beside "
+            "it: --quiet, --json, --debug; next: leave the others out, or verify the job's file"
+        )
+    chosen = choose_plan(plan, workers, default="data(2)")
     warm_up(PRELOAD)
-    from allfuse.verify import verify_job
+    from allfuse.verify import verify_job, verify_run
 
     def show(name: str, **data: Any) -> None:
         """Progress of the comparison, as plain lines: a run takes seconds."""
         if name == "note":
             print(data["text"], file=sys.stderr, flush=True)
 
-    report = verify_job(
-        str(job),
-        chosen,
-        settings=parse_settings(settings),
-        steps=steps,
-        double=not as_trained,
-        device=device,
-        on_event=None if quiet else show,
-    )
+    on_event = None if quiet else show
+    if past:
+        report = verify_run(job, on_event=on_event)
+    else:
+        report = verify_job(
+            str(job),
+            chosen,
+            settings=parse_settings(settings),
+            steps=10 if steps is None else steps,
+            double=not as_trained,
+            device=device,
+            on_event=on_event,
+        )
     print("\n".join(report.lines()), file=sys.stderr if as_json else sys.stdout)
     if as_json:
         print_json({"command": "verify", **report.as_dict()})

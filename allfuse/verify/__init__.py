@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from allfuse.verify.past import verify_run
 from allfuse.verify.report import Difference, Report, Row
 from allfuse.verify.verify import verify_job
 
-__all__ = ["verify_job", "Report", "Row", "Difference"]
+__all__ = ["verify_job", "verify_run", "Report", "Row", "Difference"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +52,15 @@ class Event:
 class History:
     """A run's order of events.
 
-    taken_back: leases that were handed out and never counted. rebirths: servers that had to be
-    started again. numbers: of the workers, by name.
+    limit: steps that were to be done. taken_back: leases that were handed out and never counted.
+    rebirths: servers that had to be started again. stopped: why before its limit, if it was.
     """
 
     events: list[Event]
     limit: int | None
     taken_back: int
     rebirths: int
-    numbers: dict[str, int] = field(default_factory=dict)
+    stopped: str = ""
 
     @classmethod
     def read(cls, path: Path, terms: Terms) -> History:
@@ -84,7 +85,7 @@ class History:
                 ledger.limit,
                 sum(count for state, count in tally.items() if state is not State.COMMITTED),
                 len(book.servers()) - terms.servers if orders else 0,
-                numbers,
+                book.get("stop") or "",
             )
         finally:
             book.close()
@@ -119,19 +120,19 @@ class History:
         _check_bound(self.events, terms)
 
     def _check_samples(self, terms: Terms) -> None:
-        units = [(update.first_step, update.part) for update in self.updates]
-        twice = sorted({unit for unit in units if units.count(unit) > 1})
+        units = Counter((update.first_step, update.part) for update in self.updates)
+        twice = sorted(unit for unit, count in units.items() if count > 1)
         if twice:
             step, part = twice[0]
             raise AllfuseError(f"the record says that part {part} of step {step} was learned twice")
-        if self.limit is None:
+        if self.limit is None or self.stopped:
             return
         wanted = {
             (step, part)
             for step in range(0, self.limit, terms.every)
             for part in range(terms.parts)
         }
-        never = sorted(wanted - set(units))
+        never = sorted(wanted - units.keys())
         if never:
             step, part = never[0]
             raise AllfuseError(

@@ -9,30 +9,27 @@ that a worker saw is compared with it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from allfuse.base.errors import AllfuseError, Interrupted, PeerLost, PlanError, WorkerFailed
-from allfuse.job import Job
 from allfuse.launcher import current_world
 from allfuse.launcher.crew import Crew as RolesCrew
 from allfuse.launcher.crew import launch_crew
-from allfuse.plan import Data, Plan, Site
+from allfuse.plan import Data, Plan
 from allfuse.roles.office import BOOK, run_scheduler, run_server, terms_of
 from allfuse.training.place import choose_device
 from allfuse.verify.compare import TOLERANCES
-from allfuse.verify.distance import Yardstick
-from allfuse.verify.history import Event, History, Update
+from allfuse.verify.history import History
+from allfuse.verify.playback import compare_exactly, replay
 from allfuse.verify.record import Reference
 from allfuse.verify.replay import Replay, is_plain_mean
 from allfuse.verify.report import Report
-from allfuse.verify.serial import Lesson, Named, Serial
-from allfuse.verify.tally import END, Tally
+from allfuse.verify.tally import Tally
 from allfuse.verify.task import Task
 from allfuse.verify.witness import Seen, train_watched
 
@@ -198,132 +195,52 @@ def _replay(task: Task, reference: Reference) -> Findings:
         if world.stop_requested.is_set():
             raise Interrupted("interrupted while the updates were executed")
 
-    replayed = replay(job, task.plan, history, seen, Tally(tolerance, task.steps), device, tick)
+    replayed = Tally(tolerance, task.steps)
+    replay(job, task.plan, history, seen, replayed, device, tick)
     exact = None
     if task.plan.promise == "exact":
         exact = compare_exactly(history, seen, reference, Tally(tolerance, task.steps))
     return Findings(replayed, exact, len(history.updates), torch.get_num_threads())
 
 
-def replay(
-    job: Job,
-    plan: Plan,
-    history: History,
-    seen: Seen,
-    tally: Tally,
-    device: torch.device,
-    tick: Callable[[], None] = lambda: None,
-) -> Tally:
-    """Execute a run's updates one after the other, and compare all that was seen of it."""
-    outer = plan.outer
-    assert isinstance(outer, Data | Site)
-    serial = Serial(job, outer, terms_of(plan, TIMEOUT_S), plan.inner.workers, device)
-    yardstick = Yardstick(serial.parameters)
-    readers: dict[tuple[str, int], list[Update]] = {}
-    for update in history.updates:
-        readers.setdefault((update.worker, update.read), []).append(update)
-    last: dict[str, Named] = {}
-
-    def learned(update: Update, lesson: Lesson) -> None:
-        tick()
-        compare_lesson(update, lesson, seen, tally)
-
-    def arrived(event: Event, weights: Named, held: Mapping[str, Named]) -> None:
-        yardstick.advance(weights)
-        last.update(held)
-        for worker, expected in held.items():
-            for update in readers.get((worker, event.sequence), []):
-                for rank, own in seen.weights(str(update.lease)).items():
-                    sizes = yardstick.differences(own, expected)
-                    tally.add_weights(str(update.first_step), rank, sizes)
-
-    weights = serial.play(history, learned, arrived)
-    workers = {
-        rank: update.worker
-        for update in history.updates
-        for rank in seen.figures.get(update.lease, {})
-    }
-    for rank, own in seen.weights(END).items():
-        expected = last.get(workers.get(rank, ""), weights)
-        tally.add_weights(END, rank, yardstick.differences(own, expected))
-    return tally
-
-
-def compare_lesson(update: Update, lesson: Lesson, seen: Seen, tally: Tally) -> None:
-    """Losses and norms of an update's steps, and what the scheduler was told of it."""
-    last = update.first_step + update.steps
-    told = update.loss / update.count if update.count > 0 else None
-    expected = lesson.total / lesson.count if lesson.count > 0 else None
-    if update.count != lesson.count:
-        told = None if expected is not None else told
-    tally.add_figure("loss", last, update.number, told, expected)
-    for rank, figures in seen.figures.get(update.lease, {}).items():
-        if len(figures) != update.steps:
-            tally.add_figure("loss", last, rank, None, expected)
-        steps = range(update.first_step + 1, last + 1)
-        for step, (loss, norm), own in zip(steps, figures, lesson.figures, strict=False):
-            tally.add_figure("loss", step, rank, loss, None if own is None else own[0])
-            tally.add_figure("gradient norm", step, rank, norm, None if own is None else own[1])
-
-
-def compare_exactly(history: History, seen: Seen, reference: Reference, tally: Tally) -> Tally:
-    """The same run and a plain loop over whole batches: losses, and weights before every step."""
-    first = reference.weights("0", 0)
-    yardstick: Yardstick | None = None
-    for event in history.events:
-        for update in event.updates:
-            moment = str(update.first_step)
-            for rank, own in seen.weights(str(update.lease)).items():
-                if moment not in reference.kept:
-                    continue
-                expected = _of(own, reference.weights(moment, 0))
-                yardstick = yardstick or Yardstick(set(_of(own, first)))
-                yardstick.advance(expected)
-                tally.add_weights(moment, rank, yardstick.differences(own, expected))
-        count = sum(update.count for update in event.updates)
-        if count > 0:
-            step = event.updates[0].first_step + 1
-            loss = sum(update.loss for update in event.updates) / count
-            figures = reference.figures[step - 1][0]
-            tally.add_figure("loss", step, 0, loss, None if figures is None else figures[0])
-    for rank, own in seen.weights(END).items():
-        expected = _of(own, reference.weights(END, 0))
-        assert yardstick is not None
-        yardstick.advance(expected)
-        tally.add_weights(END, rank, yardstick.differences(own, expected))
-    return tally
-
-
-def _of(own: Mapping[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those of which there are both."""
-    return {name: value for name, value in expected.items() if name in own}
-
-
 def make_reports(plan: Plan, reference: Reference, found: Findings, each: int) -> Report:
     """Of the replay; where the plan promises more, of that, with the replay beside it."""
-
-    def report(promise: Any, tally: Tally, notes: list[str], **more: Any) -> Report:
-        return Report(
-            plan=str(plan),
-            promise=promise,
-            steps=tally.steps,
-            precision=reference.precision,
-            tolerance=dict(TOLERANCES[reference.precision]),
-            rows=tally.rows(),
-            notes=notes,
-            workers=plan.workers,
-            threads=each,
-            reference_threads=found.threads,
-            plan_seconds=None,
-            reference_seconds=None,
-            **more,
-        )
-
-    replayed = report("replayed", found.replayed, [], compared=COMPARED)
+    make = functools.partial(
+        make_report, plan, reference.precision, threads=each, reference_threads=found.threads
+    )
+    replayed = make("replayed", found.replayed, compared=COMPARED)
     told = [f"{found.updates} updates were executed"]
     if replayed.ok:
         equal = "bit for bit" if found.replayed.is_equal else "to rounding, not bit for bit"
         told = [f"{told[0]}; all weights that workers were sent agree {equal}"]
     if found.exact is None:
         return replace(replayed, notes=[*reference.notes, *told])
-    return report("exact", found.exact, reference.notes, also=replace(replayed, notes=told))
+    exact = make("exact", found.exact, also=replace(replayed, notes=told))
+    return replace(exact, notes=reference.notes)
+
+
+def make_report(
+    plan: Plan,
+    precision: str,
+    promise: str,
+    tally: Tally,
+    *,
+    threads: int,
+    reference_threads: int,
+    **more: Any,
+) -> Report:
+    return Report(
+        plan=str(plan),
+        promise=promise,
+        steps=tally.steps,
+        precision=precision,
+        tolerance=dict(TOLERANCES[precision]),
+        rows=tally.rows(),
+        notes=[],
+        workers=plan.workers,
+        threads=threads,
+        reference_threads=reference_threads,
+        plan_seconds=None,
+        reference_seconds=None,
+        **more,
+    )

@@ -53,13 +53,14 @@ class Tally:
 
     def rows(self) -> list[Row]:
         """One for each moment of which anything is known."""
+        floors = {what: self._floor(what) for what in ("loss", "gradient norm")}
         rows = []
         for moment in [*map(str, range(self.steps + 1)), END]:
             weights = self._weights.get(moment, [])
             row = Row(
                 moment=moment,
-                loss=self._largest("loss", moment),
-                norm=self._largest("gradient norm", moment),
+                loss=self._largest("loss", moment, floors["loss"]),
+                norm=self._largest("gradient norm", moment, floors["gradient norm"]),
                 weights=max(weights, key=Difference.order, default=None),
                 wrong=list(dict.fromkeys(each.what for each in weights if not each.ok)),
                 seconds=None,
@@ -68,10 +69,13 @@ class Tally:
                 rows.append(row)
         return rows
 
-    def _largest(self, what: str, moment: str) -> Difference | None:
+    def _floor(self, what: str) -> float:
+        told = [found for (which, _), found in self._figures.items() if which == what]
+        known = [abs(p.expected) for found in told for p in found if p.expected is not None]
+        return SMALLEST * max(known, default=0.0)
+
+    def _largest(self, what: str, moment: str, floor: float) -> Difference | None:
         pairs = self._figures.get((what, moment), [])
-        known = [p.expected for (w, _), all_ in self._figures.items() if w == what for p in all_]
-        floor = SMALLEST * max((abs(value) for value in known if value is not None), default=0.0)
         found = [self._difference(what, int(moment), pair, floor) for pair in pairs]
         return max(found, key=Difference.order, default=None)
 

@@ -1,0 +1,174 @@
+"""A finished run with servers is executed again from its own book; what cannot be is said why."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from crews import train_crew_into
+
+import allfuse as af
+from allfuse.base.errors import AllfuseError, RunError, UserError
+from allfuse.cli.verify import verify
+from allfuse.job import load_job
+from allfuse.store.run import RunFolder
+from allfuse.store.tensorfile import read_model, write_tensors
+from allfuse.training.loop import train_job
+from allfuse.verify import Report, verify_run
+
+ASP = "data(2, topology=central(servers=2), sync=asp)"
+JOB = """
+import torch
+import allfuse as af
+
+
+def job(steps=6, dropout=0.0) -> af.Job:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(97, 8, generator=generator)
+    return af.Job(
+        model=lambda: torch.nn.Sequential(
+            torch.nn.Linear(8, 9), torch.nn.Tanh(), torch.nn.Dropout(dropout), torch.nn.Linear(9, 2)
+        ),
+        train=(x, (x.sum(1) > 0).long()),
+        loss=lambda outputs, batch: torch.nn.functional.cross_entropy(outputs, batch[1]),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5),
+        batch_size=15,
+        stop=af.Stop(steps=steps),
+    )
+"""
+
+
+def train(folder: Path, plan: str = ASP, *, resume: bool = False, **arguments: Any) -> Path:
+    """A run of the job above, as `allfuse train` leaves it."""
+    file, run = folder / "small.py", folder / "run"
+    file.write_text(JOB)
+    job = load_job(file, arguments)
+    result = train_crew_into(run, job, plan, resume=resume).result
+    assert result.steps == job.stop.steps
+    shutil.copy(file, run / "job.py")
+    with RunFolder.open(run, lock=True) as record:
+        record.update(arguments=arguments)
+    return run
+
+
+def check(run: Path) -> Report:
+    return verify_run(run, threads=True)
+
+
+def change_book(run: Path, statement: str) -> None:
+    with sqlite3.connect(run / "scheduler.sqlite") as book:
+        assert book.execute(statement).rowcount > 0
+    book.close()
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        ASP,
+        "data(2, topology=central(servers=1))",
+        "data(2, topology=central(servers=2), sync=ssp(1), codec=int8)",
+        "site(2, every=2, sync=asp)",
+    ],
+)
+def test_a_finished_run_is_executed_again_bit_for_bit(tmp_path: Path, plan: str) -> None:
+    report = check(train(tmp_path, plan))
+    assert report.ok, report.lines()
+    assert report.notes[0].endswith("the weights at the end agree bit for bit")
+
+
+def test_a_run_that_was_stopped_and_went_on_is_executed_again(tmp_path: Path) -> None:
+    train(tmp_path, steps=3)
+    report = check(train(tmp_path, resume=True, steps=8))
+    assert report.ok, report.lines()
+    assert report.steps == 8
+
+
+def test_other_weights_than_the_book_leads_to_are_found(tmp_path: Path) -> None:
+    run = train(tmp_path)
+    weights = read_model(run / "model.safetensors")
+    first = next(iter(weights))
+    write_tensors(run / "model.safetensors", {**weights, first: weights[first] + 0.5}, {})
+    report = check(run)
+    assert not report.ok
+    assert report.wrong == [first]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE leases SET loss = loss * 1.01 WHERE lease = 5",
+        "UPDATE leases SET count = count + 1 WHERE lease = 5",
+        "UPDATE leases SET part = 1 - part WHERE block = 2",
+    ],
+)
+def test_a_book_that_tells_another_story_is_found(tmp_path: Path, statement: str) -> None:
+    run = train(tmp_path)
+    change_book(run, statement)
+    report = check(run)
+    assert report.first is not None
+    assert report.first.what == "loss"
+
+
+def test_a_book_that_cannot_be_right_is_refused(tmp_path: Path) -> None:
+    run = train(tmp_path)
+    change_book(run, "DELETE FROM leases WHERE sequence = 4")
+    with pytest.raises(AllfuseError, match="never learned from"):
+        check(run)
+
+
+def test_a_server_that_was_lost_is_a_gap(tmp_path: Path) -> None:
+    run = train(tmp_path)
+    change_book(run, "INSERT INTO servers SELECT shard, birth + 1, name, place, 3 FROM servers")
+    with pytest.raises(RunError, match="2 servers were lost"):
+        check(run)
+
+
+def test_a_lost_worker_is_a_gap_where_it_kept_something_for_itself(tmp_path: Path) -> None:
+    lost = "INSERT INTO leases (lease, worker, clock, block, part, state) " \
+        "VALUES (99, 'w', 9, 9, 0, 'dropped')"  # fmt: skip
+    run = train(tmp_path)
+    change_book(run, lost)
+    assert check(run).ok
+    shutil.rmtree(run)
+    run = train(tmp_path, "site(2, every=2, sync=asp)")
+    change_book(run, lost)
+    with pytest.raises(RunError, match="1 leases were taken back"):
+        check(run)
+
+
+def test_what_cannot_be_executed_again_is_said_why(tmp_path: Path) -> None:
+    run = train(tmp_path, dropout=0.1)
+    with pytest.raises(RunError, match="its model has dropout"):
+        check(run)
+    (run / "model.safetensors").unlink()
+    with pytest.raises(RunError, match="it has not ended"):
+        check(run)
+    (run / "job.py").unlink()
+    with pytest.raises(RunError, match="a script made it"):
+        check(run)
+
+
+def test_a_run_in_step_has_no_order_of_events(tmp_path: Path) -> None:
+    x, y = torch.randn(20, 8), torch.zeros(20, dtype=torch.long)
+    job = af.Job(
+        model=lambda: torch.nn.Linear(8, 2),
+        train=(x, y),
+        loss=lambda outputs, batch: torch.nn.functional.cross_entropy(outputs, batch[1]),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        batch_size=10,
+        stop=af.Stop(steps=1),
+    )
+    train_job(job, "data(1)", out=tmp_path / "run")
+    with pytest.raises(RunError, match="has no scheduler"):
+        check(tmp_path / "run")
+
+
+def test_a_run_has_its_own_plan(tmp_path: Path) -> None:
+    run = train(tmp_path)
+    with pytest.raises(UserError, match="it is a run, which has its plan"):
+        verify(run, plan="data(2)")
