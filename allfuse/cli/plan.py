@@ -97,6 +97,12 @@ def tell_warm(codec: Codec) -> str:
     return f", from round {warm + 1} on" if warm else ""
 
 
+def tell_parts(axis: Data | Site) -> str:
+    """In how many parts a fusion goes, where it does not go at once."""
+    parts = axis.fragments if isinstance(axis, Site) else 1
+    return f", in {parts} parts of about {1 / parts:.0%}" if parts > 1 else ""
+
+
 def spread(plan: Plan, axis: Data | Site, hosts: int) -> Layout:
     """Rank 0 and its peers on an axis, where ranks fill so many hosts evenly, in order."""
     peers = plan.peers(0, axis.name)
@@ -170,7 +176,7 @@ def tell_job(
             sent = round(fusion.topology.bytes_per_peer(spread(plan, axis, hosts), encoded))
             lines.append(
                 f"  {axis.name:<11} a fusion over {fusion.topology} sends {format_bytes(sent)} "
-                "from the busiest worker"
+                f"from the busiest worker{tell_parts(axis)}"
             )
             facts[f"{axis.name}_bytes_per_fusion"] = sent
     return lines, facts
