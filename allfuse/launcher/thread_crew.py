@@ -100,4 +100,3 @@ class ThreadCrew:
                 self.results[group][rank] = self.crew.worker()
         except BaseException as error:
             self.results[group][rank] = error
-
