@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from importlib.util import find_spec
 
 import pytest
@@ -33,3 +34,7 @@ def _workers_have_loaded_what_they_need(request: pytest.FixtureRequest) -> None:
     zygotes._end_all()
     zygotes.warm_up([name for name in needed if find_spec(name.partition(".")[0]) is not None])
     (_ready,) = zygotes._idle
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell: tests send it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
