@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+import cloudpickle
+
 from allfuse.base.errors import Interrupted, UserError, WorkerFailed
 from allfuse.launcher.channel import Channel
 from allfuse.launcher.crewmate import SCHEDULER, SERVER, WORKER, CrewRequest
@@ -64,11 +66,12 @@ class Crew:
 
 @dataclass(frozen=True)
 class _Part:
-    """One process of a crew: its request and function, packed."""
+    """One process of a crew: its request and function, packed. run: where it meets its group."""
 
     role: str
     index: int
     rank: int
+    run: str
     request: bytes
     function: bytes
 
@@ -76,8 +79,9 @@ class _Part:
 def launch_crew(crew: Crew, *, threads: int | None = None, timeout_s: float = 300.0) -> Any:
     """Run a crew; what rank 0 of its first group returned that returned anything.
 
-    A worker that is killed takes its group with it; the others go on, or not, as `on_loss` says. A
-    server or the scheduler is started again, and goes on from what it saved.
+    A worker that is killed takes its group with it; the others go on, or not, as `on_loss` says,
+    and a group that is started again is a new one. A server or the scheduler is started again, and
+    goes on from what it saved.
 
     Raises:
         UserError: a function or result cannot be pickled, or a worker raised one.
@@ -103,12 +107,18 @@ def launch_crew(crew: Crew, *, threads: int | None = None, timeout_s: float = 30
             assert crew.server is not None
             packed_server = pack_function(functools.partial(crew.server, index))
             parts.append(make(SERVER, index, 0, packed_server))
+
+        def make_group(index: int, attempt: int) -> list[_Part]:
+            ranks = range(crew.ranks)
+            return [make(WORKER, index, rank, packed[WORKER], attempt) for rank in ranks]
+
         for group in range(crew.groups):
-            parts += [make(WORKER, group, rank, packed[WORKER]) for rank in range(crew.ranks)]
+            parts += make_group(group, 0)
         flush_output()
         with borrowed() as zygote:
-            boards = [PrefixStore(_run(run, group), store) for group in range(crew.groups)]
-            watch = CrewWatch(zygote, signals, crew, boards)
+            watch = CrewWatch(
+                zygote, signals, crew, lambda run: PrefixStore(run, store), make_group
+            )
             try:
                 for part in parts:
                     watch.start_part(part)
@@ -118,16 +128,13 @@ def launch_crew(crew: Crew, *, threads: int | None = None, timeout_s: float = 30
     return judge_crew(watch.workers, watch.roles, interrupted=watch.stops > 0)
 
 
-def _run(run: str, group: int) -> str:
-    return f"{run}/group{group}"
-
-
 def _make_part(
     crew: Crew,
     role: str,
     index: int,
     rank: int,
     function: bytes,
+    attempt: int = 0,
     *,
     port: int,
     run: str,
@@ -138,10 +145,11 @@ def _make_part(
 
     is_worker = role == WORKER
     size = crew.ranks if is_worker else 1
+    meeting = f"{run}/{role}{index}/{attempt}"
     request = Request(
         rank=rank,
         size=size,
-        run=_run(run, index) if is_worker else f"{run}/{role}{index}",
+        run=meeting,
         port=port,
         plan=crew.inner,
         threads=threads if is_worker else 1,
@@ -162,17 +170,18 @@ def _make_part(
             local_size=crew.groups * crew.ranks if is_worker else 1,
         ),
     )
-    return _Part(role, index, rank, pickle.dumps(request), function)
+    return _Part(role, index, rank, meeting, pickle.dumps(request), function)
 
 
 class CrewWatch(Watch):
     """Looks after a crew: a lost worker ends its group only, a lost role is started again."""
 
     def __init__(
-        self, zygote: Zygote, signals: socket.socket, crew: Crew, boards: Sequence[Store]
-    ) -> None:
+        self, zygote: Zygote, signals: socket.socket, crew: Crew,
+        board_of: Callable[[str], Store], make_group: Callable[[int, int], list[_Part]],
+    ) -> None:  # fmt: skip
         super().__init__(zygote, signals, self._tell_group)
-        self.crew, self._boards = crew, boards
+        self.crew, self._board_of, self._make_group = crew, board_of, make_group
         self.parts: list[_Part] = []
         self._restarts: dict[tuple[str, int], int] = {}
         self._released = False
@@ -200,13 +209,25 @@ class CrewWatch(Watch):
         """The other ranks of a group hear that one of them is lost."""
         part = self.parts[rank]
         if part.role == WORKER:
-            self._boards[part.index].set(f"lost/{part.rank}", how)
+            self._board_of(part.run).set(f"lost/{part.rank}", how)
 
     def _has_ended(self, channel: Channel, outcome: Outcome, status: int) -> None:
         super()._has_ended(channel, outcome, status)
+        self._restart_group(self.part_of(outcome))
         if not self._released and self._is_done:
             self._released = True  # roles have nobody to work for any more
             self._say_stop(self.roles)
+
+    def _restart_group(self, part: _Part) -> None:
+        """Start a group anew once all its ranks have ended, where one of them was killed."""
+        if part.role != WORKER or self.crew.on_loss != "restart":
+            return
+        group = [each for each in self.workers if self.part_of(each).run == part.run]
+        ended = all(each.status is not None for each in group)
+        killed = any(each.is_lost and each.failure is None for each in group)
+        if ended and killed and self._may_restart(part):
+            for again in self._make_group(part.index, self._restarts[part.role, part.index]):
+                self.start_part(again)
 
     @property
     def _is_done(self) -> bool:
@@ -224,8 +245,6 @@ class CrewWatch(Watch):
         lost = killed or (outcome.failure is not None and outcome.failure.peer_lost)
         if part.role == WORKER and lost and self.crew.on_loss != "stop":
             outcome.is_lost = True
-            if self.crew.on_loss == "restart" and killed and self._may_restart(part):
-                self.start_part(part)
             return
         if part.role != WORKER and killed and not self._released and self._may_restart(part):
             outcome.is_lost = True
@@ -276,7 +295,8 @@ def judge_crew(workers: Sequence[Outcome], roles: Sequence[Outcome], interrupted
 
 
 def _is_none(packed: bytes) -> bool:
-    return bool(packed == pickle.dumps(None))
+    """Whether a result is None, which workers pack in one of two ways."""
+    return packed in (pickle.dumps(None), cloudpickle.dumps(None))
 
 
 def check_on_loss(value: str) -> OnLoss:
