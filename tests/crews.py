@@ -15,7 +15,8 @@ from allfuse.launcher.crew import Crew
 from allfuse.launcher.thread_crew import ThreadCrew
 from allfuse.link.mailroom import Faults, Mailroom
 from allfuse.plan import as_plan
-from allfuse.roles.office import run_scheduler, run_server, terms_of
+from allfuse.roles.office import run_scheduler, run_server
+from allfuse.roles.terms import terms_of
 from allfuse.training.loop import Result, train_job
 from allfuse.watching import Watching, watch
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -250,3 +252,18 @@ def test_what_a_script_asks_for_every_so_often_is_due(plan: str) -> None:
 
     counts = run_crew(script, plan).results
     assert max(counts) >= 1, counts
+
+
+def test_a_worker_waits_for_a_slow_one_longer_than_for_a_scheduler_that_is_silent() -> None:
+    """In step: without a word nobody would be waited for more than 2 s."""
+    is_slow = threading.Lock()
+
+    def loss(outputs: Any, batch: Any) -> torch.Tensor:
+        if is_slow.acquire(blocking=False):  # once, of all workers
+            time.sleep(3.5)  # emulated computing
+        return torch.nn.functional.cross_entropy(outputs, batch[1])
+
+    plan = "data(2, topology=central(servers=1))"
+    assert train_crew(small_job(stop=af.Stop(steps=1)), plan).result.steps == 1  # all is loaded
+    job = small_job(loss=loss, stop=af.Stop(steps=2))
+    assert run_crew(lambda: train_job(job), plan, timeout_s=2.0).result.steps == 2

@@ -22,9 +22,9 @@ from allfuse.launcher import current_world
 from allfuse.plan import as_plan
 from allfuse.roles import shard as shards
 from allfuse.roles.messages import Weights
-from allfuse.roles.office import terms_of
 from allfuse.roles.replica import Replica
 from allfuse.roles.shard import Shard
+from allfuse.roles.terms import terms_of
 from allfuse.roles.updates import Updates
 from allfuse.split.data import Loader, Portion
 from allfuse.verify import Report, verify_job

@@ -31,8 +31,8 @@ from allfuse.roles.messages import (
 )
 
 TICK_S = 0.25  # between two looks at what came, while the worker computes
+BEAT_S = 2.5  # between two signs of life, which the scheduler answers
 SLICE_S = 0.05  # of a wait, after which others may use the callers
-NO_SEQUENCE = -1
 
 
 class Agent:
@@ -47,6 +47,7 @@ class Agent:
 
     def __init__(self, crew: Crewmate, name: str, timeout_s: float) -> None:
         self.name, self.timeout_s = f"{name} ({secrets.token_hex(3)})", timeout_s
+        self.step = 0
         self._post = crew.post()
         self._lock = threading.RLock()
         try:
@@ -56,7 +57,6 @@ class Agent:
         self._scheduler = self._post.call(place, self.name)
         self._servers: dict[str, Caller] = {}
         self.client: Client | None = None
-        self.step = 0
         self._heard_s = time.monotonic()
         self._begin_s = self._heard_s
         self._over = threading.Event()
@@ -65,7 +65,8 @@ class Agent:
 
     def join(self, join: Join, blueprint: Blueprint, servers: int, device: torch.device) -> Client:
         """Be a worker from now on. The first weights come with the first lease."""
-        self.client = Client(join, blueprint, servers, device=device)
+        beat_s = min(BEAT_S, self.timeout_s / 4)
+        self.client = Client(join, blueprint, servers, device=device, beat_s=beat_s)
         self._thread = threading.Thread(
             target=self._keep_in_touch, name="allfuse-agent", daemon=True
         )
@@ -92,7 +93,7 @@ class Agent:
             lease = client.lease
             assert lease is not None
             if lease.failed:
-                raise WorkerFailed(lease.reason, rank=NO_SEQUENCE)
+                raise WorkerFailed(lease.reason, rank=-1)
             if lease.lease < 0:
                 client.replica.settle()
                 return lease
@@ -120,11 +121,6 @@ class Agent:
             client.options = options
             now_s = time.monotonic()
             self._send(client.finish(now_s, loss=loss, count=count, rows=rows, seconds=seconds))
-
-    @property
-    def is_revoked(self) -> bool:
-        """Whether the lease under way was given to another worker."""
-        return not self._open_client.is_working
 
     def stop(self, reason: str) -> None:
         """Ask that no more work is handed out."""
@@ -209,15 +205,15 @@ class Agent:
             rank=0,
             peer=None,
             operation=operation,
-            step=getattr(self, "step", 0),
+            step=self.step,
             seconds=seconds,
         )
 
-    def close(self, *, leaves: bool = True) -> None:
+    def close(self) -> None:
         """Go. What was begun is given to others."""
         self._over.set()
         with self._lock:
-            if leaves and self.client is not None and not self.client.refusal:
+            if self.client is not None and not self.client.refusal:
                 self._send(self.client.leave())
             for caller in (self._scheduler, *self._servers.values()):
                 caller.close()

@@ -120,7 +120,8 @@ class Again(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class Beat(Message):
-    """Still here."""
+    """Still here. The scheduler's process answers with the same: a worker may wait for another one
+    longer than it would for a scheduler that is gone."""
 
     kind: ClassVar[str] = "beat"
 

@@ -12,13 +12,13 @@ from allfuse.base.errors import UserError, WorkerFailed
 from allfuse.launcher import World, current_world
 from allfuse.launcher.crewmate import Crewmate
 from allfuse.link.post import Caller, Desk, Malformed, wait_any
-from allfuse.plan import Plan, as_plan
+from allfuse.plan import as_plan
 from allfuse.roles.book import Book
-from allfuse.roles.messages import SCHEDULER, About, Hello, Join, Message, open_letter
+from allfuse.roles.messages import SCHEDULER, About, Beat, Hello, Join, Message, open_letter
 from allfuse.roles.scheduler import Scheduler
 from allfuse.roles.server import Server
 from allfuse.roles.snapshots import Snapshots
-from allfuse.roles.terms import Terms
+from allfuse.roles.terms import terms_of
 
 TICK_S = 0.2  # between two looks at the clock
 BOOK = "scheduler.sqlite"
@@ -42,23 +42,6 @@ class Audience(Protocol):
     def event(self, name: str, /, **data: Any) -> None: ...
 
     def close(self, error: BaseException | None) -> None: ...
-
-
-def terms_of(plan: Plan, timeout_s: float) -> Terms:
-    """What a scheduler holds workers of a plan to."""
-    outer = plan.outer
-    assert outer is not None, "all are in step, without servers"
-    every = getattr(outer, "every", 1)
-    assert isinstance(every, int)
-    return Terms(
-        parts=outer.n,
-        every=every,
-        sync=outer.sync,
-        servers=plan.servers,
-        min=outer.min,
-        max=outer.max,
-        timeout_s=timeout_s,
-    )
 
 
 def run_scheduler(make_audience: Callable[[Crewmate], Audience]) -> None:
@@ -99,8 +82,10 @@ def _schedule(world: World, crew: Crewmate, desk: Desk, audience: Audience) -> N
             for sender, message in letters.receive(TICK_S):
                 if isinstance(message, Hello):
                     letters.send([(sender, _about(crew))])
-                else:
-                    letters.send(scheduler.handle(sender, message, time.monotonic()))
+                    continue
+                if isinstance(message, Beat):
+                    letters.send([(sender, message)])
+                letters.send(scheduler.handle(sender, message, time.monotonic()))
             for name in desk.lost():
                 letters.send(scheduler.lost(name, time.monotonic()))
             if time.monotonic() - ticked_s >= TICK_S:

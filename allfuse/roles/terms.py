@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from allfuse.plan import Plan
 from allfuse.sync import Asp, Bsp, Sync
 
 BSP = Bsp()
@@ -62,3 +63,20 @@ class Terms:
         """What a book must agree on with those who go on from it."""
         own = {"parts": self.parts, "every": self.every, "servers": self.servers}
         return {**own, "sync": str(self.sync)}
+
+
+def terms_of(plan: Plan, timeout_s: float) -> Terms:
+    """What a scheduler holds workers of a plan to."""
+    outer = plan.outer
+    assert outer is not None, "all are in step, without servers"
+    every = getattr(outer, "every", 1)
+    assert isinstance(every, int)
+    return Terms(
+        parts=outer.n,
+        every=every,
+        sync=outer.sync,
+        servers=plan.servers,
+        min=outer.min,
+        max=outer.max,
+        timeout_s=timeout_s,
+    )

@@ -21,7 +21,8 @@ from allfuse.launcher import current_world
 from allfuse.launcher.crew import Crew as RolesCrew
 from allfuse.launcher.crew import launch_crew
 from allfuse.plan import Data, Plan
-from allfuse.roles.office import BOOK, run_scheduler, run_server, terms_of
+from allfuse.roles.office import BOOK, run_scheduler, run_server
+from allfuse.roles.terms import terms_of
 from allfuse.training.place import choose_device
 from allfuse.verify.compare import TOLERANCES
 from allfuse.verify.history import History

@@ -16,7 +16,8 @@ from allfuse.launcher import current_world
 from allfuse.launcher.thread import launch_threads
 from allfuse.plan import Plan, Site, as_plan
 from allfuse.roles.blueprint import read_codec
-from allfuse.roles.office import BOOK, terms_of
+from allfuse.roles.office import BOOK
+from allfuse.roles.terms import terms_of
 from allfuse.split.data import as_source
 from allfuse.store.run import RunFolder
 from allfuse.store.tensorfile import read_model

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from allfuse.job import Job
 from allfuse.plan import Plan
-from allfuse.roles.office import terms_of
+from allfuse.roles.terms import terms_of
 from allfuse.verify.distance import Yardstick
 from allfuse.verify.history import Event, History, Update
 from allfuse.verify.record import Reference
