@@ -20,7 +20,7 @@ from allfuse.link.wire import Wire
 from allfuse.plan import Plan, as_plan
 from allfuse.roles.messages import About as AboutJob
 from allfuse.roles.messages import Hello, open_letter
-from allfuse.roles.office import run_scheduler, run_server, terms_of
+from allfuse.roles.office import run_scheduler, run_server
 from allfuse.store.run import RunFolder
 from allfuse.training.keeper import refuse_other
 from allfuse.watching import Watching, watch_bus
@@ -53,7 +53,7 @@ def launch_with_roles(
             run_scheduler, functools.partial(RunAudience, token_file=token_file)
         ),
         server=run_server,
-        servers=terms_of(plan, timeout_s).servers,
+        servers=plan.servers,
         plan=str(plan),
         inner=str(plan.inner),
         groups=outer.n,
@@ -160,7 +160,7 @@ class RunAudience:
         self._held: list[tuple[str, dict[str, Any]]] = []  # until the course begins
         self._stepped = 0.0
         self._samples = self._since = 0
-        self._losses: dict[str, list[float]] = {}
+        self._losses = self._counts = 0.0  # since the last step
         self._loss = float("nan")
         self._reason, self._done = "", 0
 
@@ -243,7 +243,7 @@ class RunAudience:
             return
         match name:
             case "told":
-                self._told(data["worker"], data["event"], data["data"])
+                self.bus.emit(data["event"], **{**data["data"], "worker": data["worker"]})
             case "commit":
                 self._committed(data)
             case "loss":
@@ -253,26 +253,22 @@ class RunAudience:
             case _:
                 self.bus.emit(name, **data)
 
-    def _told(self, worker: str, event: str, data: dict[str, Any]) -> None:
-        self.bus.emit(event, **{**data, "worker": worker})
-
     def _committed(self, data: dict[str, Any]) -> None:
         """Count an update. A step is told when all parts of one more batch were learned from."""
         self._samples += data["rows"]
         self._since += data["rows"]
-        if data["count"] > 0:
-            self._losses.setdefault("sum", []).append(data["loss"])
-            self._losses.setdefault("count", []).append(data["count"])
+        self._losses += data["loss"]
+        self._counts += data["count"]
         self.bus.emit("commit", **data)
         if data["done"] <= self.bus.step:
             return
         self.bus.step = data["done"]
-        if self._losses:
-            self._loss = sum(self._losses["sum"]) / sum(self._losses["count"])
+        if self._counts:
+            self._loss = self._losses / self._counts
         now = time.monotonic()
         self.bus.emit("step", loss=self._loss, samples=self._since, seconds=now - self._stepped)
         self._stepped, self._since = now, 0
-        self._losses.clear()
+        self._losses = self._counts = 0.0
 
     def close(self, error: BaseException | None) -> None:
         """The end of the job, and of all that was opened."""

@@ -28,8 +28,8 @@ from allfuse.plan import Site
 from allfuse.roles.agent import Agent
 from allfuse.roles.blueprint import Blueprint
 from allfuse.roles.messages import Join, Lease
-from allfuse.roles.office import terms_of
 from allfuse.roles.replica import Replica
+from allfuse.roles.terms import terms_of
 from allfuse.split.data import Loader, Portion
 from allfuse.store.run import RunFolder, is_run
 from allfuse.training.course import Course
@@ -76,7 +76,6 @@ class Apart:
             host = socket.gethostname()
             self._agent = Agent(crew, f"worker {crew.index} on {host}", place.world.timeout_s)
             bus.subscribe(self._tell, TOLD)
-        self._blueprint: Blueprint | None = None
         self._options: Callable[[], list[dict[str, Any]]] = list
         self._loss = self._count = self._begin_s = 0.0
         self._rows = self._done_before = 0
@@ -124,6 +123,25 @@ class Apart:
         vars(learner.optimizer)["step"] = types.MethodType(push, learner.optimizer)
         vars(learner.optimizer)["_opt_called"] = True  # what schedulers of torch look for
 
+    def refuse_global_statistics(self, has_norms: bool, batch_statistics: str) -> None:
+        """Statistics of a batch cannot meet where its parts are worked on apart.
+
+        Raises:
+            PlanError: the plan would be exact, and BatchNorm keeps it from that.
+        """
+        whole = self.place.whole
+        if has_norms and batch_statistics == "global" and whole.promise == "exact":
+            raise PlanError(
+                str(whole),
+                "BatchNorm would need the statistics of the whole batch, whose parts meet at the "
+                'servers only; with batch_statistics="local" each worker takes its own',
+                f"data({whole.workers})",
+            )
+
+    def course(self, *about: Any) -> LeasedCourse:
+        """What takes a session from lease to lease; `about` as for `Course`."""
+        return LeasedCourse(self, *about)
+
     def begin(
         self, state: State, *, steps_per_epoch: int, steps: int | None, epochs: int | None,
         fingerprints: Mapping[str, str],
@@ -141,7 +159,7 @@ class Apart:
         learner = state.learners[0]
         self._steps_per_epoch = steps_per_epoch
         held = self._held(state, learner)
-        blueprint = self._blueprint = self._make_blueprint(learner, state)
+        blueprint = self._make_blueprint(learner, state)
         if self._agent is not None:
             digest = hashlib.sha256(repr(sorted(fingerprints.items())).encode()).hexdigest()[:16]
             join = Join(
@@ -316,6 +334,7 @@ class LeasedCourse(Course):
         super().__init__(*args)
         self.apart = apart
         self._has_stopped = self._is_interrupted = False
+        self._steps_of_lease = 0  # that are done
 
     def portions(
         self,
@@ -392,8 +411,6 @@ class LeasedCourse(Course):
         self.apart.finish()
         self._take_lease()
 
-    _steps_of_lease = 0
-
     def _hear_wishes(self, step: Step) -> None:
         """Pass on that somebody in this group wishes to stop."""
         if step.figures is not None:
@@ -418,21 +435,6 @@ def _floating_buffers(state: State) -> list[tuple[str, Tensor]]:
         for name, buffer in module.named_buffers()
         if buffer.is_floating_point()
     ]
-
-
-def refuse_global_statistics(place: Place, has_norms: bool, batch_statistics: str) -> None:
-    """Statistics of a batch cannot meet where its parts are worked on apart.
-
-    Raises:
-        PlanError: the plan would be exact, and BatchNorm keeps it from that.
-    """
-    if has_norms and batch_statistics == "global" and place.whole.promise == "exact":
-        raise PlanError(
-            str(place.whole),
-            "BatchNorm would need the statistics of the whole batch, whose parts meet at the "
-            'servers only; with batch_statistics="local" each worker takes its own',
-            f"data({place.whole.workers})",
-        )
 
 
 def _is_plain(value: object) -> bool:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,6 @@ from allfuse.job import Hook, Metric, MetricFunction, check_whole, default_forwa
 from allfuse.plan import Plan
 from allfuse.split.data import Loader, Source, Stream, as_source
 from allfuse.split.whole import Whole
-from allfuse.training.apart import Apart, LeasedCourse, refuse_global_statistics
 from allfuse.training.balance import make_balance
 from allfuse.training.choosing import record_of, settle
 from allfuse.training.course import Course
@@ -45,6 +44,16 @@ from allfuse.training.state import Scheduler, State
 from allfuse.training.stepper import Step, Stepper
 from allfuse.training.telling import Teller
 from allfuse.training.wishes import Wishes
+
+if TYPE_CHECKING:
+    from allfuse.training.apart import Apart
+
+
+def make_apart(place: Place, bus: Bus) -> Apart:
+    """A group's side of the scheduler. Loaded where there is one: others start without it."""
+    from allfuse.training.apart import Apart
+
+    return Apart(place, bus)
 
 
 class Session:
@@ -78,7 +87,7 @@ class Session:
         self.bus = Bus(self.place.rank)
         is_apart = self.place.whole.outer is not None
         try:
-            self.apart = Apart(self.place, self.bus) if is_apart else None
+            self.apart = make_apart(self.place, self.bus) if is_apart else None
             kept = (None, False) if is_apart else (out, resume)  # the scheduler keeps the run
             self.keeper = Keeper(self.place, *kept, self.settings.keep, self.bus)
             self.balance = make_balance(self.place, self.settings.accumulate, self._warn)
@@ -98,7 +107,7 @@ class Session:
         )
         self.rounds = Rounds(self.place, self.bus, self.keeper.settle)
         about = (self.place, self.bus, self.state, self.stepper, self.rounds, self.settings.seed)
-        self.course = Course(*about) if self.apart is None else LeasedCourse(self.apart, *about)
+        self.course = Course(*about) if self.apart is None else self.apart.course(*about)
         if self.apart is not None:
             self.apart.facts |= {"out": None if out is None else str(out), "resume": resume}
         self.course.told, self.course.interrupted = self._after_step, self._interrupt
@@ -183,7 +192,7 @@ class Session:
         shared = self.place.data.size > 1 and self.settings.batch_statistics == "global"
         has_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
         if self.apart is not None:
-            refuse_global_statistics(self.place, has_norms, self.settings.batch_statistics)
+            self.apart.refuse_global_statistics(has_norms, self.settings.batch_statistics)
         if shared and has_norms:
             self.stepper.norms += globalize_batch_norm(module, self.place.statistics)
         if self.settings.compile:
