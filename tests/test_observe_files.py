@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from allfuse.base.errors import RunError, UserError
-from allfuse.base.events import Event
+from allfuse.base.events import Bus, Event
 from allfuse.observe import JsonLines, Profile, TensorBoard, parse_steps, read_events
 
 
@@ -200,3 +200,12 @@ def test_profile_writes_what_there_is_when_training_ends_early(tmp_path: Path) -
 def test_profile_refuses_what_is_no_range(text: str) -> None:
     with pytest.raises(UserError, match="FIRST:LAST"):
         parse_steps(text)
+
+
+def test_who_subscribes_while_an_event_is_told_hears_the_next_one() -> None:
+    bus, heard = Bus(), []
+    bus.subscribe(lambda event: bus.subscribe(lambda late: heard.append(late.name)), ["start"])
+    bus.emit("start")
+    assert heard == []
+    bus.emit("end")
+    assert heard == ["end"]

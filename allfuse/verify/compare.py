@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from allfuse.job import Job
 from allfuse.plan import Plan
 from allfuse.training.loop import train_job
-from allfuse.verify.distance import Yardstick, relative
+from allfuse.verify.distance import Yardstick, relative_numbers
 from allfuse.verify.record import Reference, tensors_of
 from allfuse.verify.report import Difference, Row
 from allfuse.verify.samples import cut_of
@@ -160,15 +160,12 @@ class Comparison:
             figures = self.reference.figures[step - 1][self.sites[rank]]
             own = None if math.isnan(values[column]) else values[column]
             expected = None if figures is None else figures[column]
-            size = 0.0 if own == expected else math.inf
-            if own != expected and own is not None and expected is not None:
-                size = relative(abs(own - expected), max(abs(expected), floor))
             found.append(
                 Difference(
                     what=what,
                     rank=rank,
                     step=step,
-                    size=size,
+                    size=relative_numbers(own, expected, floor),
                     allowed=self.tolerance[what],
                     own=own,
                     expected=expected,

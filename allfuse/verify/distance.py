@@ -61,3 +61,13 @@ def relative(difference: float, scale: float) -> float:
     if difference == 0.0:
         return 0.0
     return difference / scale if scale > 0 and math.isfinite(difference) else math.inf
+
+
+def relative_numbers(own: float | None, expected: float | None, floor: float) -> float:
+    """How far two numbers are apart, in units of the expected one or a floor; infinite where one
+    side has none."""
+    if own == expected:
+        return 0.0
+    if own is None or expected is None:
+        return math.inf
+    return relative(abs(own - expected), max(abs(expected), floor))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from allfuse.verify.compare import SMALLEST
-from allfuse.verify.distance import relative
+from allfuse.verify.distance import relative_numbers
 from allfuse.verify.report import Difference, Row
 
 END = "end"
@@ -81,14 +80,11 @@ class Tally:
 
     def _difference(self, what: str, step: int, pair: Pair, floor: float) -> Difference:
         rank, own, expected = pair
-        size = 0.0 if own == expected else math.inf
-        if own != expected and own is not None and expected is not None:
-            size = relative(abs(own - expected), max(abs(expected), floor))
         return Difference(
             what=what,
             rank=rank,
             step=step,
-            size=size,
+            size=relative_numbers(own, expected, floor),
             allowed=self.tolerance[what],
             own=own,
             expected=expected,
