@@ -268,7 +268,7 @@ class World:
                             for weight, flat in pushes
                         ]
                         shard.update(number, given, options)
-                    for span, values in zip(piece, shard.copy(number), strict=True):
+                    for span, values in zip(piece, shard.read(number), strict=True):
                         flats[span.block][span.start : span.stop] = values
             versions.append({name: values.clone() for name, values in views.items()})
         return versions
@@ -464,7 +464,7 @@ def held_by_servers(world: World) -> Weights:
     for index in range(world.terms.servers):
         server: Any = world.network.machines[f"s{index}"]
         for number, piece in enumerate(server.shard.pieces):
-            for span, values in zip(piece, server.shard.copy(number), strict=True):
+            for span, values in zip(piece, server.shard.read(number), strict=True):
                 flats[span.block][span.start : span.stop] = values
     return cutting.view_all(world.blueprint.blocks, flats)
 

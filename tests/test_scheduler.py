@@ -807,6 +807,13 @@ def test_a_late_word_of_a_server_that_has_a_successor_is_nothing() -> None:
     assert len(desk.told("commit")) == 1
 
 
+def test_the_blueprint_is_said_to_a_server_that_has_not_heard_it_alone() -> None:
+    desk = Desk(Terms(parts=1, sync=Asp()), "w0")
+    serve = say.Serve(index=0, birth=0, applied=0, place="p0")
+    assert only(desk.scheduler.handle("s0", serve, 0), say.Found)
+    assert not desk.scheduler.handle("s0", replace(serve, found=True), 0)
+
+
 def test_a_server_that_is_ahead_of_the_book_is_refused() -> None:
     scheduler = Scheduler(Terms(parts=1), Book(":memory:"))
     ((_, refused),) = scheduler.handle("s0", say.Serve(index=0, birth=1, applied=7, place="p"), 0)

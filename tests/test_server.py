@@ -6,6 +6,7 @@ The scheduler is played by hand; tests/test_roles.py has the real one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +200,7 @@ class Rig:
         for server in self.servers.values():
             assert server.shard is not None
             for number, piece in enumerate(server.shard.pieces):
-                for span, values in zip(piece, server.shard.copy(number), strict=True):
+                for span, values in zip(piece, server.shard.read(number), strict=True):
                     flats[span.block][span.start : span.stop] = values
         return cutting.view_all(self.blueprint.blocks, flats)
 
@@ -428,6 +429,26 @@ def test_weights_on_their_way_are_of_their_version_while_servers_go_on() -> None
     assert not torch.equal(rig.weights()["a"], rig.model.a)
     for _, _, message in held:
         assert all(map(torch.equal, message.tensors, values[id(message)]))
+
+
+def test_a_step_copies_only_what_somebody_still_reads() -> None:
+    rig = Rig(1, make=MAKES["adam"])
+    shard = Shard(rig.blueprint, 0, 1)
+    drawn = [tuple(torch.ones(span.elements) for span in piece) for piece in shard.pieces]
+
+    def step() -> tuple[int, int]:
+        shard.update(0, [(1.0, drawn[0])], [])
+        captured = shard.capture(0)
+        return captured["0/weights"].data_ptr(), captured["0/state/exp_avg"].data_ptr()
+
+    assert step() == step()
+    held = shard.capture(0)
+    before = {name: tensor.clone() for name, tensor in held.items()}
+    places = step()
+    assert places[0] != held["0/weights"].data_ptr()
+    assert places[1] != held["0/state/exp_avg"].data_ptr()
+    assert all(torch.equal(held[name], before[name]) for name in before)
+    assert step() == places
 
 
 def test_memory_is_used_again_once_nobody_reads_it() -> None:
@@ -674,9 +695,63 @@ def test_the_state_of_every_optimizer_survives_a_snapshot(name: str, tmp_path: P
             snapshots.load(shards[1], 7)
         if number > 1:
             step(shards[1], drawn)
-    first, second = shards[0].capture(), shards[1].capture()
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[key], second[key]) for key in first)
+    for piece in range(len(shards[0].pieces)):
+        first, second = (shard.capture(piece) for shard in shards)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+class Later(Executor):
+    """Does what it is given when it is told to."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = []
+
+    def submit(self, work: Callable[..., Any], /, *args: Any) -> Future[Any]:  # type: ignore[override]
+        self.waiting.append((Future(), work, args))
+        return self.waiting[-1][0]
+
+    def work(self) -> None:
+        for future, work, args in self.waiting:
+            try:
+                future.set_result(work(*args))
+            except CheckpointError as error:
+                future.set_exception(error)
+        self.waiting.clear()
+
+
+def test_a_snapshot_is_of_its_sequence_though_the_server_goes_on(tmp_path: Path) -> None:
+    rig = Rig(1, make=MAKES["adam"])
+    later = Later()
+    server = rig.servers["s0"]
+    server.snapshots = Snapshots(tmp_path, 0, 1, later)
+    rig.start()
+    rig.cycle(0, draw(rig.model, 0))
+    weights = {name: values.clone() for name, values in rig.weights().items()}
+    rig.order([], to=["w0"], save=True)
+    rig.cycle(1, draw(rig.model, 1))
+    assert server.saved == -1
+    rig.told.clear()
+    later.work()
+    rig.post("s0", server.tick(0.0))
+    assert ("s0", Applied(sequence=3, saved=2)) in rig.told
+    rig.servers["s0"] = Server(0, 1, birth=5, place="s0", folder=tmp_path)
+    rig.find()
+    for name, values in weights.items():
+        assert torch.equal(rig.weights()[name], values)
+
+
+def test_a_snapshot_that_cannot_be_written_stops_the_server(tmp_path: Path) -> None:
+    rig = Rig(1)
+    later = Later()
+    server = rig.servers["s0"]
+    server.snapshots = Snapshots(tmp_path / "servers", 0, 1, later)
+    rig.start()
+    rig.order([], save=True)
+    (tmp_path / "servers").touch()
+    later.work()
+    with pytest.raises(CheckpointError):
+        server.tick(0.0)
 
 
 def test_old_snapshots_are_removed_and_those_of_other_models_refused(tmp_path: Path) -> None:

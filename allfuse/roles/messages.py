@@ -168,7 +168,8 @@ class Serve(Message):
     """A server is ready.
 
     index: which shard it holds. birth: random, new whenever its process is. applied: the sequence
-    that its shard is of; -1 before it has any weights. place: where workers find it.
+    that its shard is of; -1 before it has any weights. place: where workers find it. found: it has
+    heard `Found`.
     """
 
     kind: ClassVar[str] = "serve"
@@ -176,11 +177,12 @@ class Serve(Message):
     birth: int
     applied: int
     place: str
+    found: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Applied(Message):
-    """A server has carried out all orders up to a sequence."""
+    """A server has carried out all orders up to a sequence. saved: the last one on its disk."""
 
     kind: ClassVar[str] = "applied"
     sequence: int

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +27,7 @@ from allfuse.roles.terms import terms_of
 TICK_S = 0.2  # between two looks at the clock
 BOOK = "scheduler.sqlite"
 SNAPSHOTS = "servers"
+NICENESS = 10  # of the thread that writes snapshots
 
 
 class Audience(Protocol):
@@ -175,17 +180,25 @@ def run_server(index: int) -> None:
         if run is None:
             return
         folder = run["folder"] and Path(run["folder"])
-        server = Server(
-            index,
-            terms.servers,
-            birth=birth,
-            place=desk.place,
-            folder=folder / SNAPSHOTS if folder else None,
-        )
-        _serve(world, server, desk, scheduler)
+        with ThreadPoolExecutor(1, "allfuse-snapshots", _give_way) as executor:
+            server = Server(
+                index,
+                terms.servers,
+                birth=birth,
+                place=desk.place,
+                folder=folder / SNAPSHOTS if folder else None,
+                executor=executor,
+            )
+            _serve(world, server, desk, scheduler)
     finally:
         scheduler.close()
         desk.close()
+
+
+def _give_way() -> None:
+    """Lower this thread's priority, so that the server keeps the core."""
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 def _await_run(world: World, crew: Crewmate) -> dict[str, Any] | None:

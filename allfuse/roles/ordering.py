@@ -110,7 +110,10 @@ class Ordering:
         if known is not None and known.birth == birth:
             known.is_up, known.name = True, sender
             self._advance(known, message.applied)
-            self.welcome(known)
+            if not message.found:
+                self.welcome(known)
+            elif known.applied < self.current:
+                self._resend(known)
             return None
         if (shard, birth) in self._births:
             self._outbox.refused["a server that has a successor"] += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +49,7 @@ class Server:
     Pieces of updates are staged by their lease. Orders are carried out by their sequence, each
     once: the optimizer steps by the weighted sum of the leases' updates, in their order, with the
     options that came with the first; then those who are named get the weights of that version,
-    from a copy that later updates leave alone; then the shard is written to disk where it is asked
+    which later updates leave alone; then the shard is written to disk where it is asked
     for. Weights that workers give are taken until the first order, those that were whole last.
 
     `handle` may raise `Malformed`: whoever sent that is wrong, and nothing has changed.
@@ -60,6 +61,7 @@ class Server:
         birth: random; of this process.
         place: where workers find it.
         folder: for snapshots; None keeps none, and what is to be written counts as written.
+        executor: writes them, as `Snapshots` says.
 
     Example:
         server = Server(0, 1, birth=7, place="127.0.0.1:7078")
@@ -68,10 +70,17 @@ class Server:
     """
 
     def __init__(
-        self, index: int, servers: int, *, birth: int, place: str, folder: Path | None = None
+        self,
+        index: int,
+        servers: int,
+        *,
+        birth: int,
+        place: str,
+        folder: Path | None = None,
+        executor: Executor | None = None,
     ) -> None:
         self.index, self.servers, self.birth, self.place = index, servers, birth, place
-        self.snapshots = Snapshots(folder, index, servers) if folder else None
+        self.snapshots = Snapshots(folder, index, servers, executor) if folder else None
         self.shard: Shard | None = None
         self.saved = self.snapshots.newest() if self.snapshots else -1
         self._sequence = self.saved
@@ -88,15 +97,31 @@ class Server:
         return self._sequence if self._has_weights or not found else -1
 
     def tick(self, now_s: float) -> list[Mail]:
-        """To be called every second or so."""
+        """To be called a few times a second."""
+        mail: list[Mail] = []
+        if self._note_saved():
+            mail.append((SCHEDULER, self._applied()))
         if self.refusal or now_s - self._served_s < SERVE_S:
-            return []
+            return mail
         self._served_s = now_s
-        serve = Serve(index=self.index, birth=self.birth, applied=self.applied, place=self.place)
-        mail: list[Mail] = [(SCHEDULER, serve)]
+        serve = Serve(
+            index=self.index,
+            birth=self.birth,
+            applied=self.applied,
+            place=self.place,
+            found=self.shard is not None,
+        )
+        mail.append((SCHEDULER, serve))
         if self._has_weights:
             mail.append((SCHEDULER, self._applied()))  # it may have got lost
         return mail
+
+    def _note_saved(self) -> bool:
+        """Whether the disk has something new."""
+        written = self.snapshots.written() if self.snapshots is not None else -1
+        is_new = written > self.saved
+        self.saved = max(self.saved, written)
+        return is_new
 
     def lost(self, name: str, now_s: float) -> list[Mail]:
         """The connection of a worker has ended: nothing that it sent is on its way."""
@@ -238,7 +263,7 @@ class Server:
                 pushes = [(weight, bundle.pieces[piece]) for weight, bundle in bundles]
                 shard.update(piece, pushes, bundles[0][1].options)
             if order.to:
-                weights = shard.copy(piece)
+                weights = shard.read(piece)
             for worker in order.to:
                 base, tensors = self._readers.message(worker, piece, weights)
                 yield (
@@ -259,7 +284,9 @@ class Server:
         if order.save:
             if self.snapshots is not None:
                 self.snapshots.save(shard, sequence)
-            self.saved = sequence
+                self._note_saved()
+            else:
+                self.saved = sequence
 
 
 def _read_order(entry: list[Any]) -> Order:

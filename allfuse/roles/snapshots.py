@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from concurrent.futures import Executor, Future
+from contextlib import suppress
 from pathlib import Path
+
+from torch import Tensor
 
 from allfuse.base.errors import CheckpointError
 from allfuse.roles.shard import Shard
@@ -18,14 +22,24 @@ KEPT = 3
 class Snapshots:
     """Safetensors files of one server in a folder. Each is there as a whole or not at all.
 
+    Args:
+        executor: of one thread, that writes while the server goes on, which copies what it steps
+            meanwhile; None writes at once.
+
     Example:
         snapshots = Snapshots(folder, index=0, servers=2)
         snapshots.save(shard, sequence=100)
+        assert snapshots.written() == 100
         snapshots.load(shard, sequence=snapshots.newest())
     """
 
-    def __init__(self, folder: Path, index: int, servers: int) -> None:
+    def __init__(
+        self, folder: Path, index: int, servers: int, executor: Executor | None = None
+    ) -> None:
         self.folder, self.index, self.servers = folder, index, servers
+        self._executor = executor
+        self._written = -1
+        self._writing: list[Future[int]] = []
         self._pattern = re.compile(rf"server-{index}-of-{servers}-(\d{{10,18}})\.safetensors")
 
     def path(self, sequence: int) -> Path:
@@ -43,25 +57,48 @@ class Snapshots:
         return max((each for each in self.all() if most is None or each <= most), default=-1)
 
     def save(self, shard: Shard, sequence: int) -> None:
-        """Write a shard; older files than the last `KEPT` are removed.
+        """Write a shard as it is now; older files than the last `KEPT` are removed.
 
         Raises:
-            CheckpointError: it cannot be written; those that were there stay.
+            CheckpointError: as `written`.
         """
+        tensors = {
+            f"{piece}/{name}": tensor
+            for piece in range(len(shard.pieces))
+            for name, tensor in shard.capture(piece).items()
+        }
+        facts = {"sequence": sequence, "blueprint": shard.blueprint.digest}
+        if self._executor is None:
+            self._written = self._write(tensors, facts, sequence)
+        else:
+            self._writing.append(self._executor.submit(self._write, tensors, facts, sequence))
+
+    def written(self) -> int:
+        """The last sequence that `save` has brought to the disk, -1 for none.
+
+        Raises:
+            CheckpointError: one could not be written; those that were there stay.
+        """
+        while self._writing and self._writing[0].done():
+            self._written = self._writing.pop(0).result()
+        return self._written
+
+    def _write(self, tensors: dict[str, Tensor], facts: dict[str, object], sequence: int) -> int:
         path = self.path(sequence)
         partial = partial_path(path)
-        facts = {"sequence": sequence, "blueprint": shard.blueprint.digest}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_tensors(partial, shard.capture(), {"allfuse.server": json.dumps(facts)})
+            write_tensors(partial, tensors, {"allfuse.server": json.dumps(facts)}, takes=True)
             replace_file(partial, path)
         except (OSError, CheckpointError) as error:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
             if isinstance(error, OSError):
                 raise CheckpointError(explain(error, path)) from error
             raise
         for old in self.all()[:-KEPT]:
             self.path(old).unlink(missing_ok=True)
+        return sequence
 
     def load(self, shard: Shard, sequence: int) -> None:
         """Make a shard what it was.
@@ -79,7 +116,14 @@ class Snapshots:
                 f"{path} is not the shard of this model at sequence {sequence}; next: choose "
                 "another run folder, or the job that wrote it"
             )
-        shard.restore(read_tensors(path))
+        pieces: dict[str, dict[str, Tensor]] = {str(n): {} for n in range(len(shard.pieces))}
+        for name, tensor in read_tensors(path).items():
+            piece, _, rest = name.partition("/")
+            pieces.setdefault(piece, {})[rest] = tensor
+        if len(pieces) > len(shard.pieces):
+            raise CheckpointError(f"{path} is of a shard in other pieces")
+        for number, tensors in enumerate(pieces.values()):
+            shard.restore(number, tensors)
 
     def drop_after(self, sequence: int) -> None:
         """Remove those of a history that the run has left."""

@@ -66,9 +66,12 @@ class FileRecord:
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+    path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str], *, takes: bool = False
 ) -> FileRecord:
     """Write a safetensors file and return when it is on the disk.
+
+    takes: each tensor is taken out of the dict as it is written, so that others may have its
+    memory then.
 
     Tensors may be on any device, of any strides, 0-d or empty; ones that share memory are written
     each by value. Larger types come first, so that every tensor is aligned to its type.
@@ -81,11 +84,12 @@ def write_tensors(
         CheckpointError: a tensor is of a type that the format lacks (before anything is written),
             or the file cannot be written (what there is of it then is not whole).
     """
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
-    header = _header(ordered, metadata)
+    names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    header = _header(((name, tensors[name]) for name in names), metadata)
+    get = tensors.pop if takes else tensors.__getitem__
     try:
         with open(path, "wb") as file:
-            size, crc = _stream(file, header, (tensor for _, tensor in ordered))
+            size, crc = _stream(file, header, (get(name) for name in names))
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -204,7 +208,7 @@ def read_model(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _header(ordered: list[tuple[str, Tensor]], metadata: Mapping[str, str]) -> bytes:
+def _header(ordered: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]) -> bytes:
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, tensor in ordered:
