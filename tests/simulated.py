@@ -415,7 +415,7 @@ class Auditor:
             self.due += [(kind, message.done) for kind in message.due]
 
     def _order(self, sequence: int, entry: list[Any]) -> None:
-        leases, _, dropped, _ = entry
+        leases, _, dropped, *_ = entry
         for lease, _ in leases:
             assert lease not in self.committed, f"lease {lease} is ordered twice"
             assert lease not in self.dropped, f"lease {lease} was revoked, and is ordered"

@@ -93,7 +93,7 @@ class Worker:
         self.left = False
         world_join = Join(
             name=name, host="h", fingerprint="f", steps_per_epoch=STEPS, steps=None, epochs=1,
-            blueprint=world.blueprint.plain(),
+            blueprint=world.blueprint.plain(), clip=world.clip,
         )  # fmt: skip
         self.client = Client(world_join, world.blueprint, world.terms.servers)
         self.client.replica.load(first_weights(world.dtype))
@@ -178,7 +178,9 @@ class World:
         server: type[Server] = Server,
         schedule: bool = False,
         min: int | None = None,
+        clip: float | None = None,
     ) -> None:
+        self.clip = clip
         self.dtype, self.folder, self.server, self.schedule = dtype, folder, server, schedule
         self.random = random.Random(seed)
         self.optimizer, held = make_optimizer(make, first_weights(dtype))
@@ -291,7 +293,12 @@ class World:
 
 
 def plain_loop(
-    make: Make, parts: int, *, schedule: bool = False, dtype: torch.dtype = torch.float64
+    make: Make,
+    parts: int,
+    *,
+    schedule: bool = False,
+    dtype: torch.dtype = torch.float64,
+    clip: float | None = None,
 ) -> Weights:
     optimizer, held = make_optimizer(make, first_weights(dtype))
     total = sum(count_of(part) for part in range(parts))
@@ -304,6 +311,8 @@ def plain_loop(
             parameter.grad = mean.to(dtype)
         if schedule:
             optimizer.param_groups[0]["lr"] = rate_of(step)
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(held.values(), clip)
         optimizer.step()
     return {name: parameter.detach() for name, parameter in held.items()}
 
@@ -316,6 +325,16 @@ def test_bsp_over_servers_equals_a_plain_loop(make: Make, servers: int, schedule
     for name, values in plain_loop(make, 3, schedule=schedule).items():
         torch.testing.assert_close(world.weights[name], values, rtol=1e-11, atol=1e-11)
     world.check()
+
+
+@pytest.mark.parametrize("faults", [None, WILD])
+def test_servers_clip_the_sum_of_gradients_whatever_the_network_does(faults: Faults | None) -> None:
+    world = World(Bsp(), servers=3, clip=2.0, faults=faults).run()
+    expected = plain_loop(MAKES["momentum"], 3, clip=2.0)
+    for name, values in world.weights.items():
+        torch.testing.assert_close(values, expected[name], rtol=1e-9, atol=1e-12)
+    unclipped = plain_loop(MAKES["momentum"], 3)
+    assert not torch.allclose(unclipped["a"], expected["a"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

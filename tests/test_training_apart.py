@@ -169,13 +169,17 @@ def test_optimizers_that_are_not_per_element_are_refused() -> None:
     assert all("Adafactor" in str(result) for result in told.results)
 
 
-def test_clipping_the_whole_gradient_is_refused_in_step_and_done_by_each_worker_out_of_step() -> (
-    None
-):
-    plan = "data(2, topology=central(servers=2){})"
-    told = train_crew(small_job(clip=0.1), plan.format(""))
-    assert all(isinstance(result, UserError) for result in told.results)
-    told = train_crew(small_job(clip=0.1), plan.format(", sync=asp"))
+@pytest.mark.parametrize("sync", ["", ", sync=ssp(0)"])
+def test_servers_clip_the_gradient_that_all_workers_make_together(sync: str) -> None:
+    job = small_job(clip=0.1)
+    told = train_crew(job, f"data(3, topology=central(servers=2){sync})")
+    assert_close(told.result.weights, weights_of(job, "data(1)"))
+    plain = weights_of(small_job(), "data(1)")
+    assert (told.result.weights["0.weight"] - plain["0.weight"]).norm() > 0.01  # it was clipped
+
+
+def test_out_of_step_each_worker_clips_its_own_gradient() -> None:
+    told = train_crew(small_job(clip=0.1), "data(2, topology=central(servers=2), sync=asp)")
     assert told.result.steps == STEPS
 
 

@@ -126,6 +126,23 @@ def test_buffers_and_groups_are_replayed(plan: str) -> None:
     assert report.ok, report.lines()
 
 
+def test_a_gradient_that_servers_clip_is_replayed() -> None:
+    report = check(BSP, clip=0.1)
+    assert report.ok, report.lines()
+    assert report.also is not None
+    assert is_equal_bit_for_bit(report.also)
+
+
+def test_a_server_that_does_not_clip_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    update = Shard.update
+
+    def careless(self: Shard, piece: int, pushes: Any, options: Any, factor: float = 1.0) -> None:
+        update(self, piece, pushes, options)
+
+    monkeypatch.setattr(Shard, "update", careless)
+    assert_found(check(BSP, clip=0.1))
+
+
 def test_a_part_without_samples_is_replayed() -> None:
     report = check("data(8, topology=central(servers=1), sync=asp)", steps=7)  # 7 samples at last
     assert is_equal_bit_for_bit(report), report.lines()
@@ -188,7 +205,7 @@ def test_a_learning_rate_that_a_server_keeps_too_long_is_found(
 ) -> None:
     update = Shard.update
 
-    def stale(self: Shard, piece: int, pushes: Any, options: Any) -> None:
+    def stale(self: Shard, piece: int, pushes: Any, options: Any, factor: float = 1.0) -> None:
         update(self, piece, pushes, [])
 
     monkeypatch.setattr(Shard, "update", stale)
@@ -234,12 +251,12 @@ def test_a_worker_that_keeps_older_weights_is_found(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_server_that_weighs_parts_alike_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    weighted_sum = shards._weighted_sum
+    weighted_sum = shards.weighted_sum
 
     def alike(parts: Any) -> Tensor:
         return weighted_sum([(1 / len(parts), values) for _, values in parts])
 
-    monkeypatch.setattr(shards, "_weighted_sum", alike)
+    monkeypatch.setattr(shards, "weighted_sum", alike)
     report = check(BSP, loss=weighted)
     assert_found(report)
     assert report.also is not None

@@ -24,7 +24,7 @@ from allfuse.roles.records import (
     Worker,
 )
 
-FORMAT = 1
+FORMAT = 2
 SCHEMA = """
 CREATE TABLE facts (name TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID;
 CREATE TABLE notes (name TEXT PRIMARY KEY, done INTEGER, state BLOB) WITHOUT ROWID;
@@ -40,7 +40,7 @@ CREATE INDEX open_leases ON leases (state) WHERE state IN ('out', 'staged', 'rev
 CREATE INDEX leases_of_workers ON leases (worker);
 CREATE INDEX commits ON leases (sequence, place) WHERE sequence IS NOT NULL;
 CREATE TABLE orders (sequence INTEGER PRIMARY KEY, updates INTEGER, readers BLOB, dropped BLOB,
-    save INTEGER);
+    save INTEGER, factor REAL);
 """
 
 
@@ -249,18 +249,19 @@ class Book:
 
     def put_order(self, order: Order) -> None:
         self._write(
-            "INSERT INTO orders VALUES (?, ?, ?, ?, ?)",
+            "INSERT INTO orders VALUES (?, ?, ?, ?, ?, ?)",
             order.sequence,
             order.updates,
             _pack(order.to),
             _pack(order.dropped),
             int(order.save),
+            order.factor,
         )
 
     def orders(self, first: int, last: int) -> list[Order]:
         """Those from one sequence to another, both included."""
         rows = self._db.execute(
-            "SELECT sequence, updates, readers, dropped, save FROM orders "
+            "SELECT sequence, updates, readers, dropped, save, factor FROM orders "
             "WHERE sequence BETWEEN ? AND ? ORDER BY sequence",
             (first, last),
         ).fetchall()
@@ -268,12 +269,17 @@ class Book:
             Order(
                 sequence,
                 updates,
-                [(each.lease, each.weight) for each in self.commits(sequence, sequence)],
+                [
+                    (each.lease, each.weight)
+                    for each in self.commits(sequence, sequence)
+                    if each.weight
+                ],
                 _unpack(readers),
                 _unpack(dropped),
                 bool(save),
+                factor,
             )
-            for sequence, updates, readers, dropped, save in rows
+            for sequence, updates, readers, dropped, save, factor in rows
         ]
 
     def newest(self) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from allfuse.roles.book import Book
 from allfuse.roles.clocks import Clocks
 from allfuse.roles.leases import Leases
 from allfuse.roles.members import Members, Task
+from allfuse.roles.norms import clip_factor
 from allfuse.roles.ordering import Ordering
 from allfuse.roles.outbox import Outbox
 from allfuse.roles.records import Commit, Offer, Presence, State, Work, Worker
@@ -52,12 +54,13 @@ class Course:
         self._giver: Worker | None = None
         self._unwelcomed: dict[str, Worker] = {}
         self.leases: Leases | None = None
+        self._clip: float | None = None
         if members.task is not None:
             self.begin(members.task)
 
     def begin(self, task: Task) -> None:
         """It is known what the job is."""
-        self._ordering.blueprint = task.blueprint
+        self._ordering.blueprint, self._clip = task.blueprint, task.clip
         leases = self.leases = Leases(self._book, self._terms, self._clocks, task)
         for work in leases.open.values():
             worker = self._members.get(work.worker)
@@ -154,10 +157,11 @@ class Course:
     def _advance(self, leases: Leases) -> bool:
         """One order at most; whether there may be another."""
         ordering, sequence = self._ordering, self._ordering.current + 1
-        works = leases.ready()
+        works, factor = self._ready(leases)
         commits = leases.commit(works, sequence, ordering.updates)
         self._count(works)
-        offer = Offer(sequence, ordering.updates + bool(commits), self._clocks.low)
+        moves = any(commit.weight for commit in commits)
+        offer = Offer(sequence, ordering.updates + moves, self._clocks.low)
         told = self._grant(leases, offer) + self._offer_again(leases, offer)
         is_last = self._is_at_end(leases)
         if is_last:
@@ -165,12 +169,35 @@ class Course:
         told += self._finals(leases, sequence)
         to = [worker.name for worker in told if worker.held == sequence]
         if commits or to or is_last:
-            ordering.place(commits, to, leases.drop(), is_last=is_last)
+            ordering.place(commits, to, leases.drop(), factor=factor, is_last=is_last)
         for work, commit in zip(works, commits, strict=True):
             self._tell_commit(leases, work, commit)
         for worker in told:
             self.remind(worker)
-        return bool(leases.ready())
+        return bool(self._ready(leases)[0])
+
+    def _ready(self, leases: Leases) -> tuple[list[Work], float]:
+        """Leases whose updates are to be ordered now, together, and by what they are shortened.
+
+        None while servers measure them; a norm that is no number ends the job.
+        """
+        works, ordering = leases.ready(), self._ordering
+        weights = leases.weights(works)
+        pairs = [[w.lease, weight] for w, weight in zip(works, weights, strict=True) if weight]
+        if self._clip is None or not pairs or self.outcome is not None:
+            return works, 1.0
+        norm = ordering.norms.ask(pairs, ordering.servers.values())
+        if norm is None:
+            return [], 1.0
+        if not math.isfinite(norm):
+            step = leases.ledger.first_step(works[0].unit)
+            why = (
+                f"the norm of the gradient is {norm} at step {step}; the weights were not changed; "
+                "next: a smaller learning rate, or look at the samples of this step"
+            )
+            self.end(leases, Outcome(why, failed=True))
+            return [], 1.0
+        return works, clip_factor(norm, self._clip)
 
     def _count(self, works: list[Work]) -> None:
         """Clocks whose updates are ordered."""

@@ -100,20 +100,25 @@ class Leases:
         assert all(work.unit.block == block for work in self.open.values())
         return sorted(staged, key=lambda work: work.unit.part) if whole else []
 
+    def weights(self, works: list[Work]) -> list[float]:
+        """How much the updates of an order count; nothing where their losses are over nothing."""
+        counts = [work.result.count for work in works if work.result is not None]
+        total = sum(counts)
+        if self._terms.in_step:
+            return [count / total if total > 0 else 0.0 for count in counts]
+        return [float(count > 0) for count in counts]
+
     def commit(self, works: list[Work], sequence: int, updates: int) -> list[Commit]:
         """Count samples as used and clocks as done. updates: ordered before these."""
-        before = self.ledger.done
+        before, weights = self.ledger.done, self.weights(works)
         results = [work.result for work in works if work.result is not None]
-        total = sum(result.count for result in results)
         commits = []
         for place, (work, result) in enumerate(zip(works, results, strict=True)):
             read = work.offered(result.sequence)
             assert read is not None, "made from weights that were not offered"
             missed = updates - read.updates
             lag = 0 if self._terms.in_step else work.clock - read.low
-            weight = 1 / (missed + 1) if self._terms.is_scaled else 1.0
-            if self._terms.in_step:
-                weight = result.count / total if total > 0 else 0.0
+            weight = weights[place] / (missed + 1 if self._terms.is_scaled else 1)
             commit = Commit(sequence, place, work.lease, weight, read.sequence, missed, lag)
             commits.append(commit)
             self.staleness.count(missed, lag)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ class Task:
     epochs: int | None
     blueprint: dict[str, Any]
     facts: dict[str, Any]
+    clip: float | None = None
 
     @classmethod
     def of(cls, join: say.Join) -> Task:
@@ -56,7 +58,7 @@ class Task:
                 f"that of this run is {own[:FINGERPRINT_SHOWN]}; start it with the same job file, "
                 "arguments and data"
             )
-        for name in ("steps_per_epoch", "steps", "epochs"):
+        for name in ("steps_per_epoch", "steps", "epochs", "clip"):
             own, other = getattr(self, name), getattr(join, name)
             if own != other:
                 return f"its {name} is {other}, and that of this run is {own}"
@@ -105,6 +107,8 @@ class Members:
         limits = (join.steps_per_epoch, join.steps, join.epochs)
         if any(limit is not None and not 0 < limit < 1 << 53 for limit in limits):
             return f"steps_per_epoch, steps and epochs are {limits}; they are counted from 1"
+        if join.clip is not None and not 0 < join.clip < math.inf:
+            return f"clip is {join.clip}; a norm is above 0"
         if self.task is not None and (difference := self.task.differs(join)):
             return difference
         if (known is None or not known.is_alive) and not self.has_room:

@@ -64,6 +64,7 @@ class Join(Message):
     host: where it runs. steps_per_epoch: of the job's batches. steps, epochs: limits.
     blueprint: as `Blueprint.plain`, what servers hold. facts: what the run folder records, of the
     first worker; `evaluate_every` and `save_every`, in steps or "epoch", make work fall due.
+    clip: largest norm of the gradient that all workers together make, where they are in step.
     """
 
     kind: ClassVar[str] = "join"
@@ -75,6 +76,7 @@ class Join(Message):
     epochs: int | None
     blueprint: dict[str, Any]
     facts: dict[str, Any] = field(default_factory=dict)
+    clip: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +191,16 @@ class Applied(Message):
     saved: int | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Measured(Message):
+    """A server's answer to `Measure`. square: of the norm of the shard's sum."""
+
+    kind: ClassVar[str] = "measured"
+    leases: list[list[Any]]
+    birth: int
+    square: float
+
+
 # From the scheduler.
 
 
@@ -267,13 +279,23 @@ class Orders(Message):
     """To servers: what to do next, in order.
 
     first: the sequence of the first entry. entries: each [[lease, weight] ..., workers who get the
-    weights of this sequence, leases to forget, whether to write the shard to disk]. Answered by
-    `Applied`; those that a server is past are nothing new to it.
+    weights of this sequence, leases to forget, whether to write the shard to disk], and at the end
+    the factor that shortens the sum of gradients, where it is clipped. Answered by `Applied`; those
+    that a server is past are nothing new to it.
     """
 
     kind: ClassVar[str] = "orders"
     first: int
     entries: list[list[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure(Message):
+    """To servers: how long is the weighted sum of these gradients? leases: each [lease, weight].
+    Answered by `Measured`, or by nobody who does not hold them all."""
+
+    kind: ClassVar[str] = "measure"
+    leases: list[list[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -366,12 +388,14 @@ MESSAGES: dict[str, type[Message]] = {
         Tell,
         Serve,
         Applied,
+        Measured,
         About,
         Welcome,
         Refused,
         Lease,
         Repush,
         Orders,
+        Measure,
         Found,
         Give,
         Push,

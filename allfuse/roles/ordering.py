@@ -7,6 +7,7 @@ from typing import Any
 
 from allfuse.roles import messages as say
 from allfuse.roles.book import Book
+from allfuse.roles.norms import Norms
 from allfuse.roles.outbox import Outbox
 from allfuse.roles.records import Commit, Order, Server
 from allfuse.roles.terms import Terms
@@ -46,6 +47,7 @@ class Ordering:
         everything = range(terms.servers) if self.current < 0 else ()
         self.lacking: set[int] = set(book.get("lacking", everything))
         self.blueprint: dict[str, Any] | None = None
+        self.norms = Norms(outbox, terms.resend_s)
         self.saved: int = book.get("saved", -1)
         self._saving: dict[int, set[int]] = {}
         self._ordered_save: int | None = None
@@ -76,18 +78,31 @@ class Ordering:
         return next((each for each in self.servers.values() if each.name == name), None)
 
     def place(
-        self, commits: list[Commit], to: list[str], dropped: list[int], *, is_last: bool = False
+        self,
+        commits: list[Commit],
+        to: list[str],
+        dropped: list[int],
+        *,
+        factor: float = 1.0,
+        is_last: bool = False,
     ) -> Order:
-        """Write the next order into the book and send it to all servers."""
+        """Write the next order into the book and send it to all servers.
+
+        What counts nothing is no update: servers forget it.
+        """
+        counting = [(commit.lease, commit.weight) for commit in commits if commit.weight]
+        void = [commit.lease for commit in commits if not commit.weight]
         self.current += 1
-        self.updates += bool(commits)
+        self.updates += bool(counting)
+        self.norms.forget()
         order = Order(
             self.current,
             self.updates,
-            [(commit.lease, commit.weight) for commit in commits],
+            counting,
             to,
-            dropped,
+            dropped + void,
             is_last or self._is_save_due(),
+            factor,
         )
         if order.save:
             self._ordered_save = order.sequence
@@ -158,6 +173,7 @@ class Ordering:
     def tick(self) -> None:
         """Say again what was not answered."""
         now_s = self._outbox.now_s
+        self.norms.tick(server for server in self.servers.values() if server.is_up)
         for server in self.servers.values():
             waits = server.is_up and server.applied < self.current
             if waits and now_s - server.asked_s >= self._terms.resend_s:

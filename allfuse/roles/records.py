@@ -110,7 +110,8 @@ class Work:
 class Order:
     """What all servers do next. leases: whose updates, with their weights, in the order of summing.
     to: workers that get the weights of the version that comes of it. dropped: leases to forget.
-    save: servers write their shards to disk. updates: how many there were in all, this included."""
+    save: servers write their shards to disk. updates: how many there were in all, this included.
+    factor: of the sum of gradients, below 1 where it is clipped."""
 
     sequence: int
     updates: int
@@ -118,10 +119,12 @@ class Order:
     to: list[str]
     dropped: list[int]
     save: bool
+    factor: float = 1.0
 
     @property
     def plain(self) -> list[Any]:
-        return [[list(each) for each in self.leases], self.to, self.dropped, self.save]
+        entry = [[list(each) for each in self.leases], self.to, self.dropped, self.save]
+        return entry if self.factor == 1.0 else [*entry, self.factor]
 
 
 class Commit(NamedTuple):

@@ -132,6 +132,8 @@ class Scheduler:
                 self._serve(sender, message)
             case say.Applied():
                 self._ordering.applied(sender, message)
+            case say.Measured():
+                self._measured(sender, message)
             case say.Stop():
                 self._stop(message.reason)
             case say.Finished() | say.Again() | say.Beat() | say.Leave() | say.Note() | say.Tell():
@@ -286,6 +288,12 @@ class Scheduler:
         if leases is not None:
             for work in list(leases.open.values()):
                 self._bring_again(leases, work)
+
+    def _measured(self, sender: str, message: say.Measured) -> None:
+        server = self._ordering.by_name(sender)
+        if server is not None:
+            self._ordering.norms.hear(server, message)
+            self._is_stirred = True
 
     def _bring_again(self, leases: Leases, work: Work) -> None:
         """A server has lost what it held of an update that is not ordered."""

@@ -17,6 +17,8 @@ from allfuse.roles.messages import (
     Found,
     Give,
     Mail,
+    Measure,
+    Measured,
     Message,
     Orders,
     Push,
@@ -25,6 +27,7 @@ from allfuse.roles.messages import (
     Staged,
     Weights,
 )
+from allfuse.roles.norms import square_of
 from allfuse.roles.readers import Readers
 from allfuse.roles.shard import Shard, Values
 from allfuse.roles.snapshots import Snapshots
@@ -41,6 +44,7 @@ class Order(NamedTuple):
     to: list[str]
     dropped: list[int]
     save: bool
+    factor: float = 1.0
 
 
 class Server:
@@ -147,6 +151,8 @@ class Server:
                 self._found(message)
             case Refused() if sender == SCHEDULER and self.shard is None:
                 self._step_back(message.reason)
+            case Measure() if sender == SCHEDULER:
+                yield from self._measure(message)
             case Orders() if sender == SCHEDULER:
                 yield from self._carry_out(message)
             case Give():
@@ -232,6 +238,19 @@ class Server:
         missing = self._missing_given(sender) if lease == GIVEN else self._stage.missing(lease)
         yield sender, Staged(lease=lease, birth=self.birth, missing=missing)
 
+    def _measure(self, message: Measure) -> Iterator[Mail]:
+        shard, pairs = self.shard, [pair for pair in message.leases if _is_weighted(pair)]
+        if len(pairs) < len(message.leases):
+            raise Malformed(f"leases {str(message.leases)[:80]}")
+        if shard is None or any(self._stage.missing(lease) for lease, _ in pairs):
+            return
+        bundles = [(weight, self._stage.get(lease)) for lease, weight in pairs]
+        square = 0.0
+        for piece in range(len(shard.pieces)):
+            pushes = [(weight, bundle.pieces[piece]) for weight, bundle in bundles]
+            square += square_of(shard, piece, pushes) if pushes else 0.0
+        yield SCHEDULER, Measured(leases=message.leases, birth=self.birth, square=square)
+
     # Orders.
 
     def _carry_out(self, message: Orders) -> Iterator[Mail]:
@@ -261,7 +280,7 @@ class Server:
         for piece in range(len(shard.pieces)):
             if bundles:
                 pushes = [(weight, bundle.pieces[piece]) for weight, bundle in bundles]
-                shard.update(piece, pushes, bundles[0][1].options)
+                shard.update(piece, pushes, bundles[0][1].options, order.factor)
             if order.to:
                 weights = shard.read(piece)
             for worker in order.to:
@@ -295,11 +314,14 @@ def _read_order(entry: list[Any]) -> Order:
         Malformed: it is no order.
     """
     match entry:
-        case [list() as leases, list() as to, list() as dropped, bool() as save]:
+        case [list() as leases, list() as to, list() as dropped, bool() as save, *more]:
             pairs = [pair for pair in leases if _is_weighted(pair)]
             names = all(isinstance(name, str) for name in to)
-            if len(pairs) == len(leases) and names and all(type(n) is int for n in dropped):
-                return Order([(lease, weight) for lease, weight in pairs], to, dropped, save)
+            fits = not more or (len(more) == 1 and isinstance(more[0], float))
+            whole = len(pairs) == len(leases) and names and fits
+            if whole and all(type(n) is int for n in dropped):
+                leases = [(lease, weight) for lease, weight in pairs]
+                return Order(leases, to, dropped, save, *more)
     raise Malformed(f"an order {str(entry)[:80]}")
 
 

@@ -35,15 +35,25 @@ class Shard:
             each.put(given)
 
     @torch.no_grad()
-    def update(self, piece: int, pushes: Sequence[tuple[float, Values]], options: Options) -> None:
+    def update(
+        self,
+        piece: int,
+        pushes: Sequence[tuple[float, Values]],
+        options: Options,
+        factor: float = 1.0,
+    ) -> None:
         """One step of a piece by the weighted sum of pushes, added up in their order.
 
         Sums are taken in float32 or wider. What was pushed is left as it is.
+
+        Args:
+            factor: of gradients, that shortens them; changes stay as they are.
         """
         for place, each in enumerate(self.slices[piece]):
-            parts = [(weight, values[place]) for weight, values in pushes]
+            scale = 1.0 if self.blueprint.pushes_changes(each.span.block) else factor
+            parts = [(weight * scale, values[place]) for weight, values in pushes]
             changed = options[each.group] if options else {}
-            each.step(_weighted_sum(parts).to(each.dtype), changed)
+            each.step(weighted_sum(parts).to(each.dtype), changed)
 
     def read(self, piece: int) -> Values:
         """The weights of a piece as they are now, without a copy: later steps leave them alone."""
@@ -74,8 +84,8 @@ class Shard:
             raise CheckpointError(f"a server's shard of another model: {error!r}") from error
 
 
-def _weighted_sum(parts: Sequence[tuple[float, Tensor]]) -> Tensor:
-    """In float32 or wider; the part itself where there is one that counts whole."""
+def weighted_sum(parts: Sequence[tuple[float, Tensor]]) -> Tensor:
+    """In their order, in float32 or wider; the part itself where one alone counts whole."""
     (weight, first), *rest = parts
     if not rest and weight == 1.0:
         return first

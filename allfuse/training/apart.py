@@ -79,6 +79,7 @@ class Apart:
         self._options: Callable[[], list[dict[str, Any]]] = list
         self._loss = self._count = self._begin_s = 0.0
         self._rows = self._done_before = 0
+        self._clip: float | None = None
         self._steps_per_epoch = 1
 
     @property
@@ -92,13 +93,19 @@ class Apart:
 
     # Begin.
 
+    def clip_here(self, largest: float | None) -> float | None:
+        """What of clipping this group does by itself: not where it is the gradient that all groups
+        make together, whose norm the servers find."""
+        if self.pushes_gradients and self.terms.in_step:
+            self._clip = largest
+            return None
+        return largest
+
     def take_over(
         self,
         learner: Learner,
         before: Callable[[], None],
         after: Callable[[], None],
-        *,
-        clips: bool,
     ) -> None:
         """Have the step of an optimizer push its gradients; servers step instead."""
         if learner.precision.scaler is not None:
@@ -108,12 +115,6 @@ class Apart:
             )
         if not self.pushes_gradients:
             return
-        if self.terms.in_step and clips:
-            raise UserError(
-                f"clip under {self.outer}: the norm of the whole gradient is known to no server "
-                f"alone; allowed: data({self.outer.n}, topology=central) without servers, or "
-                "sync=asp or ssp, where each worker clips its own"
-            )
 
         def push(optimizer: torch.optim.Optimizer, closure: None = None) -> None:
             before()
@@ -171,6 +172,7 @@ class Apart:
                 epochs=epochs,
                 blueprint=blueprint.plain(),
                 facts=self.facts,
+                clip=self._clip,
             )
             client = self._agent.join(join, blueprint, self.terms.servers, self.place.device)
             self.replica = client.replica

@@ -98,10 +98,11 @@ class Session:
         self.precision = Precision(self.settings.precision, self.device)
         self.state = State(self.precision)
         self.models, self.learners = self.state.models, self.state.learners
+        apart, clip = self.apart, self.settings.clip
         self.stepper = Stepper(
             self.place,
             Wishes(self.place.world.stop_requested),
-            clip=self.settings.clip,
+            clip=clip if apart is None else apart.clip_here(clip),
             accumulate=self.settings.accumulate,
             how_to_go_on=self.keeper.how_to_go_on,
         )
@@ -225,7 +226,6 @@ class Session:
                 learner,
                 lambda: self._before_step_of(learner),
                 lambda: self.stepper.after_step_of(learner),
-                clips=self.settings.clip is not None,
             )
         self.state.add_learner(learner)
         return optimizer

@@ -41,11 +41,20 @@ class Update:
 
 @dataclass(frozen=True)
 class Event:
-    """An order: updates in the order in which they are summed, then who got the weights."""
+    """An order: updates in the order in which they are summed, then who got the weights.
+
+    factor: by which their sum was shortened.
+    """
 
     sequence: int
     updates: list[Update]
     readers: list[str]
+    factor: float = 1.0
+
+    @property
+    def moves(self) -> bool:
+        """Whether anything in it counts: weights change."""
+        return any(update.weight for update in self.updates)
 
 
 @dataclass
@@ -81,7 +90,10 @@ class History:
                 made.setdefault(commit.sequence, []).append(update)
             tally = book.tally()
             return cls(
-                [Event(order.sequence, made.get(order.sequence, []), order.to) for order in orders],
+                [
+                    Event(order.sequence, made.get(order.sequence, []), order.to, order.factor)
+                    for order in orders
+                ],
                 ledger.limit,
                 sum(count for state, count in tally.items() if state is not State.COMMITTED),
                 len(book.servers()) - terms.servers if orders else 0,
@@ -116,7 +128,7 @@ class History:
                     raise _wrong(update, f"counted {update.weight}, and should have {weight}")
             for worker in event.readers:
                 sent.setdefault(worker, set()).add(event.sequence)
-            before.append(before[-1] + bool(event.updates))
+            before.append(before[-1] + event.moves)
         _check_bound(self.events, terms)
 
     def _check_samples(self, terms: Terms) -> None:
@@ -172,8 +184,11 @@ def _weights(event: Event, before: list[int], terms: Terms) -> list[float]:
     if terms.in_step:
         total = sum(update.count for update in event.updates)
         return [update.count / total if total > 0 else 0.0 for update in event.updates]
-    missed = [before[-1] - before[update.read + 1] for update in event.updates]
-    return [1 / (each + 1) if terms.is_scaled else 1.0 for each in missed]
+    weights = []
+    for update in event.updates:
+        missed = before[-1] - before[update.read + 1] if terms.is_scaled else 0
+        weights.append((update.count > 0) / (missed + 1))
+    return weights
 
 
 def _check_bound(events: list[Event], terms: Terms) -> None:

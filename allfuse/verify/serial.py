@@ -90,8 +90,10 @@ class Pupil:
     """What belongs to one worker alone: its optimizer's state under `site`, its schedule, and the
     buffers that are not shared."""
 
-    def __init__(self, job: Job, model: nn.Module, blueprint: Blueprint, samples: Samples) -> None:
-        self.job, self.samples, self.blueprint = job, samples, blueprint
+    def __init__(
+        self, job: Job, model: nn.Module, blueprint: Blueprint, samples: Samples, clip: float | None
+    ) -> None:
+        self.job, self.samples, self.blueprint, self.clip = job, samples, blueprint, clip
         self.model = copy.deepcopy(model)
         self.optimizer = job.optimizer(self.model.parameters())
         self.scheduler = None if job.scheduler is None else job.scheduler(self.optimizer)
@@ -153,8 +155,8 @@ class Pupil:
             for gradient in gradients:
                 gradient.mul_(rows / counted)
         norm = torch.nn.utils.get_total_norm(gradients)
-        if self.job.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(trained, self.job.clip, norm)
+        if self.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(trained, self.clip, norm)
         lesson.total, lesson.count = lesson.total + total, lesson.count + counted
         return total / counted, float(norm)
 
@@ -183,19 +185,38 @@ class Central:
         return optimizer
 
     @torch.no_grad()
-    def apply(self, updates: Sequence[tuple[float, Named]], options: list[dict[str, Any]]) -> None:
+    def apply(
+        self,
+        updates: Sequence[tuple[float, Named]],
+        options: list[dict[str, Any]],
+        factor: float = 1.0,
+    ) -> None:
         """One step by the weighted sum of updates.
 
         Args:
             options: of each group whose gradients are pushed; the others' never change.
+            factor: of gradients.
         """
         for block, optimizer in zip(self.blueprint.blocks, self._optimizers, strict=True):
+            scale = 1.0
             if self.blueprint.groups[block.group].pushed == "gradient":
                 optimizer.param_groups[0].update(from_plain(options[block.group]))
+                scale = factor
             for name in block.names:
-                summed = add_up([(weight, values[name]) for weight, values in updates])
+                summed = add_up([(weight * scale, values[name]) for weight, values in updates])
                 self.weights[name].grad = summed.to(block.dtype)
             optimizer.step()
+
+    def norm(self, updates: Sequence[tuple[float, Named]]) -> float:
+        """Of the weighted sum of gradients."""
+        names = [
+            name
+            for block in self.blueprint.blocks
+            if self.blueprint.groups[block.group].pushed == "gradient"
+            for name in block.names
+        ]
+        summed = [add_up([(weight, values[name]) for weight, values in updates]) for name in names]
+        return float(torch.nn.utils.get_total_norm(summed))
 
     def copy(self) -> Named:
         return {name: weight.detach().clone() for name, weight in self.weights.items()}
@@ -233,6 +254,11 @@ class Serial:
         self.inward: dict[str, Inward] = {}
         self.pupils: dict[str, Pupil] = {}
         self._versions: dict[tuple[str, int], Named] = {}  # by reader and sequence
+
+    @property
+    def _clips_sums(self) -> bool:
+        """Whether it is the gradient of all workers together that is clipped."""
+        return self.terms.in_step and not isinstance(self.outer, Site)
 
     @property
     def parameters(self) -> set[str]:
@@ -285,15 +311,30 @@ class Serial:
             due[place] -= 1
             if not due[place]:
                 del self._versions[place]
-        parts = [(u.weight, made[u.lease][1]) for u in event.updates]
-        self.central.apply(parts, made[event.updates[0].lease][0].options)
+        counting = [update for update in event.updates if update.weight]
+        if counting:
+            parts = [(u.weight, made[u.lease][1]) for u in counting]
+            options = made[counting[0].lease][0].options
+            self.central.apply(parts, options, self._factor(event, parts))
+
+    def _factor(self, event: Event, parts: Sequence[tuple[float, Named]]) -> float:
+        """What clips the sum of an order: as the servers had it, to whose last bits the norm may
+        be rounded otherwise; another one is theirs alone, and shows in the weights."""
+        largest, factor = self.job.clip, 1.0
+        if largest is not None and self._clips_sums:
+            norm = self.central.norm(parts)
+            factor = min(1.0, largest / (norm + 1e-6))  # as torch's clip_grad_norm_
+        return event.factor if abs(factor - event.factor) <= 1e-6 * factor else factor
 
     def _learn(self, update: Update) -> Lesson:
         read = self._versions.get((update.worker, update.read))
         if read is None:
             raise AllfuseError(f"version {update.read} was never sent to {update.worker}")
         if update.worker not in self.pupils:
-            self.pupils[update.worker] = Pupil(self.job, self.model, self.blueprint, self.samples)
+            clip = None if self._clips_sums else self.job.clip
+            self.pupils[update.worker] = Pupil(
+                self.job, self.model, self.blueprint, self.samples, clip
+            )
             self.inward[update.worker] = Inward(self.blueprint, self.terms.servers, update.worker)
         return self.pupils[update.worker].learn(update, read, isinstance(self.outer, Site))
 
