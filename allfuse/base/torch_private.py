@@ -7,6 +7,7 @@ torch that moves one of them fails here and nowhere else.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
 
@@ -14,12 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store, TCPStore
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 __all__ = [
     "PrefixStore",
     "Store",
     "TCPStore",
     "clone_store",
+    "fake_tensors",
     "foreach_copy",
     "foreach_multiply",
     "gloo_group",
@@ -33,6 +36,11 @@ def clone_store(store: Any) -> Store:
     """A connection of its own to the same store, so that one thread's wait holds up no other."""
     copy: Store = store.clone()
     return copy
+
+
+def fake_tensors() -> AbstractContextManager[object]:
+    """Within it calls of torch compute shapes and types, and no numbers."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def foreach_copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

@@ -1,0 +1,279 @@
+"""What a model does with tensors: its forward pass as a list of calls, by shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from allfuse.base.errors import UserError
+from allfuse.base.tensors import leaves
+from allfuse.base.torch_private import fake_tensors
+
+RANDOM = ("dropout", "bernoulli", "rand", "scaled_dot_product_attention", "multinomial", "normal")
+"""How the names of functions begin that draw at random."""
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A value of a recording, by its number, in the place of the tensor."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a function of torch.
+
+    Attributes:
+        arguments: positional and by name, with a `Ref` for each tensor.
+        module: name of the innermost module that made it; "" is the model itself.
+        inputs, outputs: numbers of the values it takes, in order of their first use, and gives.
+        in_place: whether what it gives is its first argument, changed.
+    """
+
+    index: int
+    function: Callable[..., Any]
+    arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    module: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    in_place: bool
+
+    @property
+    def name(self) -> str:
+        return getattr(self.function, "__name__", str(self.function))
+
+    def bound(self, *names: str) -> list[Any]:
+        """The arguments of these names, given by place or by name; None where one is missing."""
+        placed, named = self.arguments
+        return [
+            placed[at] if at < len(placed) else named.get(name) for at, name in enumerate(names)
+        ]
+
+
+@dataclass
+class Recording:
+    """The calls of a forward pass, in order.
+
+    Attributes:
+        shapes, dtypes: of each value, by its number.
+        parameters, buffers: names of the values that are these.
+        makers: the call that gave a value.
+        outputs: numbers of the values that the forward pass returned.
+    """
+
+    calls: list[Call] = field(default_factory=list)
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+    dtypes: list[torch.dtype] = field(default_factory=list)
+    parameters: dict[int, str] = field(default_factory=dict)
+    buffers: dict[int, str] = field(default_factory=dict)
+    makers: dict[int, Call] = field(default_factory=dict)
+    outputs: list[int] = field(default_factory=list)
+
+    def needed(self) -> set[int]:
+        """The values that what the forward pass returns depends on, itself included."""
+        found = set(self.outputs)
+        for call in reversed(self.calls):
+            if found.intersection(call.outputs):
+                found.update(call.inputs)
+        return found
+
+    def learned(self) -> set[int]:
+        """The values that depend on a parameter, parameters included."""
+        found = set(self.parameters)
+        for call in self.calls:
+            if found.intersection(call.inputs):
+                found.update(call.outputs)
+        return found
+
+
+class Recorder(TorchFunctionMode):
+    """Writes down every call of torch that gives or changes a tensor."""
+
+    def __init__(self, parameters: Mapping[int, str], buffers: Mapping[int, str]) -> None:
+        super().__init__()
+        self.recording = Recording()
+        self.stack: list[str] = []
+        self.failed = ""  # the module that made a call which failed
+        self._parameters, self._buffers = parameters, buffers
+        self._numbers: dict[int, int] = {}
+        self._alive: list[Tensor] = []  # so that no `id` is given twice
+
+    def number(self, tensor: Tensor, new: bool = False) -> int:
+        key = id(tensor)
+        if new or key not in self._numbers:
+            recording = self.recording
+            number = self._numbers[key] = len(recording.shapes)
+            self._alive.append(tensor)
+            recording.shapes.append(tuple(tensor.shape))
+            recording.dtypes.append(tensor.dtype)
+            if key in self._parameters:
+                recording.parameters[number] = self._parameters[key]
+            elif key in self._buffers:
+                recording.buffers[number] = self._buffers[key]
+        return self._numbers[key]
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        before = map_arguments(self._as_ref, (tuple(args), named))
+        try:
+            result = function(*args, **named)
+        except Exception:
+            self.failed = self.failed or (self.stack[-1] if self.stack else "")
+            raise
+        changes = changes_in_place(function) and args and isinstance(args[0], Tensor)
+        given = [args[0]] if changes else [x for x in leaves(result) if isinstance(x, Tensor)]
+        inputs = tuple(
+            dict.fromkeys(x.number for x in argument_leaves(before) if isinstance(x, Ref))
+        )
+        known = {self._numbers.get(id(x)) for x in given}
+        same = known & set(inputs)  # dropout gives what it took, here
+        if given and (changes or not same or draws(function)):
+            new = bool(changes or same)
+            outputs = tuple(self.number(x, new=new) for x in given)
+            call = Call(
+                index=len(self.recording.calls),
+                function=function,
+                arguments=before,
+                module=self.stack[-1] if self.stack else "",
+                inputs=inputs,
+                outputs=outputs,
+                in_place=bool(changes),
+            )
+            self.recording.calls.append(call)
+            self.recording.makers |= dict.fromkeys(outputs, call)
+        return result
+
+    def _as_ref(self, leaf: Any) -> Any:
+        return Ref(self.number(leaf)) if isinstance(leaf, Tensor) else leaf
+
+
+def map_arguments(function: Callable[[Any], Any], nest: Any) -> Any:
+    """The same nest of tuples, lists, dicts and slices, with `function` applied to every leaf."""
+    if isinstance(nest, tuple):
+        return tuple(map_arguments(function, each) for each in nest)
+    if isinstance(nest, list):
+        return [map_arguments(function, each) for each in nest]
+    if isinstance(nest, dict):
+        return {key: map_arguments(function, each) for key, each in nest.items()}
+    if isinstance(nest, slice):
+        return slice(*(map_arguments(function, x) for x in (nest.start, nest.stop, nest.step)))
+    return function(nest)
+
+
+def argument_leaves(nest: Any) -> list[Any]:
+    """What `map_arguments` applies its function to, in order."""
+    found: list[Any] = []
+    map_arguments(found.append, nest)
+    return found
+
+
+def list_spans(nest: Any) -> list[tuple[int, int]]:
+    """Where the leaves of each list, tuple or slice within arguments begin and end."""
+    spans: list[tuple[int, int]] = []
+
+    def walk(part: Any, begin: int) -> int:
+        if isinstance(part, slice):
+            part = [part.start, part.stop, part.step]
+        elif isinstance(part, dict):
+            part = list(part.values())
+        if not isinstance(part, list | tuple):
+            return begin + 1
+        end = begin
+        for each in part:
+            end = walk(each, end)
+        spans.append((begin, end))
+        return end
+
+    walk(nest, 0)
+    return spans
+
+
+def draws(function: Any) -> bool:
+    """Whether a function of torch may draw at random, by its name."""
+    return getattr(function, "__name__", "").startswith(RANDOM)
+
+
+def changes_in_place(function: Any) -> bool:
+    """Whether a function of torch changes its first argument, by the way it is named."""
+    name = getattr(function, "__name__", "")
+    if name.startswith("__"):
+        return name == "__setitem__" or (name.startswith("__i") and name != "__invert__")
+    return name.endswith("_") and name != "requires_grad_"
+
+
+def record(model: nn.Module, run: Callable[[nn.Module], Any]) -> Recording:
+    """The calls of `run(model)`, in evaluation mode and without one number computed.
+
+    Costs no memory for activations, and none for parameters of a model on the meta device.
+
+    Raises:
+        UserError: the forward pass asks for the numbers in a tensor.
+    """
+    recorder = Recorder(
+        {id(p): name for name, p in model.named_parameters()},
+        {id(b): name for name, b in model.named_buffers()},
+    )
+    with ExitStack() as closing:
+        closing.enter_context(_listening(model, recorder.stack))
+        closing.enter_context(_evaluating(model))
+        closing.enter_context(torch.no_grad())
+        closing.enter_context(fake_tensors())
+        closing.enter_context(recorder)
+        try:
+            result = run(model)
+        except Exception as error:
+            name = recorder.failed or type(model).__name__
+            raise UserError(
+                f"the forward pass cannot be followed by shapes alone, in {name}: "
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; "
+                "allowed: a forward pass that depends on no tensor's numbers; next: a plan that "
+                "leaves the model whole, such as data(n)"
+            ) from error
+        recorder.recording.outputs = [recorder.number(leaf) for leaf in tensors_in(result)]
+    return recorder.recording
+
+
+def tensors_in(nest: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in leaves(nest) if isinstance(leaf, Tensor))
+
+
+@contextmanager
+def _listening(model: nn.Module, stack: list[str]) -> Iterator[None]:
+    """Keep the names of the modules that run on a stack."""
+
+    def enter(name: str) -> Callable[..., None]:
+        return lambda *_: stack.append(name)
+
+    def leave(*_: Any) -> None:
+        stack.pop()
+
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(enter(name)))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, in which nothing is drawn at random, and then what it was."""
+    training: Sequence[nn.Module] = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

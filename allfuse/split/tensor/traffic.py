@@ -1,0 +1,124 @@
+"""What crosses between slices: sums and gathers that autograd can follow.
+
+For an activation of B bytes and n ranks each sum sends 2 (n - 1) / n B from each rank, each gather
+(n - 1) / n B of what is gathered.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from allfuse.link import Link
+
+
+class Slice:
+    """One rank's place among those that share a model's layers.
+
+    Args:
+        link: to the ranks that have the other slices.
+    """
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+
+    @property
+    def n(self) -> int:
+        return self.link.size
+
+    @property
+    def index(self) -> int:
+        return self.link.rank
+
+    def sum(self, tensor: Tensor, operation: str) -> Tensor:
+        """The sum over all slices, in new memory."""
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        self.link.all_reduce(total, operation).wait()
+        return total
+
+    def gather(self, tensor: Tensor, dim: int, operation: str) -> Tensor:
+        """The pieces of all slices, put together along a dim."""
+        shape = list(tensor.shape)
+        width = shape[dim]
+        shape[dim] = width * self.n
+        whole = tensor.new_zeros(shape)
+        whole.narrow(dim, self.index * width, width).copy_(tensor)
+        self.link.all_reduce(whole, operation).wait()
+        return whole
+
+
+class _Enter(torch.autograd.Function):
+    """Forward nothing; backward the sum of what each slice found for the same value."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, slice_: Slice, name: str) -> Tensor:
+        context.slice, context.name = slice_, name
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        operation = f"sum gradients of what goes into {context.name}"
+        return context.slice.sum(gradients[0], operation), None, None
+
+
+class _Leave(torch.autograd.Function):
+    """Forward the sum over slices; backward nothing, since each has the gradient of the sum."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, slice_: Slice, name: str) -> Tensor:
+        return slice_.sum(x, f"sum what comes out of {name}")
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0], None, None
+
+
+class _Gather(torch.autograd.Function):
+    """Forward the pieces of all slices; backward this slice's piece of the gradient."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, slice_: Slice, dim: int, name: str) -> Tensor:
+        context.slice, context.dim = slice_, dim
+        return slice_.gather(x, dim, f"gather what comes out of {name}")
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        place: Slice = context.slice
+        piece = gradients[0].chunk(place.n, context.dim)[place.index]
+        return piece.contiguous(), None, None, None
+
+
+def leave(x: Tensor, slice_: Slice, name: str) -> Tensor:
+    """Sum a part of a result over all slices."""
+    result: Tensor = _Leave.apply(x, slice_, name)  # type: ignore[no-untyped-call]
+    return result
+
+
+def gather(x: Tensor, slice_: Slice, dim: int, name: str) -> Tensor:
+    """Put the pieces of a result together."""
+    result: Tensor = _Gather.apply(x, slice_, dim, name)  # type: ignore[no-untyped-call]
+    return result
+
+
+class Entrance:
+    """Where a value that all slices have enters a region. Maps that take the same value share one
+    sum of its gradient."""
+
+    def __init__(self, slice_: Slice, name: str) -> None:
+        self.slice, self.name = slice_, name
+        self._x: Callable[[], Tensor | None] = lambda: None
+        self._entered: Callable[[], Tensor | None] = lambda: None
+
+    def enter(self, x: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return x
+        known = self._entered()
+        if self._x() is x and known is not None and known._version == x._version:
+            return known
+        entered: Tensor = _Enter.apply(x, self.slice, self.name)  # type: ignore[no-untyped-call]
+        self._x, self._entered = weakref.ref(x), weakref.ref(entered)
+        return entered

@@ -1,0 +1,238 @@
+"""A model cut inside its layers gives the numbers of the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sliced import (
+    CASES,
+    GatedUnit,
+    GroupedAttention,
+    Residual,
+    assert_slices_equal_the_whole,
+    plan_of,
+)
+from torch import Tensor, nn
+
+from allfuse.base.errors import UserError
+from allfuse.link.lone import LoneLink
+from allfuse.split.tensor.cut import Cut
+from allfuse.split.tensor.slicing import slice_model
+from allfuse.split.tensor.traffic import Slice
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_slices_give_the_output_and_the_gradients_of_the_whole(name: str) -> None:
+    case = CASES[name]
+    batch = case.batch()
+    plan = assert_slices_equal_the_whole(case.model(), lambda model: model(batch), case.n)
+    assert set(case.cut) <= set(plan.cuts)
+    assert any(case.cut[0] in columns for columns, _ in plan.regions), plan.reasons
+
+
+def run_on(*shape: int) -> Callable[[nn.Module], Tensor]:
+    batch = torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return lambda model: model(batch)
+
+
+def hugging(name: str) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    """A small model of Hugging Face's, with random weights, and how it is run."""
+    transformers = pytest.importorskip("transformers")
+    words = torch.randint(96, (2, 6), generator=torch.Generator().manual_seed(3))
+    image = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3)).double()
+    wide = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4}
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "vocab_size": 96}
+    match name:
+        case "Llama":
+            config = transformers.LlamaConfig(**wide, **heads, **tokens, num_key_value_heads=2)
+            model = transformers.LlamaForCausalLM(config)
+        case "GPT2":
+            config = transformers.GPT2Config(
+                n_embd=32, n_layer=2, n_head=4, n_positions=8, **tokens
+            )
+            model = transformers.GPT2LMHeadModel(config)
+        case "Bert":
+            config = transformers.BertConfig(
+                **wide, **heads, vocab_size=96, max_position_embeddings=8
+            )
+            model = transformers.BertForMaskedLM(config)
+        case _:
+            config = transformers.ViTConfig(**wide, **heads, image_size=8, patch_size=4)
+            model = transformers.ViTForImageClassification(config)
+    takes = {"pixel_values": image} if name == "ViT" else {"input_ids": words}
+    return model.double().eval(), lambda made: made(**takes).logits
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "Bert", "ViT"])
+@pytest.mark.parametrize("n", [2])
+def test_transformers_are_cut_nearly_whole_by_their_calls_alone(name: str, n: int) -> None:
+    model, run = hugging(name)
+    plan = assert_slices_equal_the_whole(model, run, n)
+    sizes = {k: p.numel() for k, p in model.named_parameters()}
+    assert sum(sizes[k] for k in plan.cuts if k in sizes) >= 0.9 * sum(sizes.values())
+
+
+def test_a_block_that_is_used_twice_is_cut_once() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Residual(nn.LayerNorm(12), GatedUnit())
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.block(self.block(x))
+            return result
+
+    plan = assert_slices_equal_the_whole(Twice().double(), run_on(5, 12), 2)
+    assert "block.inner.1.both.weight" in plan.cuts
+
+
+def test_a_weight_whose_uses_cannot_all_be_cut_stays_whole_and_says_why() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.down(F.relu(self.up(x)))
+            return result + self.up(x).softmax(-1)[..., :8]
+
+    plan = assert_slices_equal_the_whole(Mixed().double(), run_on(5, 8), 2)
+    assert "in several places" in plan.reasons["down"]
+
+
+class Biased(nn.Module):
+    """Attention with a learned number for each head and distance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(4))
+        self.near = nn.Parameter(torch.zeros(4, 5, 5))
+
+    def forward(self, x: Tensor) -> Tensor:  # B S W
+        q, k, v = (f(x).view(2, 5, 4, 4).transpose(1, 2) for f in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(q, k, v, self.near * 2)
+        result: Tensor = self.out(mixed.transpose(1, 2).reshape(2, 5, 16))
+        return result
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "module", "reason"),
+    [
+        (
+            GroupedAttention(heads=4, groups=1),
+            (2, 5, 16),
+            "out",
+            "attention in the model mixes the channels, to shape (2, 4, 5, 4)",
+        ),
+        (GroupedAttention(heads=3, groups=3, width=15), (2, 5, 15), "out", "not divisible by 2"),
+        (
+            nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 8)),
+            (5, 8),
+            "2",
+            "layer_norm in 1 mixes the channels",
+        ),
+        (Biased(), (2, 5, 16), "out", "a value beside it that is learned"),
+        (
+            nn.Sequential(nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 8)),
+            (5, 8),
+            "2",
+            "7 channels of 0",
+        ),
+    ],
+)
+def test_what_cannot_be_cut_stays_whole_and_says_why(
+    model: nn.Module, shape: tuple[int, ...], module: str, reason: str
+) -> None:
+    plan = plan_of(model.double(), run_on(*shape), 2)
+    assert not plan.regions
+    assert reason in plan.reasons[module]
+
+
+def test_weights_that_are_to_stay_whole_do() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)).double()
+    plan = assert_slices_equal_the_whole(
+        model, run_on(5, 8), 2, keep={"0.weight": "the job says so"}
+    )
+    assert "0.weight" not in plan.cuts
+    assert plan.whole["0"] == "the job says so"
+
+
+def test_a_model_that_looks_at_its_numbers_is_refused_with_the_module() -> None:
+    class Looks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(UserError, match=r"shapes alone, in 1: .*Data"):
+        plan_of(nn.Sequential(nn.Linear(8, 8), Looks()).double(), run_on(5, 8), 2)
+
+
+@pytest.mark.parametrize("parts", [(8,), (4, 8), (4, 4, 12)])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_pieces_of_a_cut_join_to_the_whole(parts: tuple[int, ...], dim: int) -> None:
+    shape = [3, 3]
+    shape[dim] = sum(parts)
+    tensor = torch.arange(float(shape[0] * shape[1])).view(shape)
+    cut = Cut(dim, parts)
+    assert torch.equal(cut.join([cut.piece(tensor, 4, index) for index in range(4)]), tensor)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.softmax(-1),
+        lambda x: x.cumsum(-1),
+        lambda x: x.flip(-1),
+        lambda x: x.roll(1, -1),
+        lambda x: x.sum(-1, keepdim=True) + x,
+        lambda x: x.view(5, 4, 4).transpose(1, 2).reshape(5, 16),
+    ],
+)
+def test_a_call_that_mixes_channels_is_found_out(function: Callable[[Tensor], Tensor]) -> None:
+    class Between(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return function(x)
+
+    model = nn.Sequential(nn.Linear(8, 16), Between(), nn.Linear(16, 8)).double()
+    plan = assert_slices_equal_the_whole(model, run_on(5, 8), 2)
+    assert not plan.regions
+
+
+class Mute(LoneLink):
+    """A link of two of which the other says nothing."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(rank)
+        self.rank, self.members = rank, (0, 1)
+
+
+def test_dropout_differs_between_slices_inside_a_region_and_agrees_outside() -> None:
+    class Drops(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(64, 64), nn.Linear(64, 64)
+            self.inside: Tensor
+            self.outside: Tensor
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.dropout(self.up(x) * 0 + 1, 0.5, self.training)
+            self.inside = h.detach()
+            y: Tensor = F.dropout(self.down(h) * 0 + 1, 0.5, self.training)
+            return y
+
+    seen = []
+    for index in (0, 1):  # one after the other, since ranks on threads share a generator
+        model = Drops()
+        plan = plan_of(model, lambda made: made(torch.ones(4, 64)), 2)
+        slice_model(model, plan, Slice(Mute(index)))
+        torch.manual_seed(0)
+        outside = model(torch.ones(4, 64))
+        seen.append((model.inside, outside, torch.rand(3)))
+    (inside, outside, after), (inside1, outside1, after1) = seen
+    assert torch.equal(outside, outside1)
+    assert torch.equal(after, after1)
+    assert not torch.equal(inside, inside1)
+    assert 0.3 < float((inside == 0).float().mean()) < 0.7
