@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from allfuse.base.errors import AllfuseError, RunError, UserError
+from allfuse.base.errors import AllfuseError, UserError
 from allfuse.base.events import Bus
 from allfuse.launcher.crew import Crew, OnLoss, launch_crew
 from allfuse.launcher.crewmate import Crewmate
@@ -20,9 +20,13 @@ from allfuse.link.wire import Wire
 from allfuse.plan import Plan, as_plan
 from allfuse.roles.messages import About as AboutJob
 from allfuse.roles.messages import Hello, open_letter
-from allfuse.roles.office import run_scheduler, run_server
+from allfuse.roles.office import SNAPSHOTS, run_scheduler, run_server
+from allfuse.store.checkpoint import NotSaved, Saved
 from allfuse.store.run import RunFolder
-from allfuse.training.keeper import refuse_other
+from allfuse.training.keeper import decide_resume, refuse_other
+from allfuse.training.loop import Result
+from allfuse.training.relay import go_on
+from allfuse.training.served import Binder
 from allfuse.watching import Watching, watch_bus
 
 ASK_S = 1.0  # after which a scheduler is asked again
@@ -171,16 +175,9 @@ class RunAudience:
             RunError: it cannot be used; nothing was written.
         """
         out = facts.get("out")
-        if out is not None and facts.get("resume"):
+        if out is not None and decide_resume(facts.get("resume", False), out):
             self.folder = RunFolder.open(out, lock=True)
-            record = facts["record"]
-            refuse_other(self.folder, record["fingerprints"], record)
-            if self.folder.record.get("plan") != record["plan"]:
-                raise RunError(
-                    f"resume {out}: the plan was {self.folder.record.get('plan')} and is "
-                    f"{record['plan']} now; allowed: the same, since servers hold the weights and "
-                    "the scheduler the order of samples"
-                )
+            self._go_on(self.folder, facts)
         elif out is not None:
             job_file = facts.get("job_file")
             self.folder = RunFolder.create(
@@ -216,6 +213,7 @@ class RunAudience:
         """The course begins, or goes on after so many steps."""
         run = self._run
         self.bus.step = done
+        self._binder: Binder | None = None
         self._began = self._stepped = time.monotonic()
         self.bus.emit("start", **{**run["start"], "resumed_step": done})
         if self.crew.listens_beyond and not done:
@@ -258,11 +256,25 @@ class RunAudience:
         self._samples += data["rows"]
         self._since += data["rows"]
         self._losses += data["loss"]
+            "checkpoints": {
+                "blueprint": facts["blueprint"],
+                "names": facts.get("parameters", []),
+                "steps_per_epoch": facts["steps_per_epoch"],
+                "keep": facts.get("keep", 3),
+            },
         self._counts += data["count"]
         self.bus.emit("commit", **data)
         if data["done"] <= self.bus.step:
             return
         self.bus.step = data["done"]
+    def _go_on(self, folder: RunFolder, facts: dict[str, Any]) -> None:
+        record = facts["record"]
+        refuse_other(folder, record["fingerprints"], record)
+        for text in go_on(folder, facts, as_plan(record["plan"])):
+            self._held.append(("warning", {"text": text}))
+        if folder.record.get("plan") != record["plan"]:
+            folder.update(plan=record["plan"], command=record["command"])
+
         if self._counts:
             self._loss = self._losses / self._counts
         now = time.monotonic()
@@ -290,3 +302,39 @@ class RunAudience:
                 )
         if self.folder is not None:
             self.folder.close()
+        if run["folder"] is not None:
+            about, path = run["checkpoints"], Path(run["folder"])
+            blueprint = Blueprint.from_plain(about["blueprint"])
+            self._binder = Binder(
+                path,
+                path / SNAPSHOTS,
+                as_plan(self.crew.plan),
+                blueprint,
+                about["names"],
+                about["steps_per_epoch"],
+                about["keep"],
+            )
+            case "hold" | "checkpoint":
+                self._bind(name, data)
+                if name == "snapshot" and self._binder is not None:
+                    self._binder.written(data["sequence"])
+        if self._binder is not None:
+            self._tell_saved(self._binder.poll())
+
+    def _bind(self, name: str, data: dict[str, Any]) -> None:
+        """Have a checkpoint made, or see to it that one can be."""
+        if self._binder is None:
+            return
+        if name == "hold":
+            self._binder.hold(data["sequence"])
+        else:
+            self._binder.bind(data["versions"], data["score"], data["messages"])
+
+    def _tell_saved(self, outcomes: Iterable[Saved | NotSaved]) -> None:
+        for outcome in outcomes:
+            if isinstance(outcome, NotSaved):
+                self.bus.emit("not_saved", step=outcome.step, reason=outcome.reason)
+            else:
+                self.bus.emit("saved", **{**asdict(outcome), "path": str(outcome.path)})
+            if self._binder is not None:
+                self._tell_saved(self._binder.close())

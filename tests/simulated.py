@@ -277,6 +277,7 @@ class FakeWorker:
                 mail += self._push(made)
         if self._phase == "reading" and lease is not None:
             mail.append((SCHEDULER, say.Again(lease=lease.lease, sequence=lease.sequence)))
+            mail.append((SCHEDULER, say.Again()))  # something else may be amiss
         elif self._phase == "waiting" and self._finished is not None:
             mail.append((SCHEDULER, self._finished))
         elif self._phase in ("waiting", "bringing"):

@@ -742,7 +742,7 @@ def test_after_a_stop_what_is_out_is_awaited_and_nothing_else_begun() -> None:
     desk = Desk(Terms(parts=2, sync=Asp()), "w0", "w1")
     assert not desk.say("w1", say.Stop(reason="Ctrl-C"))
     assert not only(desk.finish("w0"), say.Lease)
-    mail = desk.finish("w1")
+    mail = desk.finish("w1") + desk.say("w0", say.Leave())
     assert {(to, m.lease, m.reason) for to, m in only(mail, say.Lease)} == {
         ("w0", -1, "Ctrl-C"),
         ("w1", -1, "Ctrl-C"),
@@ -760,6 +760,59 @@ def test_after_a_stop_a_block_in_step_is_finished() -> None:
     mail = desk.finish("w0")
     assert len(orders(mail)[0][0]) == 2
     assert desk.leases["w0"].lease == -1
+
+
+def test_one_finishes_the_job_and_where_it_is_lost_another_one_does() -> None:
+    facts = {"evaluate_every": 1, "save_every": 1}
+    desk = Desk(Terms(parts=2, sync=Bsp(), min=1), "w0", "w1", epochs=None, steps=1, facts=facts)
+    desk.finish("w0")
+    desk.finish("w1")
+    assert sorted(desk.leases["w0"].due) == ["evaluate", "finish", "save"]
+    assert desk.leases["w1"].lease != -1, "it waits until the other one has done it"
+    desk.lose("w0")
+    assert [data["worker"] for data in desk.told("loss")] == ["w0"]
+    assert sorted(desk.leases["w1"].due) == ["evaluate", "finish", "save"]
+    desk.say("w1", say.Leave())
+    desk.say("s0", say.Applied(sequence=3, saved=3))
+    assert desk.scheduler.is_over
+
+
+def test_who_finished_the_job_has_left_before_the_others_hear_of_the_end() -> None:
+    desk = Desk(Terms(parts=2, sync=Bsp()), "w0", "w1", epochs=None, steps=1)
+    desk.finish("w0")
+    desk.finish("w1")
+    desk.begin()  # a scheduler that is started again knows who it is
+    desk.wait(1)
+    desk.say("w1", say.Beat())
+    assert desk.leases["w1"].lease != -1
+    desk.say("w0", say.Leave())
+    assert (desk.leases["w1"].lease, desk.leases["w1"].due) == (-1, [])
+
+
+def test_a_worker_that_beats_and_never_gets_done_loses_its_lease_and_its_place() -> None:
+    desk = Desk(Terms(parts=2, sync=Asp(), min=1, lease_s=1.0), "w0", "w1")
+    stuck = desk.leases["w1"]
+    for _ in range(9):
+        desk.wait(0.9)
+        desk.say("w1", say.Beat())
+        desk.finish("w0")
+    assert [data["worker"] for data in desk.told("loss")] == ["w1"]
+    assert "it has worked on one lease for 6 s" in desk.told("loss")[0]["reason"]
+    taken = [(lease.first_step, lease.part) for _, lease in desk.auditor.leases.values()]
+    assert taken.count((stuck.first_step, stuck.part)) == 2
+    ((_, refused),) = only(desk.say("w1", say.Beat()), say.Refused)
+    assert "it has worked on one lease" in refused.reason
+    assert only(desk.join("w1"), say.Refused)
+
+
+def test_a_lease_may_take_many_times_the_longest_before_it() -> None:
+    desk = Desk(Terms(parts=2, sync=Asp(), min=1, lease_s=1.0), "w0", "w1")
+    desk.finish("w0", seconds=2.0)
+    for _ in range(30):
+        desk.wait(0.9)
+        desk.say("w0", say.Beat())
+        desk.say("w1", say.Beat())
+    assert not desk.told("loss")
 
 
 def test_the_job_is_over_when_workers_left_and_servers_are_through() -> None:

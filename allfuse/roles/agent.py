@@ -26,6 +26,7 @@ from allfuse.roles.messages import (
     Message,
     Note,
     Stop,
+    Save,
     Tell,
     open_letter,
 )
@@ -141,6 +142,11 @@ class Agent:
 
     def _send(self, mail: Iterable[Mail]) -> None:
         for to, message in mail:
+    def save(self, messages: Iterable[Save]) -> None:
+        """Hand in this worker's part of a checkpoint."""
+        for message in messages:
+            self._say(message)
+
             caller = self._scheduler if to == SCHEDULER else self._server(to)
             caller.send(message.letter())
 

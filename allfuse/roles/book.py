@@ -41,6 +41,8 @@ CREATE INDEX leases_of_workers ON leases (worker);
 CREATE INDEX commits ON leases (sequence, place) WHERE sequence IS NOT NULL;
 CREATE TABLE orders (sequence INTEGER PRIMARY KEY, updates INTEGER, readers BLOB, dropped BLOB,
     save INTEGER, factor REAL);
+CREATE TABLE logs (worker TEXT, place INTEGER, entry BLOB, PRIMARY KEY (worker, place))
+    WITHOUT ROWID;
 """
 
 
@@ -245,6 +247,28 @@ class Book:
         rows = self._db.execute("SELECT block, part FROM leases WHERE state = 'committed'")
         return [Unit(block, part) for block, part in rows]
 
+    def units(self) -> dict[int, Unit]:
+        """What every lease that there ever was is for."""
+        rows = self._db.execute("SELECT lease, block, part FROM leases")
+        return {lease: Unit(block, part) for lease, block, part in rows}
+
+    # Logs of workers that gossip.
+
+    def put_log(self, worker: str, first: int, entries: list[list[Any]]) -> None:
+        """What a worker did, from a place in its log on. What is known already is left."""
+        for place, entry in enumerate(entries, first):
+            self._write("INSERT OR IGNORE INTO logs VALUES (?, ?, ?)", worker, place, _pack(entry))
+
+    def logs(self) -> dict[str, list[list[Any]]]:
+        """What each worker did, from its first entry to where the first one is missing."""
+        rows = self._db.execute("SELECT worker, place, entry FROM logs ORDER BY worker, place")
+        found: dict[str, list[list[Any]]] = {}
+        for worker, place, entry in rows:
+            known = found.setdefault(worker, [])
+            if place == len(known):
+                known.append(_unpack(entry))
+        return found
+
     # Orders.
 
     def put_order(self, order: Order) -> None:
@@ -328,8 +352,11 @@ class Book:
         self._write("UPDATE workers SET presence = 'gone'")
         self._write("DELETE FROM servers")
         self._write(
-            "DELETE FROM facts WHERE name IN ('task', 'stop', 'end', 'due', 'final_due', 'lacking')"
+            "DELETE FROM facts WHERE name IN "
+            "('task', 'stop', 'end', 'due', 'final_due', 'finished', 'lacking')"
         )
+        versions = self.get("versions", {})
+        self.put("versions", {n: known for n, known in versions.items() if n <= last})
         return lost
 
 

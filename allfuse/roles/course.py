@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from allfuse.roles import messages as say
 from allfuse.roles.book import Book
+from allfuse.roles.circle import Circle
 from allfuse.roles.clocks import Clocks
 from allfuse.roles.leases import Leases
 from allfuse.roles.members import Members, Task
@@ -15,6 +16,7 @@ from allfuse.roles.norms import clip_factor
 from allfuse.roles.ordering import Ordering
 from allfuse.roles.outbox import Outbox
 from allfuse.roles.records import Commit, Offer, Presence, State, Work, Worker
+from allfuse.roles.saves import Saves
 from allfuse.roles.terms import Terms
 
 
@@ -33,6 +35,8 @@ class Course:
         stop: why no more work is handed out, empty while it is.
         outcome: None until the end.
         unread: workers whose weights did not come.
+        saves: checkpoints.
+        circle: of workers that gossip, None where servers hold the weights.
     """
 
     def __init__(
@@ -46,11 +50,16 @@ class Course:
     ) -> None:
         self._book, self._terms, self._outbox, self._clocks = book, terms, outbox, clocks
         self._members, self._ordering = members, ordering
+        self.saves = Saves(book, outbox)
+        self.circle = Circle(book, outbox, members) if terms.gossips else None
         self.stop: str = book.get("stop", "")
         end = book.get("end")
         self.outcome = None if end is None else Outcome(**end)
         self.unread: list[Worker] = []
         self._final_due: dict[str, list[str]] = book.get("final_due", {})
+        if self.circle is not None:
+            self.circle.collector = next(iter(self._final_due), "")
+        self._is_finished: bool = book.get("finished", False)
         self._giver: Worker | None = None
         self._unwelcomed: dict[str, Worker] = {}
         self.leases: Leases | None = None
@@ -73,13 +82,30 @@ class Course:
         if leases is None:
             return
         self._welcome()
-        has_weights = ordering.current >= 0 or (not ordering.lacking and ordering.is_whole)
+        has_weights = ordering.current >= 0 or (not self._is_lacking and ordering.is_whole)
         if has_weights:
             while self._advance(leases):
                 pass
         elif self.stop and self.outcome is None:
             self.end(leases, Outcome(self.stop))
         if not has_weights or (self.outcome is not None and self.outcome.failed):
+            for worker in self._finals(leases, -1):
+                self.remind(worker)
+        if self.circle is not None:
+            self._refuse_fresh_weights(leases)
+            self.circle.tell()
+
+    @property
+    def _is_lacking(self) -> bool:
+        """Nobody has weights yet, where workers gossip; else servers have none."""
+        return bool(self._ordering.lacking) if self.circle is None else not self.circle.ready
+
+    def _refuse_fresh_weights(self, leases: Leases) -> None:
+        """A job whose weights are lost does not go on from the first ones."""
+        is_lost = self._is_lacking and self._members.alive and self._ordering.updates
+        if is_lost and self.outcome is None:
+            why = "all workers that had weights are lost, and with them what they learned"
+            self.end(leases, Outcome(why, failed=True))
             for worker in self._finals(leases, -1):
                 self.remind(worker)
 
@@ -142,12 +168,13 @@ class Course:
             return
         if self._giver is not None and not self._giver.is_alive:
             self._giver = None
-        if ordering.lacking and self._giver is None and members.alive:
+        lacking = self._is_lacking
+        if lacking and self._giver is None and members.alive:
             self._giver = max(members.alive, key=lambda worker: (worker.held, -worker.number))
             self.greet([self._giver])
         for worker in self._unwelcomed.values():
             if worker.is_alive:
-                gives = bool(ordering.lacking) and worker is self._giver
+                gives = lacking and worker is self._giver
                 message = say.Welcome(
                     number=worker.number, places=ordering.places, gives_weights=gives
                 )
@@ -168,8 +195,14 @@ class Course:
             self.end(leases, Outcome(self.stop or "all work is done"))
         told += self._finals(leases, sequence)
         to = [worker.name for worker in told if worker.held == sequence]
-        if commits or to or is_last:
-            ordering.place(commits, to, leases.drop(), factor=factor, is_last=is_last)
+        hold = leases.keeps and any((work := leases.of(each)) and work.due for each in told)
+        save = hold or self.saves.is_wanted
+        if commits or to or is_last or save:
+            order = ordering.place(
+                commits, to, leases.drop(), factor=factor, save=save, is_last=is_last
+            )
+            if order.save:
+                self.saves.placed(order, leases.ledger, hold=hold)
         for work, commit in zip(works, commits, strict=True):
             self._tell_commit(leases, work, commit)
         for worker in told:
@@ -213,7 +246,10 @@ class Course:
         goes_on = not self.stop or (self._terms.in_step and bool(leases.open))
         if self.outcome is not None or not goes_on or not self._members.is_enough:
             return []
-        waiting = [worker for worker in self._members.alive if worker.lease is None]
+        able = self._members.alive if self.circle is None else self.circle.ready
+        if len(able) < self._terms.fewest:
+            return []
+        waiting = [worker for worker in able if worker.lease is None]
         if not self._terms.in_step:
             waiting.sort(key=lambda worker: self._clocks.of(worker.name))
         granted = []
@@ -223,6 +259,8 @@ class Course:
             if self._terms.in_step or self._clocks.may_begin(worker.name):
                 base = worker.base
                 is_fresh = base is not None and base.updates == offer.updates
+                if leases.keeps and leases.due:
+                    is_fresh = False  # a checkpoint may be of these weights
                 leases.grant(worker, base if base is not None and is_fresh else offer)
                 granted.append(worker)
         return granted
@@ -241,24 +279,54 @@ class Course:
 
     def _is_at_end(self, leases: Leases) -> bool:
         over = leases.ledger.is_complete or bool(self.stop)
-        return self.outcome is None and over and not leases.open
+        works = leases.open.values()
+        stuck = not self._members.is_enough and all(w.state is not State.OUT for w in works)
+        return self.outcome is None and over and (not works or stuck)
 
     def _finals(self, leases: Leases, sequence: int) -> list[Worker]:
-        """Those who are still to hear of the end."""
+        """Those who are to hear of the end now: of one that did not fail first the one who is to
+        measure and export the model, and the others once that has left."""
         if self.outcome is None:
             return []
         told = [each for each in self._members.alive if each.presence is not Presence.FINAL]
+        if self.circle is not None and not self.outcome.failed:
+            told = self._gather(self.circle, told)
+        elif not self.outcome.failed and not self._is_finished:
+            told = [] if self._final_due else told[:1]
         for worker in told:
             worker.presence = Presence.FINAL
             worker.held = -1 if self.outcome.failed else sequence
-            due = [] if self.outcome.failed else leases.take_due()
-            if not self.outcome.failed and not self._final_due:
-                due = [*due, "finish"]  # one of them exports the model
-            if due:
-                self._final_due[worker.name] = due
-                self._book.put("final_due", self._final_due)
+            if not (self.outcome.failed or self._is_finished or self._final_due):
+                self._set_final_due({worker.name: [*leases.take_due(), "finish"]})
             self._members.keep(worker)
         return told
+
+    def _gather(self, circle: Circle, told: list[Worker]) -> list[Worker]:
+        """All hear of the end at once, since one needs the weights of the others: the first."""
+        if self._final_due or self._is_finished or not circle.ready:
+            return told
+        first = circle.ready[0]
+        circle.collector = first.name
+        return [first, *(each for each in told if each is not first)]
+
+    def finishes(self, worker: Worker) -> bool:
+        """Whether a worker was told to measure and export the model, and has not left yet."""
+        return worker.name in self._final_due and not self._is_finished
+
+    def gone(self, worker: Worker) -> None:
+        """One who finishes the job has left, so it is done; or is lost, and another one is to."""
+        if worker.presence is Presence.GONE:
+            self._is_finished = True
+            self._book.put("finished", True)
+            return
+        due = [kind for kind in self._final_due[worker.name] if kind != "finish"]
+        if self.leases is not None:
+            self.leases.fall_due(due)
+        self._set_final_due({})
+
+    def _set_final_due(self, due: dict[str, list[str]]) -> None:
+        self._final_due = due
+        self._book.put("final_due", due)
 
     def _tell_commit(self, leases: Leases, work: Work, commit: Commit) -> None:
         result = work.result

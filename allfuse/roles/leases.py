@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from allfuse.roles import messages as say
 from allfuse.roles.book import Book
 from allfuse.roles.clocks import Clocks, Staleness
@@ -9,8 +11,11 @@ from allfuse.roles.ledger import Ledger, Unit
 from allfuse.roles.members import Task
 from allfuse.roles.records import Commit, Offer, Result, State, Work, Worker
 from allfuse.roles.terms import Terms
+from allfuse.split.data import Stretch
 
 KINDS = ("evaluate", "save")
+LONGER = 20  # times the longest step yet, which a worker may take for one
+SHORTEST = 6  # times the silence after which a worker is lost, which it may take at least
 
 
 class Leases:
@@ -24,17 +29,22 @@ class Leases:
         forget: revoked ones that servers may still hold something of.
         due: what the next worker that gets a lease is to do.
         notes: by name, with the batches that were done when each was made.
+        keeps: whether checkpoints are made from time to time.
     """
 
     def __init__(self, book: Book, terms: Terms, clocks: Clocks, task: Task) -> None:
         self._book, self._terms, self._clocks = book, terms, clocks
-        self.ledger = Ledger(terms.parts, terms.every, task.limit)
+        rest = [[Stretch(*each) for each in block] for block in book.get("rest", [])]
+        begin = book.get("begin", 0)
+        self.ledger = Ledger(terms.parts, terms.every, task.limit, begin=begin, rest=rest)
+        self.keeps = task.every("save_every") is not None
         self.staleness = Staleness()
         self._every = {kind: task.every(f"{kind}_every") for kind in KINDS}
         works = book.open_work()
         self.open = {work.lease: work for work in works if work.state is not State.REVOKED}
         self.forget = [work.lease for work in works if work.state is State.REVOKED]
         self._next = book.next_lease()
+        self._longest_s: float | None = None  # that a step took
         self.ledger.restore(book.consumed(), (work.unit for work in self.open.values()))
         for commit in book.commits(0, book.newest()[0]):
             self.staleness.count(commit.missed, commit.lag)
@@ -74,12 +84,15 @@ class Leases:
     def finish(self, work: Work, result: Result) -> None:
         """The update is on all servers."""
         work.result, work.state = result, State.STAGED
+        if not work.due:
+            each_s = result.seconds / max(self.ledger.steps(work.unit), 1)
+            self._longest_s = max(self._longest_s or 0.0, each_s)
         if self._terms.in_step:  # others are ordered before anything is said
             self._book.put_result(work)
 
     def unstage(self, work: Work) -> None:
         """The update is not on all servers any more."""
-        work.state = State.OUT
+        work.state, work.since_s = State.OUT, None
         self._book.put_state(work)
 
     def revoke(self, work: Work) -> None:
@@ -88,7 +101,31 @@ class Leases:
         work.state = State.REVOKED
         self._book.put_state(work)
         self.ledger.give_back(work.unit)
-        self._set_due(self.due + [kind for kind in work.due if kind not in self.due])
+        self.fall_due(work.due)
+
+    def late(self, now_s: float, *, may_work: bool) -> list[tuple[Work, str]]:
+        """Leases that are out for too long, and what to say of that.
+
+        Too long is so by what others took for a step: nothing is before any was done, and a lease
+        of many steps may rightly take longer than anything else is waited for.
+
+        may_work: servers are there; the time without them does not count.
+        """
+        found, longest_s = [], self._longest_s
+        for work in self.open.values():
+            if work.since_s is None or not may_work or longest_s is None:
+                work.since_s = now_s
+                continue
+            usual_s = LONGER * longest_s * self.ledger.steps(work.unit)
+            limit_s = max(SHORTEST * self._terms.lease_s, usual_s)
+            limit_s += self._terms.timeout_s if work.due else 0.0
+            if work.state is State.OUT and now_s - work.since_s > limit_s:
+                why = (
+                    f"it has worked on one lease for {now_s - work.since_s:.0f} s, and may for "
+                    f"{limit_s:.0f} s; no step before took longer than {longest_s:.1f} s"
+                )
+                found.append((work, why))
+        return found
 
     def ready(self) -> list[Work]:
         """Leases whose updates are to be ordered now, together."""
@@ -96,7 +133,7 @@ class Leases:
         if not self._terms.in_step or not staged:
             return staged[:1]
         block = staged[0].unit.block
-        whole = len(staged) == self._terms.parts and len(self.open) == self._terms.parts
+        whole = len(staged) == len(self.open) == self.ledger.parts_of(block)
         assert all(work.unit.block == block for work in self.open.values())
         return sorted(staged, key=lambda work: work.unit.part) if whole else []
 
@@ -143,6 +180,10 @@ class Leases:
             self._set_due([])
         return due
 
+    def fall_due(self, kinds: Iterable[str]) -> None:
+        """These are to be done by the next worker that something is given to."""
+        self._set_due(self.due + [kind for kind in kinds if kind not in self.due])
+
     def note(self, message: say.Note) -> None:
         done, _ = self.notes.get(message.name, (-1, {}))
         if message.done >= done:
@@ -151,14 +192,14 @@ class Leases:
 
     def message(self, work: Work) -> say.Lease:
         """What its worker is told."""
-        unit = work.unit
+        stretch = self.ledger.stretch(work.unit)
         return say.Lease(
             lease=work.lease,
             clock=work.clock,
-            first_step=self.ledger.first_step(unit),
-            steps=self.ledger.steps(unit),
-            part=unit.part,
-            parts=self._terms.parts,
+            first_step=stretch.first,
+            steps=stretch.steps,
+            part=stretch.part,
+            parts=stretch.parts,
             sequence=work.offers[-1].sequence,
             done=self.ledger.done,
             due=list(work.due),
@@ -193,7 +234,7 @@ class Leases:
             if every is not None and before // every < done // every and kind not in self.due
         ]
         if due:
-            self._set_due(self.due + due)
+            self.fall_due(due)
 
     def _set_due(self, due: list[str]) -> None:
         if due != self.due:

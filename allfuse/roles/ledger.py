@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
+
+from allfuse.split.data import Stretch
 
 
 class Unit(NamedTuple):
@@ -24,6 +26,8 @@ class Ledger:
         parts: into how many each batch is cut.
         every: steps of a block.
         limit: steps of the whole run; None is endless.
+        begin: the first step of those blocks, where an earlier leg of the run went on to there.
+        rest: blocks that come before, of what that leg left out: what a unit of each is.
 
     Example:
         ledger = Ledger(parts=2, every=1, limit=10)
@@ -31,17 +35,45 @@ class Ledger:
         ledger.consume(unit)
     """
 
-    def __init__(self, parts: int, every: int = 1, limit: int | None = None) -> None:
-        self.parts, self.every, self.limit = parts, every, limit
+    def __init__(
+        self,
+        parts: int,
+        every: int = 1,
+        limit: int | None = None,
+        *,
+        begin: int = 0,
+        rest: Sequence[Sequence[Stretch]] = (),
+    ) -> None:
+        self.parts, self.every, self.limit, self.begin = parts, every, limit, begin
+        self._rest = rest
         self._next = Unit(0, 0)
         self._returned: list[Unit] = []
         self._out: set[Unit] = set()
         self._unit_steps = 0
+        self._before = begin - sum(
+            each.steps / each.parts for units in rest for each in units
+        )  # batches that were learned by earlier legs
+        self._after_rest = 0.0
+        self._whole = 0  # blocks before this one are consumed
+        self._beyond: set[Unit] = set()  # consumed, of this block or later ones
 
     @property
     def done(self) -> int:
         """Batches that all parts together have learned."""
-        return self._unit_steps // self.parts
+        if not self._rest:
+            return self.begin + self._unit_steps // self.parts
+        learned = self._before + self._after_rest + self._unit_steps / self.parts
+        return int(learned + 1e-6)  # parts of batches that were cut otherwise add up to whole ones
+
+    @property
+    def whole(self) -> int:
+        """The first step of which something is not consumed."""
+        return self._cut(self._span(self._whole)[0])
+
+    @property
+    def beyond(self) -> list[Stretch]:
+        """What is consumed of steps from `whole` on, in order."""
+        return [self.stretch(unit) for unit in sorted(self._beyond)]
 
     @property
     def is_complete(self) -> bool:
@@ -55,14 +87,23 @@ class Ledger:
             return self._returned[0]
         return self._next if self._exists(self._next) else None
 
+    def stretch(self, unit: Unit) -> Stretch:
+        """What a unit is."""
+        if unit.block < len(self._rest):
+            return self._rest[unit.block][unit.part]
+        first, last = self._span(unit.block)
+        return Stretch(first, self._cut(last) - first, unit.part, self.parts)
+
     def first_step(self, unit: Unit) -> int:
         """The first of a unit's steps, counted over the run."""
-        return unit.block * self.every
+        return self._span(unit.block)[0]
 
     def steps(self, unit: Unit) -> int:
-        first = self.first_step(unit)
-        last = first + self.every
-        return (last if self.limit is None else min(last, self.limit)) - first
+        return self.stretch(unit).steps
+
+    def parts_of(self, block: int) -> int:
+        """How many units a block has."""
+        return len(self._rest[block]) if block < len(self._rest) else self.parts
 
     def take(self) -> Unit | None:
         """The next unit, or None while there is none."""
@@ -84,7 +125,7 @@ class Ledger:
     def consume(self, unit: Unit) -> None:
         """The update made of a unit is ordered."""
         self._out.remove(unit)
-        self._unit_steps += self.steps(unit)
+        self._count(unit)
 
     def restore(self, consumed: Iterable[Unit], out: Iterable[Unit]) -> None:
         """Continue where another ledger was: what lies below the highest unit that it handed out
@@ -98,11 +139,39 @@ class Ledger:
             if self._next not in used and self._next not in self._out:
                 self._returned.append(self._next)  # in order, which is a heap
             self._pass(self._next)
-        self._unit_steps = sum(self.steps(unit) for unit in used)
+        self._unit_steps, self._after_rest, self._whole = 0, 0.0, 0
+        self._beyond.clear()
+        for unit in used:
+            self._count(unit)
+
+    def _span(self, block: int) -> tuple[int, int]:
+        """The steps of a block, not cut at the limit."""
+        if block < len(self._rest):
+            return self._rest[block][0].first, self._rest[block][0].end
+        first = self.begin + (block - len(self._rest)) * self.every
+        return first, first + self.every
+
+    def _count(self, unit: Unit) -> None:
+        """A unit is consumed."""
+        stretch = self.stretch(unit)
+        if unit.block < len(self._rest):
+            self._after_rest += stretch.steps / stretch.parts
+        else:
+            self._unit_steps += stretch.steps
+        self._beyond.add(unit)
+        while self._is_consumed(self._whole):
+            self._beyond -= {Unit(self._whole, part) for part in range(self.parts_of(self._whole))}
+            self._whole += 1
+
+    def _is_consumed(self, block: int) -> bool:
+        return all(Unit(block, part) in self._beyond for part in range(self.parts_of(block)))
+
+    def _cut(self, step: int) -> int:
+        return step if self.limit is None else min(step, self.limit)
 
     def _exists(self, unit: Unit) -> bool:
         return self.limit is None or self.first_step(unit) < self.limit
 
     def _pass(self, unit: Unit) -> None:
-        whole = unit.part + 1 == self.parts
+        whole = unit.part + 1 == self.parts_of(unit.block)
         self._next = Unit(unit.block + 1, 0) if whole else Unit(unit.block, unit.part + 1)

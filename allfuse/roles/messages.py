@@ -33,24 +33,12 @@ from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from typing import Any, ClassVar, TypeAlias
 
-from torch import Tensor
-
 from allfuse.link.post import Letter, Malformed
+from allfuse.roles.encounters import ENCOUNTERS
+from allfuse.roles.message import Message as Message
 
 SCHEDULER = "scheduler"
 """Its name among those that it sends to; no worker may have it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Message:
-    """Base of all. `tensors` travel as raw bytes."""
-
-    kind: ClassVar[str]
-    tensors: tuple[Tensor, ...] = ()
-
-    def letter(self) -> Letter:
-        names = [spec.name for spec in fields(self) if spec.name != "tensors"]
-        return Letter(self.kind, {name: getattr(self, name) for name in names}, self.tensors)
 
 
 # To the scheduler.
@@ -64,6 +52,7 @@ class Join(Message):
     host: where it runs. steps_per_epoch: of the job's batches. steps, epochs: limits.
     blueprint: as `Blueprint.plain`, what servers hold. facts: what the run folder records, of the
     first worker; `evaluate_every` and `save_every`, in steps or "epoch", make work fall due.
+    place: where others find it, where workers gossip.
     clip: largest norm of the gradient that all workers together make, where they are in step.
     """
 
@@ -77,6 +66,7 @@ class Join(Message):
     blueprint: dict[str, Any]
     facts: dict[str, Any] = field(default_factory=dict)
     clip: float | None = None
+    place: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +83,7 @@ class Finished(Message):
     lease: -1 where it has given the first weights. sequence: the version that it was made from, of
     those that were offered for the lease. births: of the servers that hold it, by shard, as they
     said in `Staged`. loss: sum of the losses. count: what their mean is over. rows: samples.
-    options: as in `Push`, for the record.
+    options: as in `Push`, for the record. logs: as in `Log`, where workers gossip.
     """
 
     kind: ClassVar[str] = "finished"
@@ -105,6 +95,7 @@ class Finished(Message):
     rows: int
     seconds: float
     options: list[dict[str, Any]] = field(default_factory=list)
+    logs: list[list[Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +145,23 @@ class Note(Message):
     name: str
     done: int
     state: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Save(Message):
+    """A piece of what a worker has of a checkpoint: all that servers do not hold.
+
+    sequence: the version of the weights that it worked from last. done: of the lease that it was
+    made with. score: of those weights, higher is better. content: with the first piece, what it is.
+    """
+
+    kind: ClassVar[str] = "save"
+    sequence: int
+    done: int
+    score: float | None
+    piece: int
+    pieces: int
+    content: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -385,6 +393,7 @@ MESSAGES: dict[str, type[Message]] = {
         Leave,
         Stop,
         Note,
+        Save,
         Tell,
         Serve,
         Applied,
@@ -403,7 +412,7 @@ MESSAGES: dict[str, type[Message]] = {
         Staged,
         Weights,
     )
-}
+} | {cls.kind: cls for cls in ENCOUNTERS}
 
 Mail: TypeAlias = tuple[str, Message]
 """A receiver and what it is told."""

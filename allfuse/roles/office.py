@@ -83,7 +83,7 @@ def _schedule(world: World, crew: Crewmate, desk: Desk, audience: Audience) -> N
             letters.send(scheduler.handle(sender, message, time.monotonic()))
         audience.begins(scheduler.done)
         ticked_s = time.monotonic()
-        while not scheduler.is_over and not world.stop_requested.is_set():
+        while not scheduler.is_over and not (world.stop_requested.is_set() and _is_idle(scheduler)):
             for sender, message in letters.receive(TICK_S):
                 if isinstance(message, Hello):
                     letters.send([(sender, _about(crew))])
@@ -100,6 +100,12 @@ def _schedule(world: World, crew: Crewmate, desk: Desk, audience: Audience) -> N
             raise WorkerFailed(scheduler.outcome.reason, rank=-1)
     finally:
         book.close()
+
+
+def _is_idle(scheduler: Scheduler) -> bool:
+    """Whether nothing is left to do when all workers have ended: servers may still write what the
+    job came to, for which the scheduler waits as long as for all else."""
+    return scheduler.outcome is None or scheduler.outcome.failed
 
 
 def _go_back(book: Book, snapshots: Path, servers: int) -> None:
@@ -137,10 +143,17 @@ def _open_run(
         early += [each for each in came if not isinstance(each[1], Hello)]
         for _, message in early:
             if isinstance(message, Join):
-                return audience.opens(message.facts), early
+                return audience.opens(_facts_of(message)), early
         if time.monotonic() > deadline:
             raise WorkerFailed(f"no worker joined within {world.timeout_s:g} s", rank=-1)
     return None, early
+
+
+def _facts_of(join: Join) -> dict[str, Any]:
+    """What the first worker said of the run, and of the job."""
+    unsaved = dict(zip(join.facts.get("unsaved", ()), join.tensors, strict=False))
+    about = {"blueprint": join.blueprint, "steps_per_epoch": join.steps_per_epoch}
+    return {**join.facts, **about, "unsaved": unsaved}
 
 
 class _Letters:
@@ -229,7 +242,7 @@ def _serve(world: World, server: Server, desk: Desk, scheduler: Caller) -> None:
         except Malformed:
             desk.refused["malformed"] += 1
 
-    while not world.stop_requested.is_set():
+    while not world.stop_requested.is_set() or server.is_writing:
         now_s = time.monotonic()
         if now_s - ticked_s >= TICK_S:
             ticked_s = now_s
@@ -241,6 +254,7 @@ def _serve(world: World, server: Server, desk: Desk, scheduler: Caller) -> None:
             hear(sender, message)
         for name in desk.lost():
             send(server.lost(name, now_s))
+    send(server.tick(time.monotonic()))
 
 
 def _this_role() -> tuple[World, Crewmate]:

@@ -84,6 +84,7 @@ class Ordering:
         dropped: list[int],
         *,
         factor: float = 1.0,
+        save: bool = False,
         is_last: bool = False,
     ) -> Order:
         """Write the next order into the book and send it to all servers.
@@ -101,7 +102,7 @@ class Ordering:
             counting,
             to,
             dropped + void,
-            is_last or self._is_save_due(),
+            self._terms.servers > 0 and (is_last or save or self._is_save_due()),
             factor,
         )
         if order.save:

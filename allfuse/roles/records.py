@@ -91,7 +91,8 @@ class Result:
 
 @dataclass
 class Work:
-    """A lease. offers: weights to begin with, whichever come. due: what is to be done before."""
+    """A lease. offers: weights to begin with, whichever come. due: what is to be done before.
+    since_s: from when on its worker could have worked on it."""
 
     lease: int
     worker: str
@@ -101,6 +102,7 @@ class Work:
     due: list[str] = field(default_factory=list)
     state: State = State.OUT
     result: Result | None = None
+    since_s: float | None = None
 
     def offered(self, sequence: int) -> Offer | None:
         return next((offer for offer in self.offers if offer.sequence == sequence), None)

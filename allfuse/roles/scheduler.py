@@ -14,6 +14,7 @@ from allfuse.roles import messages as say
 from allfuse.roles.book import Book
 from allfuse.roles.clocks import Clocks
 from allfuse.roles.course import Course, Outcome
+from allfuse.roles.encounters import Log
 from allfuse.roles.leases import Leases
 from allfuse.roles.members import Members, Task
 from allfuse.roles.ordering import Ordering
@@ -61,6 +62,7 @@ class Scheduler:
         self._is_new = True  # nobody was heard yet
         self._is_stirred = True  # something happened that may let the job go on
         self._gave_up = False
+        self._expelled: dict[str, str] = {}  # workers that may not come again, and why
 
     @property
     def outcome(self) -> Outcome | None:
@@ -132,11 +134,21 @@ class Scheduler:
                 self._serve(sender, message)
             case say.Applied():
                 self._ordering.applied(sender, message)
+                self._course.saves.written(self._ordering.saved)
             case say.Measured():
                 self._measured(sender, message)
             case say.Stop():
                 self._stop(message.reason)
-            case say.Finished() | say.Again() | say.Beat() | say.Leave() | say.Note() | say.Tell():
+            case (
+                say.Finished()
+                | say.Again()
+                | say.Beat()
+                | say.Leave()
+                | say.Note()
+                | say.Save()
+                | say.Tell()
+                | Log()
+            ):
                 worker, leases = self._speaker(sender), self._course.leases
                 if worker is not None and leases is not None:
                     self._hear(leases, worker, message)
@@ -145,16 +157,20 @@ class Scheduler:
 
     def _hear(self, leases: Leases, worker: Worker, message: say.Message) -> None:
         match message:
-            case say.Finished(lease=-1):
-                self._given(worker, message)
             case say.Finished():
-                self._finished(leases, worker, message)
+                self._brought(leases, worker, message)
+            case Log() if self._course.circle is not None:
+                self._course.circle.log(worker, message.logs)
             case say.Again():
                 self._again(leases, worker, message)
             case say.Leave():
                 self._dismiss(leases, worker, Presence.GONE, "it left")
             case say.Note():
                 leases.note(message)
+            case say.Save():
+                ended, saved = self.outcome is not None, self._ordering.saved
+                self._course.saves.take(worker.name, message, saved, ended=ended)
+                self._is_stirred = True
             case say.Tell():
                 self._outbox.tell(
                     "told", worker=worker.name, event=message.event, data=message.data
@@ -169,6 +185,9 @@ class Scheduler:
             self._outbox.refused["a worker that has not joined"] += 1
             return None
         if worker.presence is Presence.LOST:
+            if sender in self._expelled:
+                self._refuse(sender, self._expelled[sender])
+                return None
             if not self._members.has_room:
                 self._refuse(sender, "it was lost, and others have taken its place")
                 return None
@@ -177,7 +196,7 @@ class Scheduler:
         return worker
 
     def _join(self, sender: str, message: say.Join) -> None:
-        reason = self._members.objection(sender, message)
+        reason = self._expelled.get(sender, "") or self._members.objection(sender, message)
         known = self._members.get(sender)
         is_here = known is not None and known.is_alive
         if not reason and self.outcome is not None and not is_here:
@@ -191,6 +210,8 @@ class Scheduler:
             self._course.begin(self._members.task)
             for server in self._ordering.servers.values():
                 self._ordering.welcome(server)
+        if self._course.circle is not None:
+            self._course.circle.come(sender, message.place)
         if known is not None and is_here:
             known.heard_s = self._outbox.now_s
             self._greet([known])
@@ -211,14 +232,31 @@ class Scheduler:
 
     def _dismiss(self, leases: Leases, worker: Worker, presence: Presence, why: str) -> None:
         """A worker went: what it has out may be handed to others, what it brought counts."""
+        finishes = self._course.finishes(worker)
         told = worker.presence is Presence.FINAL  # so that its silence is no loss
-        self._members.dismiss(worker, Presence.GONE if told else presence, why)
+        gone = told and not finishes
+        self._members.dismiss(worker, Presence.GONE if gone else presence, why)
+        if finishes:
+            self._course.gone(worker)
         for work in list(leases.open.values()):
             if work.worker == worker.name and work.state is State.OUT:
                 self._course.revoke(leases, work)
         self._is_stirred = True
 
     # Workers bring what they made.
+
+    def _brought(self, leases: Leases, worker: Worker, message: say.Finished) -> None:
+        circle = self._course.circle
+        if circle is not None:
+            circle.write(message.logs)
+        if message.lease >= 0:
+            self._finished(leases, worker, message)
+        elif circle is None:
+            self._given(worker, message)
+        else:
+            circle.give(worker)
+            self._course.remind(worker)
+            self._is_stirred = True
 
     def _finished(self, leases: Leases, worker: Worker, message: say.Finished) -> None:
         work = leases.open.get(message.lease)
@@ -256,6 +294,8 @@ class Scheduler:
         if message.sequence is None:
             self._greet([worker])
             self._course.remind(worker)
+            if self._course.circle is not None:
+                self._course.circle.tell_one(worker)
         elif message.lease == lease and message.sequence == worker.held >= 0:
             if self._ordering.is_whole and not self._ordering.lacking:  # else it would be in vain
                 self._course.unread.append(worker)
@@ -315,7 +355,8 @@ class Scheduler:
         why, leases = "its connection ended", self._course.leases
         if server is not None and server.is_up:
             self._ordering.lose(server)
-            self._tell_lost(server, why)
+            if self.outcome is None:  # else it went, since it is not needed any more
+                self._tell_lost(server, why)
         if worker is not None and worker.is_alive and leases is not None:
             self._dismiss(leases, worker, Presence.LOST, why)
 
@@ -333,6 +374,19 @@ class Scheduler:
         elif reason := self._members.overdue() or late:
             self._course.end(leases, Outcome(reason, failed=True))
             self._is_stirred = True
+        else:
+            may_work = self._ordering.is_whole and not self._ordering.lacking
+            for work, why in leases.late(now_s, may_work=may_work):
+                self._expel(leases, work, why)
+
+    def _expel(self, leases: Leases, work: Work, why: str) -> None:
+        """A worker gives signs of life, and does not get done: others are to have its work."""
+        worker = self._members.get(work.worker)
+        if worker is None or not worker.is_alive:
+            return
+        self._expelled[worker.name] = why
+        self._refuse(worker.name, why)
+        self._dismiss(leases, worker, Presence.LOST, why)
 
     def _stop(self, reason: str) -> None:
         if self.outcome is None and not self._course.stop:

@@ -100,6 +100,11 @@ class Server:
         found = self.shard is not None
         return self._sequence if self._has_weights or not found else -1
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether something that was to be written is not on disk yet."""
+        return self.snapshots is not None and self.snapshots.is_writing
+
     def tick(self, now_s: float) -> list[Mail]:
         """To be called a few times a second."""
         mail: list[Mail] = []

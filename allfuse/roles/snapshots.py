@@ -83,6 +83,11 @@ class Snapshots:
             self._written = self._writing.pop(0).result()
         return self._written
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether something that was saved is not on disk yet."""
+        return any(not each.done() for each in self._writing)
+
     def _write(self, tensors: dict[str, Tensor], facts: dict[str, object], sequence: int) -> int:
         path = self.path(sequence)
         partial = partial_path(path)

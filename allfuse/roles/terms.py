@@ -20,7 +20,7 @@ class Terms:
         parts: into how many each batch is cut.
         every: steps between two updates of a worker.
         sync: how far workers may be apart.
-        servers: shards of the weights, a server each.
+        servers: shards of the weights, a server each; 0 where workers gossip.
         min, max: workers that are needed, and that may be there; None is `parts`.
         lease_s: silence after which a worker is lost.
         timeout_s: how long fewer than `min` workers, or servers that do not go on, are waited for.
@@ -44,6 +44,11 @@ class Terms:
     def in_step(self) -> bool:
         """One order for all parts of a block, instead of one for each update."""
         return self.sync.bound == 0
+
+    @property
+    def gossips(self) -> bool:
+        """Workers hold the weights themselves, and mix them with each other."""
+        return self.servers == 0
 
     @property
     def is_scaled(self) -> bool:

@@ -170,7 +170,7 @@ class Saving:
             raise self.error
         self.staging.copy()
         self.copied.set()
-        _give_way()
+        give_way()
         tensors = self.staging.finish()
         partial = self._find_partial()
         mine = partial / file_name(self.agreement.rank)
@@ -240,7 +240,7 @@ class Saving:
         return time.monotonic() + self.timeout_s
 
 
-def _give_way() -> None:
+def give_way() -> None:
     """Lower this thread's priority, so that training keeps the cores where all are busy.
 
     Threads of a kernel wait for each other, so one that loses its core to the writer holds up all.

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,12 +66,18 @@ class FileRecord:
 
 
 def write_tensors(
-    path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str], *, takes: bool = False
+    path: Path,
+    tensors: dict[str, Tensor],
+    metadata: Mapping[str, str],
+    *,
+    takes: bool = False,
+    fill: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> FileRecord:
     """Write a safetensors file and return when it is on the disk.
 
     takes: each tensor is taken out of the dict as it is written, so that others may have its
-    memory then.
+    memory then. fill: gives, when it is written, the values of a tensor that only stands for them,
+    of the same type and shape.
 
     Tensors may be on any device, of any strides, 0-d or empty; ones that share memory are written
     each by value. Larger types come first, so that every tensor is aligned to its type.
@@ -89,7 +95,7 @@ def write_tensors(
     get = tensors.pop if takes else tensors.__getitem__
     try:
         with open(path, "wb") as file:
-            size, crc = _stream(file, header, (get(name) for name in names))
+            size, crc = _stream(file, header, (fill(get(name)) for name in names))
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -129,6 +135,22 @@ def read_metadata(path: Path) -> dict[str, str]:
     """
     with _opened(path) as file:
         return dict(file.metadata() or {})
+
+
+def describe_tensors(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The type and shape of each tensor of a safetensors file, by name.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, no safetensors file, or holds a type that
+            is never written.
+    """
+    dtypes = {name: dtype for dtype, name in NAMES.items()}
+    with _opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  no mapping
+        try:
+            return {n: (dtypes[s.get_dtype()], tuple(s.get_shape())) for n, s in slices.items()}
+        except KeyError as error:
+            raise CheckpointError(f"{path} holds tensors of type {error}; {DAMAGED}") from error
 
 
 def check_file(path: Path, record: FileRecord) -> None:

@@ -17,6 +17,7 @@ import socket
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +35,9 @@ from allfuse.split.data import Loader, Portion
 from allfuse.store.run import RunFolder, is_run
 from allfuse.training.course import Course
 from allfuse.training.cursor import Cursor
+from allfuse.training.keeper import decide_resume
 from allfuse.training.wishes import INTERRUPT, STOP
+from allfuse.training.worker_part import WorkerPart, names_of, restore, unsaved_buffers
 
 if TYPE_CHECKING:
     from allfuse.base.events import Bus, Event
@@ -61,6 +64,7 @@ class Apart:
     """
 
     def __init__(self, place: Place, bus: Bus) -> None:
+        capture: gives the state of the session.
         outer, crew = place.whole.outer, place.world.crew
         assert outer is not None, "a plan whose ranks are all in step"
         assert crew is not None, "a place without a scheduler"
@@ -72,6 +76,7 @@ class Apart:
         self.replica: Replica | None = None
         self.leads = place.rank == 0
         self._agent: Agent | None = None
+        self.capture: Callable[[], dict[str, Any]] = dict
         if self.leads:
             host = socket.gethostname()
             self._agent = Agent(crew, f"worker {crew.index} on {host}", place.world.timeout_s)
@@ -84,6 +89,7 @@ class Apart:
 
     @property
     def is_over(self) -> bool:
+        self._saved: int | None = None
         return self.lease is not None and self.lease.lease < 0
 
     @property
@@ -168,7 +174,14 @@ class Apart:
                 host=self.place.world.host_identity(),
                 fingerprint=f"{digest}-{blueprint.digest}",
                 steps_per_epoch=steps_per_epoch,
+        out, inner = self.facts.get("out"), not self.pushes_gradients
+        resumes = decide_resume(self.facts.get("resume", False), out)
+        if out is not None and resumes and is_run(out):
+            restore(state, learner, Path(out), inner)
                 steps=steps,
+        unsaved = unsaved_buffers(state, held) if resumes else {}
+        self.facts["parameters"] = names_of(learner, state.names())
+        self.facts["unsaved"] = list(unsaved)
                 epochs=epochs,
                 blueprint=blueprint.plain(),
                 facts=self.facts,
@@ -182,6 +195,7 @@ class Apart:
         for name, tensor in held.items():
             tensor.data = self.replica.tensors[name]
         if self.pushes_gradients:
+                tensors=tuple(buffer.detach().cpu().clone() for buffer in unsaved.values()),
             self._options = lambda: blueprint.changed_options(learner.optimizer)
         self._next()
 
@@ -190,6 +204,7 @@ class Apart:
         names = state.names()
         held: dict[str, Tensor] = {names[id(p)]: p for p in learner.parameters}
         return held | dict(_floating_buffers(state))
+        self._part = WorkerPart(state, learner, self.replica.tensors, inner)
 
     def _make_blueprint(self, learner: Learner, state: State) -> Blueprint:
         codec, parts = str(self.outer.codec), self.outer.n
@@ -327,6 +342,23 @@ class Apart:
     def close(self) -> None:
         if self._agent is not None:
             self._agent.close()
+    def save(self, score: float | None = None) -> None:
+        """Have a checkpoint made: of the weights that this group was sent last, where a save or an
+        evaluation was due, else of the next version. Once for each lease.
+
+        Raises:
+            CheckpointError: the session holds something that cannot be saved.
+        """
+        lease, has_folder = self.lease, bool(self.facts.get("out") or self.export_to)
+        if self._agent is None or lease is None or lease.sequence < 0 or not has_folder:
+            return
+        if lease.lease != self._saved or (lease.lease < 0 and score is not None):
+            self._saved = lease.lease
+            messages = self._part.hand_in(
+                self.capture(), sequence=lease.sequence, done=lease.done, score=score
+            )
+            self._agent.save(messages)
+
 
 
 class LeasedCourse(Course):
@@ -363,7 +395,9 @@ class LeasedCourse(Course):
                 if self.apart.lease is not lease:
                     break
         self.stepper.current = None
-        if self._is_interrupted:
+        if self._is_interrupted or self.wishes.own >= INTERRUPT:  # while it waited
+            if self.apart.finishes:
+                self.apart.save()
             raise Interrupted(
                 f"interrupted after step {self.cursor.steps}; {self.apart.how_to_go_on()}"
             )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from allfuse.base.errors import UserError
-from allfuse.split.data import Portion
+from allfuse.split.data import Learned, Loader, Portion
 from allfuse.training.cursor import Cursor
 from allfuse.training.learner import Learner
 from allfuse.training.start import seed_all
@@ -29,6 +29,7 @@ class Course:
 
     Attributes:
         cursor: where training is.
+        learned: what of later batches of the first loop was learned from already.
         last: this rank's part of the last batch that counted.
         told: called with every step that counts.
         interrupted: called when all ranks have heard of an interrupt; raises.
@@ -42,6 +43,7 @@ class Course:
         self.cursor = Cursor()
         self.last: Portion | None = None
         self.told: Callable[[Step], None] = lambda step: None
+        self.learned = Learned()
         self.interrupted: Callable[[], None] = lambda: None
         self._seed = seed
         self._loops = 0
@@ -113,6 +115,15 @@ class Course:
 
     def _has_ended(self, epochs: int | None, steps: int | None) -> bool:
         """Whether the loop is over, by its own limits or because training stops."""
+    def next_portion(self) -> Portion | None:
+        """What comes at the cursor; None at the end of an epoch."""
+        assert self.loader is not None
+        if self._reading is None:
+            if isinstance(self.loader, Loader) and self.cursor.loop == 0:
+                self.loader.learned = self.learned
+            self._reading = self.loader.epoch(self.cursor.epoch, self.cursor.step_in_epoch)
+        return next(self._reading, None)
+
         if steps is not None and self.cursor.loop_steps >= steps:
             self._end_of_loop = _are_done(self.cursor.loop_steps, steps, "step")
         elif epochs is not None and self.cursor.loop_epochs >= epochs:
@@ -168,6 +179,8 @@ class Course:
 
     def _maybe_stop(self, ends_epoch: bool) -> None:
         """Stop where all ranks know that one wishes to. Sites meet at rounds and ends of epochs,
+        is_void = portion is not None and not any(portion.shares)  # it was learned from before
+        stepped = self.state.learners if is_void else step.stepped
         and hear of each other with what was fused in the background."""
         heard = self.wishes.heard
         if self.rounds.active:
@@ -189,7 +202,8 @@ class Course:
     # State.
 
     def capture(self) -> dict[str, Any]:
-        return {"cursor": list(self.cursor), "rounds": self.rounds.capture()}
+        learned = self.learned.after(self.cursor.steps).plain()
+        return {"cursor": list(self.cursor), "rounds": self.rounds.capture(), "learned": learned}
 
     def is_in(self, state: dict[str, Any]) -> bool:
         """Whether the loop under way is the one that a state was captured in."""
@@ -204,3 +218,4 @@ class Course:
 def _are_done(done: int, limit: int, what: str) -> str:
     told = "1 {} is done" if done == 1 else f"{done} {{}}s are done"
     return told.format(what) + (f", and {limit} were asked for" if done > limit else "")
+        self.learned = Learned(state.get("learned", ()))

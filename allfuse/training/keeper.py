@@ -162,7 +162,7 @@ class Keeper:
     def _find_usable(self, checkpoints: Checkpoints) -> int:
         steps = checkpoints.steps()
         for step in steps:
-            trouble = _trouble_with(checkpoints, step)
+            trouble = trouble_with(checkpoints, step)
             if trouble is None:
                 return step
             self.troubles.append(f"the checkpoint of step {step} cannot be used: {trouble}")
@@ -258,7 +258,7 @@ class Keeper:
         if self.place.rank not in self.writers:  # it cannot know what was written by now
             return f"go on from the last whole checkpoint in {self.path} with {how}"
         for step in self.checkpoints.steps():
-            if not diverged or _trouble_with(self.checkpoints, step) is None:
+            if not diverged or trouble_with(self.checkpoints, step) is None:
                 return f"the checkpoint of step {step} is whole: go on with {how}"
         return f"{self.path} holds no checkpoint yet"
 
@@ -270,7 +270,7 @@ class Keeper:
             self.folder.close()
 
 
-def _trouble_with(checkpoints: Checkpoints, step: int) -> str | None:
+def trouble_with(checkpoints: Checkpoints, step: int) -> str | None:
     """Why a checkpoint is not one to go on from: damaged, or taken after the weights diverged."""
     try:
         for writer in checkpoints.writers(step):

@@ -85,6 +85,8 @@ def train_job(
                 s.stop(f"{job.stop.seconds:g} seconds have passed")
 
         measures = s.apart is None or s.apart.finishes  # else another group does
+        if s.apart is not None and measures:
+            finish_apart(s, job, stopping)
         return Result(
             steps=s.steps,
             loss=s.loss,
@@ -122,6 +124,14 @@ def validate(s: Session, job: Job, stopping: Stopping) -> bool:
     s.evaluated(figures[job.monitor_name])
     stop_where_due(s, stopping)
     return better
+
+
+def finish_apart(s: Session, job: Job, stopping: Stopping) -> None:
+    """What falls due with the last step falls to who measures the end."""
+    assert s.apart is not None
+    if job.validation is not None and s.apart.is_due(job.evaluate_every):
+        validate(s, job, stopping)
+    s.save(score=stopping.score_at(s.steps))
 
 
 def last_figures(s: Session, job: Job, stopping: Stopping) -> dict[str, float]:

@@ -122,6 +122,8 @@ class Session:
     @property
     def plan(self) -> Plan:
         return self.place.whole
+            self.apart.facts["keep"] = self.settings.keep
+            self.apart.capture = lambda: self._capture()[0]
 
     @property
     def device(self) -> torch.device:
@@ -597,7 +599,8 @@ class Session:
         """
         self.course.close_learned_step()
         if self.apart is not None:
-            return  # servers and the scheduler save by themselves
+            self.apart.save(score)
+            return
         if self.keeper.path is not None and self.keeper.checkpoints is None:
             raise UserError(
                 "save(): training has not begun, so there is no run folder yet; next: save in or "
@@ -649,3 +652,4 @@ class Session:
                     self.keeper.tell_outcomes()
                 closing.callback(self.keeper.close, abandon=error is not None)
                 self.teller.end(error)
+                self.apart.save()

@@ -55,6 +55,8 @@ class Scheduler:
     def advance(self, steps: int, epochs: int) -> None:
         """Step until it stands where so many steps, or epochs, have been done by all."""
         target = {"step": steps, "epoch": epochs}.get(self.every, 0)
+        if (own := getattr(self.scheduler, "optimizer", None)) is not None:
+            vars(own)["_opt_called"] = True  # elsewhere, or by an earlier leg of the run
         while self._advanced < target:
             self.scheduler.step()
             self._advanced += 1
@@ -156,6 +158,9 @@ class State:
         Args:
             complete: the checkpoint must hold a state for all that is known here.
 
+        A scheduler of which it holds None goes to the step of the state by itself, from step 0,
+        whose options the optimizers then have.
+
         Raises:
             CheckpointError: it is of other models, optimizers, schedulers or parts.
         """
@@ -169,7 +174,10 @@ class State:
             found = state[kind]
             held = dict(enumerate(found)) if isinstance(found, list) else found
             for key, part in parts.items():
-                if key in held:
+                if kind == "schedulers" and key in held and held[key] is None:
+                    steps, epochs = state["cursor"][:2]
+                    self.schedulers[key].advance(steps, epochs)
+                elif key in held:
                     _load(kind, key, part, held[key])
                 elif complete:
                     raise _misfit(kind, key, "it holds none of that name")

@@ -6,6 +6,7 @@ from allfuse.split.data.base import Collate, Settings, Source
 from allfuse.split.data.batches import Batches, BatchPlan, SamplerPlan, plan_batches
 from allfuse.split.data.columns import ColumnSource
 from allfuse.split.data.iterable import IterableLoader
+from allfuse.split.data.learned import Learned, Stretch
 from allfuse.split.data.loader import Loader
 from allfuse.split.data.mapped import MapSource
 from allfuse.split.data.permutation import Permutation
@@ -21,6 +22,8 @@ __all__ = [
     "SamplerPlan",
     "Loader",
     "IterableLoader",
+    "Learned",
+    "Stretch",
     "Portion",
     "Source",
     "ColumnSource",

@@ -14,6 +14,7 @@ from allfuse.base.tensors import share
 from allfuse.launcher.scratch import use_scratch
 from allfuse.split.data.base import Source
 from allfuse.split.data.batches import Batches, BatchPlan
+from allfuse.split.data.learned import Learned
 from allfuse.split.data.permutation import Indices
 from allfuse.split.data.portion import Portion, pin
 
@@ -54,6 +55,9 @@ class Loader:
             the portion is read, which is up to `ahead` steps before its own.
         pin_memory: puts batches where a GPU can fetch them; nothing to do without one.
 
+    Attributes:
+        learned: what of the batches a run that goes on leaves out; the rest is shared out.
+
     >>> from allfuse.split.data import BatchPlan, ColumnSource
     >>> source = ColumnSource(torch.arange(5))
     >>> loader = Loader(source, BatchPlan(5, 3, seed=0, shuffle=False), parts=2, index=1)
@@ -76,6 +80,7 @@ class Loader:
             raise ValueError(f"replica {index} of {parts}: the index must be in range({parts})")
         self.source, self.plan, self.parts, self.index = source, plan, parts, index
         self.ahead = _AHEAD * processes
+        self.learned = Learned()
         self._cut = cut or self._evenly
         self._even: tuple[int, ...] = ()
         self._pin = pin_memory and torch.cuda.is_available()
@@ -121,10 +126,11 @@ class Loader:
                 "anywhere in an epoch; next: give the DataLoader's dataset, or a plan in step"
             )
         batch = plan.indices(epoch, step)
+        left = self._left(batch, epoch, step)
         several = range(part * self.parts, (part + 1) * self.parts)
-        bounds = [share(len(batch), parts * self.parts, index) for index in several]
+        bounds = [share(len(left), parts * self.parts, index) for index in several]
         start, stop = bounds[self.index]
-        own = batch[start:stop] if stop > start else batch[:1]
+        own = left[start:stop] if stop > start else batch[:1]
         shares = tuple(end - begin for begin, end in bounds)
         return _Request(own, stop - start, shares, epoch, step, step + 1 == plan.steps_per_epoch)
 
@@ -141,11 +147,17 @@ class Loader:
         step = first_step
         while following is not None:
             batch, following = following, next(batches, None)
-            shares = self._cut(len(batch), epoch, step)
+            left = self._left(batch, epoch, step)
+            shares = self._cut(len(left), epoch, step) if len(left) else (0,) * self.parts
             start, rows = sum(shares[: self.index]), shares[self.index]
-            own = batch[start : start + rows] if rows else batch[:1]
+            own = left[start : start + rows] if rows else batch[:1]
             yield _Request(own, rows, shares, epoch, step, following is None)
             step += 1
+
+    def _left(self, batch: Indices, epoch: int, step: int) -> Indices:
+        if not self.learned or self.steps_per_epoch is None:
+            return batch
+        return self.learned.left(batch, epoch * self.steps_per_epoch + step)
 
     def _evenly(self, total: int, epoch: int, step: int) -> tuple[int, ...]:
         if sum(self._even) != total:
