@@ -9,6 +9,7 @@ exchange.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -81,6 +82,9 @@ class Gossiper:
         lease: what to work on, None before the first; its number is -1 at the end.
         refusal: why this worker may not take part; empty where it may.
         exchanges: how many of its offers were answered. declined: how many were not.
+        has_weights: it has some, its own first ones or a copy of somebody's.
+        changes: how often its weights were changed other than by its own steps.
+        options: as of `Client`; there are none.
 
     Example:
         gossiper = Gossiper(join, blueprint, flats, partner)
@@ -111,11 +115,12 @@ class Gossiper:
         self.diary = Diary(self.name)
         self.lease: Lease | None = None
         self.refusal = ""
-        self.exchanges = self.declined = 0
+        self.exchanges = self.declined = self.changes = 0
+        self.options: list[dict[str, Any]] = []
         self._phase = Phase.JOINING
         self._peers: list[tuple[str, int, str]] = []
         self._collector = ""
-        self._has_weights = self._wants_offer = False
+        self.has_weights = self._wants_offer = False
         self._gave = self._is_done = self._is_logged = False
         self._finished: Finished | None = None
         self._log: Log | None = None
@@ -146,14 +151,14 @@ class Gossiper:
             return True
         if self.lease is None or self.lease.lease >= 0:
             return False
-        if self.lease.failed or self.lease.sequence < 0 or not self._has_weights:
+        if self.lease.failed or self.lease.sequence < 0 or not self.has_weights:
             return True
         return self._is_done and not (self._log is not None and self._owes)
 
     @property
     def _owes(self) -> bool:
         """Whether, as the one that averaged, it is still to tell of it."""
-        return not self._is_logged or self.host.owes
+        return not self._is_logged or self.host.owes([name for name, _, _ in self._peers])
 
     # What the worker does.
 
@@ -201,12 +206,11 @@ class Gossiper:
         """
         if sender == SCHEDULER:
             mail = self._hear_scheduler(message, now_s)
-        elif _is_of_host(message):
-            before = self.visitor.is_offering
+        elif is_of_host(message):
+            before = self.visitor.question
             mail = self.visitor.handle(sender, message, now_s)
-            if isinstance(message, Declined) and before and not self.visitor.is_offering:
-                self.declined += 1
-                self._wants_offer = True
+            if before is not None and self.visitor.question is None:
+                self._is_declined(before)
         else:
             own = self.visitor.question
             rank = None
@@ -216,6 +220,18 @@ class Gossiper:
         if self._phase is Phase.WAITING:
             mail = mail + self._meet(now_s)
         return self._said(mail, now_s)
+
+    def expects(self, place: str) -> bool:
+        """Whether something may still come from there."""
+        return place in self.places or self.visitor.expects(place)
+
+    def _is_declined(self, question: Question) -> None:
+        """Its host could not answer: ask another one, or the same one again."""
+        if question.content == OFFER:
+            self.declined += 1
+            self._wants_offer = True
+        elif question.content == LAST:
+            self._gave = False
 
     def _hear_scheduler(self, message: Message, now_s: float) -> list[Mail]:
         match message:
@@ -237,11 +253,11 @@ class Gossiper:
         if self._phase is Phase.JOINING:
             self._phase = Phase.WAITING
             self._progress(now_s)
-        if message.gives_weights and not self._has_weights:
+        if message.gives_weights and not self.has_weights:
             self.visitor.give_up()
-            self._has_weights = True
+            self.has_weights = True
             self.diary.note(COPIED)
-        return [(SCHEDULER, self._given())] if self._has_weights else []
+        return [(SCHEDULER, self._given())] if self.has_weights else []
 
     def _given(self) -> Finished:
         """What says that this worker has weights."""
@@ -271,9 +287,7 @@ class Gossiper:
         except (ValueError, TypeError):
             raise Malformed("a list of peers that cannot be read") from None
         names = {name for name, _, _ in peers}
-        for name, _, _ in self._peers:
-            if name not in names:
-                self.host.forget(name, now_s)
+        self.host.forget_others(names, now_s)
         if message.collector != self._collector:
             self._gave = False
         self._peers, self._collector = peers, message.collector
@@ -292,7 +306,7 @@ class Gossiper:
         """Take in what has come, answer who waits, and ask the next one where that is due."""
         for question in self.visitor.landed():
             self._land(question)
-        if not self._has_weights:
+        if not self.has_weights:
             return self._ask_for_copy(now_s)
         mail = self._lend(now_s)
         if not self.visitor.is_offering:
@@ -313,10 +327,11 @@ class Gossiper:
                 values.sub_(difference.to(values.device))
             self.diary.note(APPLIED, question.host, question.number)
             self.exchanges += 1
-        elif parcel.content == COPY and not self._has_weights:
+            self.changes += 1
+        elif parcel.content == COPY and not self.has_weights:
             self._put(parcel.flats)
             self.diary.note(COPIED, question.host, question.number)
-            self._has_weights = True
+            self.has_weights = True
             self._moved_s = float("-inf")  # say so at once
         elif parcel.content == MEAN:
             self._put(parcel.flats)
@@ -356,6 +371,7 @@ class Gossiper:
                 values.add_(difference)
                 to.copy_(difference)
             self.diary.note(ANSWERED, name, number)
+            self.changes += 1
             mail += self.host.answer(name, differences, self.diary.logs(), now_s)
         return mail
 
@@ -449,7 +465,7 @@ class Gossiper:
             mail.append((SCHEDULER, self._log))
         if self._finished is not None:
             mail.append((SCHEDULER, self._finished))
-        elif self._has_weights and self.lease is None:
+        elif self.has_weights and self.lease is None:
             mail.append((SCHEDULER, self._given()))
         if self._phase is Phase.WAITING:
             mail.append((SCHEDULER, Again()))
@@ -478,7 +494,7 @@ def mean_of(values: list[torch.Tensor]) -> torch.Tensor:
     return total.div_(len(values)).to(first.dtype)
 
 
-def _is_of_host(message: Message) -> bool:
+def is_of_host(message: Message) -> bool:
     """Whether it answers this worker's own question; else it is one of another worker."""
     match message:
         case Parcel(content=content) | Query(content=content):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -75,10 +76,9 @@ class Host:
         self.is_closed = False
         self._guests: dict[str, Guest] = {}
 
-    @property
-    def owes(self) -> bool:
-        """Whether answers are on their way to visitors that are here."""
-        return any(guest.owed for guest in self._guests.values() if guest.gone_s is None)
+    def owes(self, names: Collection[str]) -> bool:
+        """Whether answers are on their way to one of these."""
+        return any(name in names and guest.owed for name, guest in self._guests.items())
 
     def handle(
         self, name: str, message: Message, now_s: float, own: tuple[int, str] | None
@@ -177,13 +177,14 @@ class Host:
         self.is_closed = True
         return [(name, self._decline(self._guests[name])) for name, _, _ in self.held(OFFER)]
 
-    def forget(self, name: str, now_s: float) -> None:
-        """A visitor is lost: what it asked is not answered. What is owed is kept for a while."""
-        guest = self._guests.get(name)
-        if guest is not None and guest.gone_s is None:
-            guest.gone_s = now_s
-            if guest.stage in (Stage.ARRIVING, Stage.HELD):
-                self._decline(guest)
+    def forget_others(self, names: Collection[str], now_s: float) -> None:
+        """Visitors but these are lost, or about to come: what they asked is not answered. What is
+        owed is kept for a while."""
+        for name, guest in self._guests.items():
+            if name not in names and guest.gone_s is None and guest.content != COPY:
+                guest.gone_s = now_s
+                if guest.stage in (Stage.ARRIVING, Stage.HELD):
+                    self._decline(guest)
 
     def tick(self, now_s: float) -> Mail:
         mail: Mail = []
@@ -191,6 +192,11 @@ class Host:
             if guest.gone_s is not None and now_s - guest.gone_s > self._give_up_s:
                 del self._guests[name]
                 continue
+            guest.owed = {
+                number: answer
+                for number, answer in guest.owed.items()
+                if answer.content != COPY or now_s - answer.sent_s <= self._give_up_s
+            }
             for answer in guest.owed.values():
                 if now_s - answer.asked_s >= self._repeat_s:
                     answer.asked_s = now_s

@@ -63,14 +63,18 @@ class Packing:
 @dataclass
 class Outgoing:
     """A parcel that was sent and is kept until it is known to be there. asked_s: when that was
-    asked last, or when it was sent."""
+    asked last, at first when it was sent."""
 
     packing: Packing
     content: str
     number: int
     flats: Flats
     logs: list[list[Any]]
-    asked_s: float
+    sent_s: float
+    asked_s: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.asked_s = self.sent_s
 
     def send(self, missing: Sequence[int] | None = None) -> list[Message]:
         """All pieces, or some of them."""

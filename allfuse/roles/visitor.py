@@ -23,6 +23,7 @@ from allfuse.roles.message import Message
 from allfuse.roles.parcels import Flats, Incoming, Outgoing, Packing
 
 Mail = list[tuple[str, Message]]
+COPIERS = 4
 ANSWERS = {OFFER: ANSWER, LAST: MEAN, COPY: COPY}
 
 
@@ -64,6 +65,11 @@ class Visitor:
     @property
     def is_offering(self) -> bool:
         return self.question is not None and self.question.content == OFFER
+
+    def expects(self, place: str) -> bool:
+        """Whether an answer may still come from there."""
+        own = self.question is not None and self.question.place == place
+        return own or any(each == place for each, _ in self._given_up)
 
     def number(self) -> int:
         """Of the next question."""
@@ -150,7 +156,8 @@ class Visitor:
         question = self.question
         if question is None or question.incoming.is_whole:
             return []
-        if now_s - question.heard_s > self._give_up_s:
+        shares = COPIERS if question.content == COPY else 1  # one of the others has weights, too
+        if now_s - question.heard_s > self._give_up_s / shares:
             self.give_up()
             return []
         if now_s - question.asked_s < self._repeat_s:

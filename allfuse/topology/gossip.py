@@ -48,6 +48,13 @@ class Gossip(Topology):
         )
         return Schedule(n, 1, (phase,) if phase else ())
 
+    def partner(self, peer: int, n: int, round: int, seed: int) -> int | None:
+        """The one that a peer mixes with in its own round, where nobody is in step: those that the
+        graph leads to from it, in turn; None where it leads nowhere."""
+        edges = GRAPHS[self.graph](n, round, seed) if n > 1 else []
+        to = sorted({(dst - src) % n for src, dst in edges if src == peer} - {0})
+        return (peer + to[round % len(to)]) % n if to else None
+
     def bytes_per_peer(self, layout: Layout, payload_bytes: float) -> float:
         n = layout.size
         degrees = {

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from allfuse.base.errors import AllfuseError
 from allfuse.roles.book import Book
+from allfuse.roles.diary import Entry
 from allfuse.roles.ledger import Ledger, Unit
 from allfuse.roles.records import Commit, State, Work
 from allfuse.roles.terms import Terms
@@ -57,12 +58,43 @@ class Event:
         return any(update.weight for update in self.updates)
 
 
+class Share(NamedTuple):
+    """A part of some steps' batches."""
+
+    first_step: int
+    steps: int
+    part: int
+
+
+@dataclass(frozen=True)
+class Gossip:
+    """What workers that gossip did.
+
+    logs: of each, in its order. shares: what each lease was for, whether it counted or not.
+    collector: who averaged all weights at the end.
+    """
+
+    logs: dict[str, list[Entry]]
+    shares: dict[int, Share]
+    collector: str
+
+    @classmethod
+    def read(cls, book: Book, ledger: Ledger) -> Gossip:
+        logs = {worker: [Entry(*each) for each in log] for worker, log in book.logs().items()}
+        shares = {
+            lease: Share(ledger.first_step(unit), ledger.steps(unit), unit.part)
+            for lease, unit in book.units().items()
+        }
+        return cls(logs, shares, next(iter(book.get("final_due") or {}), ""))
+
+
 @dataclass
 class History:
     """A run's order of events.
 
     limit: steps that were to be done. taken_back: leases that were handed out and never counted.
     rebirths: servers that had to be started again. stopped: why before its limit, if it was.
+    gossip: where no servers held the weights.
     """
 
     events: list[Event]
@@ -70,6 +102,7 @@ class History:
     taken_back: int
     rebirths: int
     stopped: str = ""
+    gossip: Gossip | None = None
 
     @classmethod
     def read(cls, path: Path, terms: Terms) -> History:
@@ -98,6 +131,7 @@ class History:
                 sum(count for state, count in tally.items() if state is not State.COMMITTED),
                 len(book.servers()) - terms.servers if orders else 0,
                 book.get("stop") or "",
+                Gossip.read(book, ledger) if terms.gossips else None,
             )
         finally:
             book.close()

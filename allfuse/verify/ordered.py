@@ -184,7 +184,7 @@ def _replay(task: Task, reference: Reference) -> Findings:
     terms = terms_of(task.plan, TIMEOUT_S)
     history = History.read(run / BOOK, terms)
     history.check(terms)
-    if history.taken_back or history.rebirths:
+    if history.gossip is None and (history.taken_back or history.rebirths):
         raise AllfuseError(
             f"while {task.plan} trained, {history.taken_back} leases were taken back and "
             f"{history.rebirths} servers started again, which the replay cannot follow; next: look "

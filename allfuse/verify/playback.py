@@ -14,6 +14,7 @@ from allfuse.roles.terms import terms_of
 from allfuse.verify.distance import Yardstick
 from allfuse.verify.history import Event, History, Update
 from allfuse.verify.record import Reference
+from allfuse.verify.round_table import RoundTable
 from allfuse.verify.serial import Lesson, Named, Serial
 from allfuse.verify.tally import END, Tally
 from allfuse.verify.witness import Seen
@@ -45,6 +46,8 @@ def replay(
 
     tick: called before each update.
     """
+    if history.gossip is not None:
+        return replay_gossip(job, plan, history, seen, tally, device, tick)
     outer, terms = plan.outer, terms_of(plan, timeout_s=0.0)  # nothing is waited for
     assert outer is not None
     serial = Serial(job, outer, terms, plan.inner.workers, device)
@@ -77,6 +80,37 @@ def replay(
         expected = last.get(workers.get(rank, ""), weights)
         tally.add_weights(END, rank, yardstick.differences(own, expected))
     return Played(weights, last, yardstick)
+
+
+def replay_gossip(
+    job: Job,
+    plan: Plan,
+    history: History,
+    seen: Seen,
+    tally: Tally,
+    device: torch.device,
+    tick: Callable[[], None],
+) -> Played:
+    """`replay` where workers hold the weights themselves, and mix them."""
+    table = RoundTable(job, plan, history, device)
+    yardstick = Yardstick(table.parameters)
+    collector = table.pupils.get(table.gossip.collector)
+    updates = {update.lease: update for update in history.updates}
+
+    def learned(worker: str, lease: int, lesson: Lesson) -> None:
+        tick()
+        if lease in updates:
+            compare_lesson(updates[lease], lesson, seen, tally)
+        if worker == table.gossip.collector:
+            yardstick.advance(table.weights_of(worker))
+
+    if collector is not None:
+        yardstick.advance(table.weights_of(table.gossip.collector))
+    weights = table.play(learned)
+    yardstick.advance(weights)
+    for rank, own in seen.weights(END).items():
+        tally.add_weights(END, rank, yardstick.differences(own, weights))
+    return Played(weights, {}, yardstick)
 
 
 def compare_lesson(update: Update, lesson: Lesson, seen: Seen, tally: Tally) -> None:

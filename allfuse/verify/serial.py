@@ -113,12 +113,7 @@ class Pupil:
             tensor.data = read[name].detach().clone()
         lesson = Lesson()
         for step in range(update.first_step, update.first_step + update.steps):
-            self._advance(step)
-            self.optimizer.zero_grad()
-            pieces = self.samples.pieces(step, update.part, self.device)
-            lesson.figures.append(self._differentiate(pieces, lesson) if pieces else None)
-            if steps_here and pieces:
-                self.optimizer.step()
+            self.step(step, update.part, lesson, steps_here)
         lesson.options = [to_plain(g, type(self.optimizer)) for g in self.optimizer.param_groups]
         for block in self.blueprint.blocks:
             for name in block.names:
@@ -128,6 +123,15 @@ class Pupil:
                 else:
                     lesson.values[name] = torch.zeros_like(now) if now.grad is None else now.grad
         return lesson
+
+    def step(self, step: int, part: int, lesson: Lesson, steps_here: bool = True) -> None:
+        """One step, from the weights as they are."""
+        self._advance(step)
+        self.optimizer.zero_grad()
+        pieces = self.samples.pieces(step, part, self.device)
+        lesson.figures.append(self._differentiate(pieces, lesson) if pieces else None)
+        if steps_here and pieces:
+            self.optimizer.step()
 
     def _advance(self, step: int) -> None:
         """The learning rate of a step: where everybody's schedule stands before it."""

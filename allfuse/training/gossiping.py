@@ -1,0 +1,164 @@
+"""A group of ranks that mixes its weights with other groups, each when it is ready.
+
+Rank 0 of the group talks to the scheduler and to the first ranks of other groups; the other ranks
+hear from it, so that all follow one decision.
+
+The course of a lease, for weights of B bytes and a group of m ranks:
+  1. the group works through the lease's steps, each with its own optimizer;
+  2. after each step it answers those who have asked (B received and sent by rank 0), and takes in
+     what it was answered itself (B received); where that changed its weights, B are broadcast
+     inside the group;
+  3. after the last one it asks somebody for the mean of both (B sent by rank 0), and for the next
+     lease. It waits for neither.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from allfuse.base.errors import RunError, UserError
+from allfuse.base.torch_private import foreach_copy
+from allfuse.launcher.crewmate import Crewmate
+from allfuse.roles.agent import Agent
+from allfuse.roles.cutting import view_all
+from allfuse.roles.gossip_agent import GossipAgent
+from allfuse.roles.messages import Join
+from allfuse.roles.parcels import Flats
+from allfuse.topology.gossip import Gossip
+from allfuse.training.apart import Apart
+from allfuse.training.keeper import decide_resume
+
+if TYPE_CHECKING:
+    import threading
+
+    from allfuse.training.state import State
+    from allfuse.training.stepper import Step
+
+
+class Gossiping(Apart):
+    """A group's side of the scheduler and of the other groups.
+
+    Attributes:
+        flats: its weights, a flat tensor for each block of the blueprint.
+    """
+
+    flats: Flats
+    _changes = 0
+
+    def _make_agent(
+        self, crew: Crewmate, name: str, timeout_s: float, asked: threading.Event
+    ) -> Agent:
+        return GossipAgent(crew, name, timeout_s, asked)
+
+    @property
+    def _gossip_agent(self) -> GossipAgent | None:
+        assert self._agent is None or isinstance(self._agent, GossipAgent)
+        return self._agent
+
+    def begin(
+        self, state: State, *, steps_per_epoch: int, steps: int | None, epochs: int | None,
+        fingerprints: Mapping[str, str],
+    ) -> None:  # fmt: skip
+        """Join, and wait for the first weights and the first lease.
+
+        Raises:
+            UserError: several optimizers. RunError: the run is to go on from what is not saved.
+        """
+        if len(state.learners) != 1:
+            raise UserError(
+                f"{self.place.whole}: groups that gossip mix what one optimizer steps, and the "
+                f"session has {len(state.learners)}; next: a plan in step"
+            )
+        self._refuse_resume()
+        learner = state.learners[0]
+        self._steps_per_epoch = steps_per_epoch
+        held = self._held(state, learner)
+        blueprint = self._make_blueprint(learner, state)
+        device = self.place.device
+        self.flats = [
+            torch.empty(b.elements, dtype=b.dtype, device=device) for b in blueprint.blocks
+        ]
+        self.tensors = view_all(blueprint.blocks, self.flats)
+        self._lay(held)
+        agent = self._gossip_agent
+        if agent is not None:
+            digest = hashlib.sha256(repr(sorted(fingerprints.items())).encode()).hexdigest()[:16]
+            join = Join(
+                name=agent.name,
+                host=self.place.world.host_identity(),
+                fingerprint=f"{digest}-{blueprint.digest}",
+                steps_per_epoch=steps_per_epoch,
+                steps=steps,
+                epochs=epochs,
+                blueprint=blueprint.plain(),
+                facts={**self.facts, "save_every": None},
+                place=agent.place,
+            )
+            topology = self.outer.topology
+            assert isinstance(topology, Gossip)
+            agent.gossip(
+                join,
+                blueprint,
+                self.flats,
+                lambda place, n, round: topology.partner(place, n, round, seed=0),
+            )
+        self._next()
+
+    @torch.no_grad()
+    def _lay(self, held: Mapping[str, Tensor]) -> None:
+        """Have the model's tensors be views of the flat ones."""
+        foreach_copy(list(self.tensors.values()), [held[name] for name in self.tensors])
+        for name, tensor in held.items():
+            tensor.data = self.tensors[name]
+
+    def _refuse_resume(self) -> None:
+        out = self.facts.get("out")
+        if decide_resume(self.facts.get("resume", False), out):
+            raise RunError(
+                f"resume {out}: under {self.place.whole} each worker holds weights of its own, "
+                "which nobody saves; allowed: a new run folder; next: start from its exported "
+                "model, or a plan in step, or topology=central, whose runs go on"
+            )
+
+    # From step to step.
+
+    def count(self, step: Step) -> None:
+        super().count(step)
+        agent, changes = self._gossip_agent, self._changes
+        if agent is not None:
+            changes = agent.meet()
+        link = self.place.replicas
+        if link.size > 1:
+            told = torch.tensor([changes], device=self.place.device)
+            link.broadcast(told, "tell whether the group has mixed").wait()
+            changes = int(told.item())
+        if changes != self._changes:
+            self._changes = changes
+            self._spread()
+
+    def _next(self) -> None:
+        """The next lease, on all ranks of the group, and the weights as they are by then."""
+        before = self.lease
+        if self._agent is not None:
+            self._agent.step = 0 if self.lease is None else self.lease.done
+            self.lease = self._agent.next_lease()
+        self.lease = self._shared(self.lease)
+        self._begin_lease(before)
+        self._spread()
+
+    def _spread(self) -> None:
+        """What rank 0 of the group has, on all of its ranks."""
+        for flat in self.flats:
+            if self.place.replicas.size > 1 and flat.numel():
+                self.place.replicas.broadcast(flat, "spread the weights of a group").wait()
+
+    def save(self, score: float | None = None) -> None:
+        """Nothing: each group has weights of its own, of which no checkpoint is made."""
+
+    def how_to_go_on(self) -> str:
+        return f"under {self.place.whole} there is nothing to go on from"
