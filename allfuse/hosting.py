@@ -17,7 +17,8 @@ from allfuse.launcher.crew import Crew, OnLoss, launch_crew
 from allfuse.launcher.crewmate import Crewmate
 from allfuse.link.endpoint import Endpoint
 from allfuse.link.wire import Wire
-from allfuse.plan import Plan, as_plan
+from allfuse.plan import Plan, as_plan, check_workers
+from allfuse.roles.blueprint import Blueprint
 from allfuse.roles.messages import About as AboutJob
 from allfuse.roles.messages import Hello, open_letter
 from allfuse.roles.office import SNAPSHOTS, run_scheduler, run_server
@@ -159,6 +160,7 @@ class RunAudience:
         self.crew, self.bus, self.token_file = crew, Bus(0), token_file
         self.folder: RunFolder | None = None
         self._closing = ExitStack()
+        self._binder: Binder | None = None
         self._began: float | None = None
         self._run: dict[str, Any] = {}
         self._held: list[tuple[str, dict[str, Any]]] = []  # until the course begins
@@ -194,10 +196,24 @@ class RunAudience:
             else {},
             "start": facts["start"],
             "job_file": facts.get("job_file"),
+            "checkpoints": {
+                "blueprint": facts["blueprint"],
+                "names": facts.get("parameters", []),
+                "steps_per_epoch": facts["steps_per_epoch"],
+                "keep": facts.get("keep", 3),
+            },
         }
         self._watch(run)
         self.crew.tell_run(run)
         return None if out is None else Path(out)
+
+    def _go_on(self, folder: RunFolder, facts: dict[str, Any]) -> None:
+        record = facts["record"]
+        refuse_other(folder, record["fingerprints"], record)
+        for text in go_on(folder, facts, as_plan(record["plan"])):
+            self._held.append(("warning", {"text": text}))
+        if folder.record.get("plan") != record["plan"]:
+            folder.update(plan=record["plan"], command=record["command"])
 
     def goes_on(self, run: dict[str, Any]) -> Path | None:
         """Take over the run folder of a scheduler that was lost."""
@@ -213,7 +229,6 @@ class RunAudience:
         """The course begins, or goes on after so many steps."""
         run = self._run
         self.bus.step = done
-        self._binder: Binder | None = None
         self._began = self._stepped = time.monotonic()
         self.bus.emit("start", **{**run["start"], "resumed_step": done})
         if self.crew.listens_beyond and not done:
@@ -228,6 +243,18 @@ class RunAudience:
 
     def _watch(self, run: dict[str, Any]) -> None:
         self._run = run
+        if run["folder"] is not None:
+            about, path = run["checkpoints"], Path(run["folder"])
+            blueprint = Blueprint.from_plain(about["blueprint"])
+            self._binder = Binder(
+                path,
+                path / SNAPSHOTS,
+                as_plan(self.crew.plan),
+                blueprint,
+                about["names"],
+                about["steps_per_epoch"],
+                about["keep"],
+            )
         watching = Watching(**run["watching"])
         watch_bus(self.bus, watching, lambda: self.folder, self._at_close)
 
@@ -248,76 +275,12 @@ class RunAudience:
                 self.bus.emit("lost", text=f"{data['worker']}: {data['reason']}", **data)
             case "done":
                 self._reason, self._done = data["reason"], data["done"]
-            case _:
-                self.bus.emit(name, **data)
-
-    def _committed(self, data: dict[str, Any]) -> None:
-        """Count an update. A step is told when all parts of one more batch were learned from."""
-        self._samples += data["rows"]
-        self._since += data["rows"]
-        self._losses += data["loss"]
-            "checkpoints": {
-                "blueprint": facts["blueprint"],
-                "names": facts.get("parameters", []),
-                "steps_per_epoch": facts["steps_per_epoch"],
-                "keep": facts.get("keep", 3),
-            },
-        self._counts += data["count"]
-        self.bus.emit("commit", **data)
-        if data["done"] <= self.bus.step:
-            return
-        self.bus.step = data["done"]
-    def _go_on(self, folder: RunFolder, facts: dict[str, Any]) -> None:
-        record = facts["record"]
-        refuse_other(folder, record["fingerprints"], record)
-        for text in go_on(folder, facts, as_plan(record["plan"])):
-            self._held.append(("warning", {"text": text}))
-        if folder.record.get("plan") != record["plan"]:
-            folder.update(plan=record["plan"], command=record["command"])
-
-        if self._counts:
-            self._loss = self._losses / self._counts
-        now = time.monotonic()
-        self.bus.emit("step", loss=self._loss, samples=self._since, seconds=now - self._stepped)
-        self._stepped, self._since = now, 0
-        self._losses = self._counts = 0.0
-
-    def close(self, error: BaseException | None) -> None:
-        """The end of the job, and of all that was opened."""
-        with self._closing:
-            if self._began is not None:
-                seconds = time.monotonic() - self._began
-                reason = self._reason or "interrupted"
-                if error is not None:
-                    known = isinstance(error, AllfuseError)
-                    reason = str(error) if known else f"{type(error).__name__}: {error}"
-                self.bus.emit(
-                    "end",
-                    reason=reason,
-                    steps=self._done or self.bus.step,
-                    seconds=seconds,
-                    samples=self._samples,
-                    samples_per_s=self._samples / max(seconds, 1e-9),
-                    loss=self._loss,
-                )
-        if self.folder is not None:
-            self.folder.close()
-        if run["folder"] is not None:
-            about, path = run["checkpoints"], Path(run["folder"])
-            blueprint = Blueprint.from_plain(about["blueprint"])
-            self._binder = Binder(
-                path,
-                path / SNAPSHOTS,
-                as_plan(self.crew.plan),
-                blueprint,
-                about["names"],
-                about["steps_per_epoch"],
-                about["keep"],
-            )
             case "hold" | "checkpoint":
                 self._bind(name, data)
+            case _:
                 if name == "snapshot" and self._binder is not None:
                     self._binder.written(data["sequence"])
+                self.bus.emit(name, **data)
         if self._binder is not None:
             self._tell_saved(self._binder.poll())
 
@@ -336,5 +299,43 @@ class RunAudience:
                 self.bus.emit("not_saved", step=outcome.step, reason=outcome.reason)
             else:
                 self.bus.emit("saved", **{**asdict(outcome), "path": str(outcome.path)})
+
+    def _committed(self, data: dict[str, Any]) -> None:
+        """Count an update. A step is told when all parts of one more batch were learned from."""
+        self._samples += data["rows"]
+        self._since += data["rows"]
+        self._losses += data["loss"]
+        self._counts += data["count"]
+        self.bus.emit("commit", **data)
+        if data["done"] <= self.bus.step:
+            return
+        self.bus.step = data["done"]
+        if self._counts:
+            self._loss = self._losses / self._counts
+        now = time.monotonic()
+        self.bus.emit("step", loss=self._loss, samples=self._since, seconds=now - self._stepped)
+        self._stepped, self._since = now, 0
+        self._losses = self._counts = 0.0
+
+    def close(self, error: BaseException | None) -> None:
+        """The end of the job, and of all that was opened."""
+        with self._closing:
             if self._binder is not None:
                 self._tell_saved(self._binder.close())
+            if self._began is not None:
+                seconds = time.monotonic() - self._began
+                reason = self._reason or "interrupted"
+                if error is not None:
+                    known = isinstance(error, AllfuseError)
+                    reason = str(error) if known else f"{type(error).__name__}: {error}"
+                self.bus.emit(
+                    "end",
+                    reason=reason,
+                    steps=self._done or self.bus.step,
+                    seconds=seconds,
+                    samples=self._samples,
+                    samples_per_s=self._samples / max(seconds, 1e-9),
+                    loss=self._loss,
+                )
+        if self.folder is not None:
+            self.folder.close()

@@ -25,8 +25,8 @@ from allfuse.roles.messages import (
     Mail,
     Message,
     Note,
-    Stop,
     Save,
+    Stop,
     Tell,
     open_letter,
 )
@@ -131,6 +131,11 @@ class Agent:
         """Hand a state on to whoever needs it next."""
         self._say(Note(name=name, done=done, state=state))
 
+    def save(self, messages: Iterable[Save]) -> None:
+        """Hand in this worker's part of a checkpoint."""
+        for message in messages:
+            self._say(message)
+
     def tell(self, event: str, data: dict[str, Any]) -> None:
         self._say(Tell(event=event, data=data))
 
@@ -142,11 +147,6 @@ class Agent:
 
     def _send(self, mail: Iterable[Mail]) -> None:
         for to, message in mail:
-    def save(self, messages: Iterable[Save]) -> None:
-        """Hand in this worker's part of a checkpoint."""
-        for message in messages:
-            self._say(message)
-
             caller = self._scheduler if to == SCHEDULER else self._server(to)
             caller.send(message.letter())
 

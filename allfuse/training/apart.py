@@ -61,10 +61,10 @@ class Apart:
         facts: what the run is to be told of by the first group that comes.
         export_to: the folder of a run that this group has joined.
         lease: what the group works on; its number is -1 at the end. None before the first.
+        capture: gives the state of the session.
     """
 
     def __init__(self, place: Place, bus: Bus) -> None:
-        capture: gives the state of the session.
         outer, crew = place.whole.outer, place.world.crew
         assert outer is not None, "a plan whose ranks are all in step"
         assert crew is not None, "a place without a scheduler"
@@ -73,10 +73,10 @@ class Apart:
         self.facts: dict[str, Any] = {}
         self.lease: Lease | None = None
         self.export_to: str | None = None
+        self.capture: Callable[[], dict[str, Any]] = dict
         self.replica: Replica | None = None
         self.leads = place.rank == 0
         self._agent: Agent | None = None
-        self.capture: Callable[[], dict[str, Any]] = dict
         if self.leads:
             host = socket.gethostname()
             self._agent = Agent(crew, f"worker {crew.index} on {host}", place.world.timeout_s)
@@ -85,11 +85,11 @@ class Apart:
         self._loss = self._count = self._begin_s = 0.0
         self._rows = self._done_before = 0
         self._clip: float | None = None
+        self._saved: int | None = None
         self._steps_per_epoch = 1
 
     @property
     def is_over(self) -> bool:
-        self._saved: int | None = None
         return self.lease is not None and self.lease.lease < 0
 
     @property
@@ -165,7 +165,14 @@ class Apart:
             )
         learner = state.learners[0]
         self._steps_per_epoch = steps_per_epoch
+        out, inner = self.facts.get("out"), not self.pushes_gradients
+        resumes = decide_resume(self.facts.get("resume", False), out)
+        if out is not None and resumes and is_run(out):
+            restore(state, learner, Path(out), inner)
         held = self._held(state, learner)
+        unsaved = unsaved_buffers(state, held) if resumes else {}
+        self.facts["parameters"] = names_of(learner, state.names())
+        self.facts["unsaved"] = list(unsaved)
         blueprint = self._make_blueprint(learner, state)
         if self._agent is not None:
             digest = hashlib.sha256(repr(sorted(fingerprints.items())).encode()).hexdigest()[:16]
@@ -174,18 +181,12 @@ class Apart:
                 host=self.place.world.host_identity(),
                 fingerprint=f"{digest}-{blueprint.digest}",
                 steps_per_epoch=steps_per_epoch,
-        out, inner = self.facts.get("out"), not self.pushes_gradients
-        resumes = decide_resume(self.facts.get("resume", False), out)
-        if out is not None and resumes and is_run(out):
-            restore(state, learner, Path(out), inner)
                 steps=steps,
-        unsaved = unsaved_buffers(state, held) if resumes else {}
-        self.facts["parameters"] = names_of(learner, state.names())
-        self.facts["unsaved"] = list(unsaved)
                 epochs=epochs,
                 blueprint=blueprint.plain(),
                 facts=self.facts,
                 clip=self._clip,
+                tensors=tuple(buffer.detach().cpu().clone() for buffer in unsaved.values()),
             )
             client = self._agent.join(join, blueprint, self.terms.servers, self.place.device)
             self.replica = client.replica
@@ -194,8 +195,8 @@ class Apart:
         self.replica.load(held)
         for name, tensor in held.items():
             tensor.data = self.replica.tensors[name]
+        self._part = WorkerPart(state, learner, self.replica.tensors, inner)
         if self.pushes_gradients:
-                tensors=tuple(buffer.detach().cpu().clone() for buffer in unsaved.values()),
             self._options = lambda: blueprint.changed_options(learner.optimizer)
         self._next()
 
@@ -204,7 +205,6 @@ class Apart:
         names = state.names()
         held: dict[str, Tensor] = {names[id(p)]: p for p in learner.parameters}
         return held | dict(_floating_buffers(state))
-        self._part = WorkerPart(state, learner, self.replica.tensors, inner)
 
     def _make_blueprint(self, learner: Learner, state: State) -> Blueprint:
         codec, parts = str(self.outer.codec), self.outer.n
@@ -329,19 +329,6 @@ class Apart:
         if self._agent is not None:
             self._agent.stop(reason)
 
-    def note(self, name: str, state: dict[str, Any]) -> None:
-        """Hand a state on to the group that needs it next."""
-        if self._agent is not None and self.lease is not None and _is_plain(state):
-            self._agent.note(name, state, self.lease.done)
-
-    def _tell(self, event: Event) -> None:
-        assert self._agent is not None
-        if _is_plain(dict(event.data)):
-            self._agent.tell(event.name, dict(event.data))
-
-    def close(self) -> None:
-        if self._agent is not None:
-            self._agent.close()
     def save(self, score: float | None = None) -> None:
         """Have a checkpoint made: of the weights that this group was sent last, where a save or an
         evaluation was due, else of the next version. Once for each lease.
@@ -359,6 +346,19 @@ class Apart:
             )
             self._agent.save(messages)
 
+    def note(self, name: str, state: dict[str, Any]) -> None:
+        """Hand a state on to the group that needs it next."""
+        if self._agent is not None and self.lease is not None and _is_plain(state):
+            self._agent.note(name, state, self.lease.done)
+
+    def _tell(self, event: Event) -> None:
+        assert self._agent is not None
+        if _is_plain(dict(event.data)):
+            self._agent.tell(event.name, dict(event.data))
+
+    def close(self) -> None:
+        if self._agent is not None:
+            self._agent.close()
 
 
 class LeasedCourse(Course):

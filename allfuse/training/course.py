@@ -41,9 +41,9 @@ class Course:
         self.place, self.bus, self.state = place, bus, state
         self.stepper, self.rounds, self.wishes = stepper, rounds, stepper.wishes
         self.cursor = Cursor()
+        self.learned = Learned()
         self.last: Portion | None = None
         self.told: Callable[[Step], None] = lambda step: None
-        self.learned = Learned()
         self.interrupted: Callable[[], None] = lambda: None
         self._seed = seed
         self._loops = 0
@@ -115,15 +115,6 @@ class Course:
 
     def _has_ended(self, epochs: int | None, steps: int | None) -> bool:
         """Whether the loop is over, by its own limits or because training stops."""
-    def next_portion(self) -> Portion | None:
-        """What comes at the cursor; None at the end of an epoch."""
-        assert self.loader is not None
-        if self._reading is None:
-            if isinstance(self.loader, Loader) and self.cursor.loop == 0:
-                self.loader.learned = self.learned
-            self._reading = self.loader.epoch(self.cursor.epoch, self.cursor.step_in_epoch)
-        return next(self._reading, None)
-
         if steps is not None and self.cursor.loop_steps >= steps:
             self._end_of_loop = _are_done(self.cursor.loop_steps, steps, "step")
         elif epochs is not None and self.cursor.loop_epochs >= epochs:
@@ -166,6 +157,8 @@ class Course:
         self.cursor = self.cursor.after(portion)
         self.tell_step_number()
         ends_epoch = portion is not None and portion.last
+        is_void = portion is not None and not any(portion.shares)  # it was learned from before
+        stepped = self.state.learners if is_void else step.stepped
         for scheduler in self.state.schedulers:
             scheduler.after_step(step.stepped, ends_epoch)
         if step.figures is not None:
@@ -179,8 +172,6 @@ class Course:
 
     def _maybe_stop(self, ends_epoch: bool) -> None:
         """Stop where all ranks know that one wishes to. Sites meet at rounds and ends of epochs,
-        is_void = portion is not None and not any(portion.shares)  # it was learned from before
-        stepped = self.state.learners if is_void else step.stepped
         and hear of each other with what was fused in the background."""
         heard = self.wishes.heard
         if self.rounds.active:
@@ -202,8 +193,7 @@ class Course:
     # State.
 
     def capture(self) -> dict[str, Any]:
-        learned = self.learned.after(self.cursor.steps).plain()
-        return {"cursor": list(self.cursor), "rounds": self.rounds.capture(), "learned": learned}
+        return {"cursor": list(self.cursor), "rounds": self.rounds.capture()}
 
     def is_in(self, state: dict[str, Any]) -> bool:
         """Whether the loop under way is the one that a state was captured in."""
@@ -211,6 +201,7 @@ class Course:
 
     def restore(self, state: dict[str, Any]) -> None:
         self.cursor = Cursor(*state["cursor"])
+        self.learned = Learned(state.get("learned", ()))
         self.rounds.restore(state["rounds"], self.state.models.values())
         self.tell_step_number()
 
@@ -218,4 +209,3 @@ class Course:
 def _are_done(done: int, limit: int, what: str) -> str:
     told = "1 {} is done" if done == 1 else f"{done} {{}}s are done"
     return told.format(what) + (f", and {limit} were asked for" if done > limit else "")
-        self.learned = Learned(state.get("learned", ()))

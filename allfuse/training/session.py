@@ -111,6 +111,8 @@ class Session:
         self.course = Course(*about) if self.apart is None else self.apart.course(*about)
         if self.apart is not None:
             self.apart.facts |= {"out": None if out is None else str(out), "resume": resume}
+            self.apart.facts["keep"] = self.settings.keep
+            self.apart.capture = lambda: self._capture()[0]
         self.course.told, self.course.interrupted = self._after_step, self._interrupt
         self.teller = Teller(self)
         self.choices: dict[str, str] = dict(self.place.choices)
@@ -122,8 +124,6 @@ class Session:
     @property
     def plan(self) -> Plan:
         return self.place.whole
-            self.apart.facts["keep"] = self.settings.keep
-            self.apart.capture = lambda: self._capture()[0]
 
     @property
     def device(self) -> torch.device:
@@ -619,6 +619,7 @@ class Session:
         if self.apart is not None:
             if self.apart.finishes:
                 self.keeper.export(self.models, self.apart.folder)
+                self.apart.save()
             return
         with self.rounds.fused_for_a_moment(self.models.values()):
             self.keeper.export(self.models)
@@ -652,4 +653,3 @@ class Session:
                     self.keeper.tell_outcomes()
                 closing.callback(self.keeper.close, abandon=error is not None)
                 self.teller.end(error)
-                self.apart.save()
