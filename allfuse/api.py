@@ -10,7 +10,7 @@ from typing import Any
 
 from allfuse.base.errors import UserError, nearest
 from allfuse.job import Job, as_job
-from allfuse.launcher import current_world
+from allfuse.launcher import World, current_world, entered
 from allfuse.launcher.torchrun import started_by_torchrun
 from allfuse.plan import Plan, as_plan, check_workers
 from allfuse.plan.plan import PlanLike
@@ -43,14 +43,22 @@ def session(
     Raises:
         PlanError, RunError: the plan or folder cannot be used; nothing was written.
     """
-    made = Session(
-        None if plan is None else as_plan(plan),
-        out=out,
-        resume=resume,
-        settings=_read_settings(settings),
-    )
+    chosen = None if plan is None else as_plan(plan)
+    kept = _read_settings(settings)
+    made = Session(chosen, out=out, resume=resume, settings=kept, world=_joined(chosen))
     watch(made, Watching(quiet=quiet))
     return made
+
+
+def _joined(plan: Plan | None) -> World | None:
+    """The world of a plan with roles under torchrun; others are found without their parts."""
+    if plan is None or plan.outer is None or current_world() is not None:
+        return None
+    if not started_by_torchrun():
+        return None
+    from allfuse.hosting import join_started
+
+    return join_started(plan)
 
 
 def _read_settings(given: Mapping[str, Any]) -> Settings:
@@ -94,6 +102,9 @@ def train(
         quiet=quiet,
         settings=settings,
     )
+    if (world := _joined(chosen)) is not None:
+        with entered(world):
+            return work()
     if current_world() is not None or started_by_torchrun():
         return work()
     if chosen is None or (chosen.workers == 1 and chosen.outer is None):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import secrets
 import time
 from collections.abc import Callable, Iterable
@@ -13,8 +15,12 @@ from typing import Any
 
 from allfuse.base.errors import AllfuseError, UserError
 from allfuse.base.events import Bus
+from allfuse.launcher import World
 from allfuse.launcher.crew import Crew, OnLoss, launch_crew
 from allfuse.launcher.crewmate import Crewmate
+from allfuse.launcher.joined_crew import join_crew
+from allfuse.launcher.token import find_token
+from allfuse.launcher.torchrun import JoinedWorld, environment_number, join_torchrun
 from allfuse.link.endpoint import Endpoint
 from allfuse.link.wire import Wire
 from allfuse.plan import Plan, as_plan, check_workers
@@ -31,6 +37,7 @@ from allfuse.training.served import Binder
 from allfuse.watching import Watching, watch_bus
 
 ASK_S = 1.0  # after which a scheduler is asked again
+LAST_WORD_S = 10.0  # after the end, for the figures of it
 
 
 def launch_with_roles(
@@ -50,10 +57,24 @@ def launch_with_roles(
     Raises:
         UserError, WorkerFailed, Interrupted: as `launch_crew` says.
     """
-    outer = plan.outer
-    assert outer is not None, "a plan without roles"
-    crew = Crew(
-        worker=functools.partial(_work, work),
+    crew = replace(
+        _crew_of(plan, functools.partial(_work, work), on_loss, listen, token_file),
+        token=token or secrets.token_bytes(32),
+    )
+    return launch_crew(crew, threads=threads, timeout_s=timeout_s)
+
+
+def _crew_of(
+    plan: Plan,
+    worker: Callable[[], Any] | None,
+    on_loss: OnLoss = "stop",
+    listen: str | None = None,
+    token_file: Path | None = None,
+) -> Crew:
+    """All of a plan that has roles."""
+    assert plan.outer is not None, "a plan without roles"
+    return Crew(
+        worker=worker,
         scheduler=functools.partial(
             run_scheduler, functools.partial(RunAudience, token_file=token_file)
         ),
@@ -61,13 +82,52 @@ def launch_with_roles(
         servers=plan.servers,
         plan=str(plan),
         inner=str(plan.inner),
-        groups=outer.n,
+        groups=plan.outer.n,
         ranks=plan.inner.workers,
         on_loss=on_loss,
         listen=listen,
-        token=token or secrets.token_bytes(32),
     )
-    return launch_crew(crew, threads=threads, timeout_s=timeout_s)
+
+
+def join_started(
+    plan: Plan | None,
+    *,
+    timeout_s: float = 300.0,
+    listen: str | None = None,
+    token_file: Path | None = None,
+) -> World:
+    """The world of a process that torchrun started; where the plan has roles they run beside some.
+
+    Raises:
+        PlanError: the plan is for another number of workers, or rank 0 has another one.
+        UserError: rank 0 has another token. PeerLost: a rank did not say what it should.
+    """
+    if plan is None or plan.outer is None:
+        return join_torchrun(None if plan is None else str(plan), timeout_s)
+    plan.validate_executable()
+    check_workers(plan, environment_number("WORLD_SIZE", 1))
+    makes = listen is not None and environment_number("RANK", 0) == 0
+    find = functools.partial(find_token, token_file, make=makes)
+    crew = _crew_of(plan, None, listen=listen, token_file=token_file)
+    return join_crew(crew, find, timeout_s)
+
+
+def work_among_started(world: World, work: Callable[[], Any]) -> Any:
+    """Do the work in a world that torchrun started; rank 0 gets the figures of the group that
+    measured the end, without weights, where it is not in that itself."""
+    result, crew = work(), world.crew
+    if crew is None or not isinstance(result, Result) or world.rank != 0:
+        return result
+    if not result.elsewhere:
+        crew.board.set("result", json.dumps(asdict(replace(result, weights={}))).encode())
+        return result
+    first, deadline = isinstance(world, JoinedWorld) and world.place == 0, None
+    while first and (deadline is None or time.monotonic() < deadline):
+        with contextlib.suppress(TimeoutError):
+            return Result(**json.loads(crew.board.wait("result", ASK_S)))
+        if deadline is None and crew.end() is not None:  # who measured it tells it now
+            deadline = time.monotonic() + LAST_WORD_S
+    return result
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -128,16 +129,18 @@ def run_under(
         raise UserError(f"--timeout {timeout_s}: allowed: more than 0 seconds")
     if threads is not None and not 1 <= threads <= MOST_THREADS:
         raise UserError(f"--threads {threads}: allowed: 1 to {MOST_THREADS}")
-    from allfuse.launcher.torchrun import join_torchrun, started_by_torchrun
+    from allfuse.launcher.torchrun import started_by_torchrun
 
     refuse_without_roles(plan, on_loss, listen, token_file)
     if started_by_torchrun():
+        from allfuse.hosting import join_started, work_among_started
         from allfuse.launcher import entered
 
-        world = join_torchrun(str(plan), timeout_s)
+        _refuse_under_torchrun(on_loss, listen, token_file)
+        world = join_started(plan, timeout_s=timeout_s, listen=listen, token_file=token_file)
         set_threads(threads, world.local_size)
         with entered(world):
-            return work()
+            return work_among_started(world, work)
     if plan.workers == 1 and plan.outer is None:
         set_threads(threads, 1)
         return work()
@@ -150,11 +153,8 @@ def run_under(
         from allfuse.launcher.token import find_token
 
         token = find_token(token_file, make=listen is not None)
-        if listen is not None and token is None:
-            raise UserError(
-                f"--listen {listen}: whoever joins must know a secret, and there is none; next: "
-                "--token-file job.token, which is made if it is not there"
-            )
+        if token is None:
+            refuse_open_house(listen)
         return launch_with_roles(
             work,
             plan,
@@ -166,6 +166,31 @@ def run_under(
             token_file=token_file,
         )
     return launch_local(work, plan.workers, plan=str(plan), threads=threads, timeout_s=timeout_s)
+
+
+def refuse_open_house(listen: str | None) -> None:
+    """Refuse to let others join where there is no secret."""
+    if listen is not None:
+        raise UserError(
+            f"--listen {listen}: whoever joins must know a secret, and there is none; next: "
+            "--token-file job.token, which is made if it is not there"
+        )
+
+
+def _refuse_under_torchrun(
+    on_loss: str | None, listen: str | None, token_file: Path | None
+) -> None:
+    """Refuse what torchrun decides itself."""
+    if on_loss not in (None, "stop"):
+        raise UserError(
+            f"--on-loss {on_loss} under torchrun: it ends all workers when one fails; allowed: "
+            "stop; next: torchrun --max-restarts N with --auto-resume, or `allfuse train --listen` "
+            "and `allfuse join` for workers that may come and go"
+        )
+    from allfuse.launcher.token import VARIABLE
+
+    if token_file is None and VARIABLE not in os.environ:
+        refuse_open_house(listen)
 
 
 def refuse_without_roles(

@@ -73,13 +73,18 @@ class World(ABC):
     def form_replica(self, replica: tuple[int, ...], backend: str) -> None:
         """Make the default process group over the ranks of one replica."""
 
+    @property
+    def is_one_host(self) -> bool:
+        """Whether all ranks are on this host."""
+        return self.local_size == self.size
+
     def hosts(self) -> tuple[str, ...]:
         """The host of each rank, by any name.
 
         Raises:
             PeerLost: a rank did not say within the deadline.
         """
-        if self.local_size == self.size:
+        if self.is_one_host:
             return ("here",) * self.size
         if not self._hosts:
             self.tell_host()
@@ -100,17 +105,15 @@ class World(ABC):
         return host_identity()
 
     def _host_of(self, rank: int) -> str:
-        try:
-            return self.board.wait(f"host/{rank}", self.timeout_s).decode()
-        except TimeoutError:
-            raise PeerLost(
-                "did not say which host it is on",
-                rank=self.rank,
-                peer=rank,
-                operation="find the hosts",
-                step=None,
-                seconds=self.timeout_s,
-            ) from None
+        return await_word(
+            self.board,
+            f"host/{rank}",
+            rank=self.rank,
+            peer=rank,
+            operation="find the hosts",
+            reason="did not say which host it is on",
+            timeout_s=self.timeout_s,
+        ).decode()
 
     @property
     def heeds_stop(self) -> bool:
@@ -130,6 +133,29 @@ class World(ABC):
     @abstractmethod
     def close(self, error: BaseException | None = None) -> None:
         """Give back what the world holds; `error` is what this rank ends with. Waits for nobody."""
+
+
+def await_word(
+    board: Board,
+    key: str,
+    *,
+    rank: int,
+    peer: int,
+    operation: str,
+    reason: str,
+    timeout_s: float,
+) -> bytes:
+    """What a peer writes on the board.
+
+    Raises:
+        PeerLost: for this reason, nothing within the deadline.
+    """
+    try:
+        return board.wait(key, timeout_s)
+    except TimeoutError:
+        raise PeerLost(
+            reason, rank=rank, peer=peer, operation=operation, step=None, seconds=timeout_s
+        ) from None
 
 
 _current: contextvars.ContextVar[World | None] = contextvars.ContextVar("world", default=None)

@@ -28,6 +28,7 @@ from allfuse.launcher.local import (
 )
 from allfuse.launcher.outcome import Outcome, judge
 from allfuse.launcher.signals import asked_to_stop
+from allfuse.launcher.store import LOOPBACK
 from allfuse.launcher.watch import Watch
 from allfuse.launcher.zygotes import Zygote, borrowed, warm_up
 
@@ -43,14 +44,16 @@ class Crew:
     """What is started.
 
     worker: what every rank of every group runs; the result of the first group that has one counts.
+    None where workers are started otherwise.
     scheduler, server: what the roles run; None where they are elsewhere. A server is told its
     index.
     plan, inner: of the whole job, and of one group. groups, ranks: how many groups of how many.
     on_loss: what a killed worker means to the others.
     place: of a scheduler elsewhere. listen: "ADDRESS:PORT" for workers of other hosts to join.
+    address: of this host, where the crew spans several.
     """
 
-    worker: Callable[[], Any]
+    worker: Callable[[], Any] | None
     scheduler: Callable[[], Any] | None
     server: Callable[[int], Any] | None
     servers: int
@@ -62,10 +65,11 @@ class Crew:
     token: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
     place: str | None = None
     listen: str | None = None
+    address: str | None = None
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """One process of a crew: its request and function, packed. run: where it meets its group."""
 
     role: str
@@ -90,6 +94,7 @@ def launch_crew(crew: Crew, *, threads: int | None = None, timeout_s: float = 30
     """
     with asked_to_stop() as signals:
         warm_up()
+        assert crew.worker is not None
         packed = {WORKER: pack_function(crew.worker)}
         if crew.scheduler is not None:
             packed[SCHEDULER] = pack_function(crew.scheduler)
@@ -98,7 +103,12 @@ def launch_crew(crew: Crew, *, threads: int | None = None, timeout_s: float = 30
         store, run = open_store(), uuid.uuid4().hex
         threads = threads or max(1, count_cores() // (crew.groups * crew.ranks))
         make = functools.partial(
-            _make_part, crew, port=store.port, run=run, threads=threads, timeout_s=timeout_s
+            make_part,
+            crew,
+            store=(LOOPBACK, store.port),
+            run=run,
+            threads=threads,
+            timeout_s=timeout_s,
         )
         parts = []
         if crew.scheduler is not None:
@@ -108,7 +118,7 @@ def launch_crew(crew: Crew, *, threads: int | None = None, timeout_s: float = 30
             packed_server = pack_function(functools.partial(crew.server, index))
             parts.append(make(SERVER, index, 0, packed_server))
 
-        def make_group(index: int, attempt: int) -> list[_Part]:
+        def make_group(index: int, attempt: int) -> list[Part]:
             ranks = range(crew.ranks)
             return [make(WORKER, index, rank, packed[WORKER], attempt) for rank in ranks]
 
@@ -128,7 +138,7 @@ def launch_crew(crew: Crew, *, threads: int | None = None, timeout_s: float = 30
     return judge_crew(watch.workers, watch.roles, interrupted=watch.stops > 0)
 
 
-def _make_part(
+def make_part(
     crew: Crew,
     role: str,
     index: int,
@@ -136,11 +146,12 @@ def _make_part(
     function: bytes,
     attempt: int = 0,
     *,
-    port: int,
+    store: tuple[str, int],
     run: str,
     threads: int,
     timeout_s: float,
-) -> _Part:
+) -> Part:
+    """A process of a crew that meets the others at a store, under the name of the run."""
     from allfuse.launcher.worker import Request
 
     is_worker = role == WORKER
@@ -150,12 +161,12 @@ def _make_part(
         rank=rank,
         size=size,
         run=meeting,
-        port=port,
+        store=store,
         plan=crew.inner,
         threads=threads if is_worker else 1,
         timeout_s=timeout_s,
         folder=current_folder(),
-        environment={**os.environ, **(rank_facts(rank, size, port) if is_worker else {})},
+        environment={**os.environ, **(rank_facts(rank, size, store[1]) if is_worker else {})},
         path=list(sys.path),
         command=list(sys.argv),
         crew=CrewRequest(
@@ -166,11 +177,12 @@ def _make_part(
             token=crew.token,
             place=crew.place,
             listen=crew.listen,
+            address=crew.address,
             local_rank=index * crew.ranks + rank if is_worker else 0,
             local_size=crew.groups * crew.ranks if is_worker else 1,
         ),
     )
-    return _Part(role, index, rank, meeting, pickle.dumps(request), function)
+    return Part(role, index, rank, meeting, pickle.dumps(request), function)
 
 
 class CrewWatch(Watch):
@@ -178,15 +190,15 @@ class CrewWatch(Watch):
 
     def __init__(
         self, zygote: Zygote, signals: socket.socket, crew: Crew,
-        board_of: Callable[[str], Store], make_group: Callable[[int, int], list[_Part]],
+        board_of: Callable[[str], Store], make_group: Callable[[int, int], list[Part]],
     ) -> None:  # fmt: skip
         super().__init__(zygote, signals, self._tell_group)
         self.crew, self._board_of, self._make_group = crew, board_of, make_group
-        self.parts: list[_Part] = []
+        self.parts: list[Part] = []
         self._restarts: dict[tuple[str, int], int] = {}
         self._released = False
 
-    def start_part(self, part: _Part) -> None:
+    def start_part(self, part: Part) -> None:
         self.parts.append(part)
         self.start(part.request, part.function)
         same = sum(each.role == part.role and each.index == part.index for each in self.parts)
@@ -194,7 +206,7 @@ class CrewWatch(Watch):
         name = "the scheduler" if part.role == SCHEDULER else f"{part.role} {part.index}"
         self.outcomes[-1].name = f"{name}{again}"
 
-    def part_of(self, outcome: Outcome) -> _Part:
+    def part_of(self, outcome: Outcome) -> Part:
         return self.parts[outcome.rank]
 
     @property
@@ -218,7 +230,7 @@ class CrewWatch(Watch):
             self._released = True  # roles have nobody to work for any more
             self._say_stop(self.roles)
 
-    def _restart_group(self, part: _Part) -> None:
+    def _restart_group(self, part: Part) -> None:
         """Start a group anew once all its ranks have ended, where one of them was killed."""
         if part.role != WORKER or self.crew.on_loss != "restart":
             return
@@ -252,7 +264,7 @@ class CrewWatch(Watch):
             return
         super()._note_failure(outcome)
 
-    def _may_restart(self, part: _Part) -> bool:
+    def _may_restart(self, part: Part) -> bool:
         key = (part.role, part.index)
         self._restarts[key] = self._restarts.get(key, 0) + 1
         return self._restarts[key] <= RESTARTS and self.stops == 0

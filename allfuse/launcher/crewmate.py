@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from allfuse.base.errors import AllfuseError, UserError, WorkerFailed
 
 if TYPE_CHECKING:
     from allfuse.base.torch_private import Store
@@ -20,8 +22,8 @@ class CrewRequest:
 
     role: "worker", "server" or "scheduler". index: of its role; of a worker: its group. run: names
     the crew at the store. token: the secret of the job. place: of the scheduler, where it is known
-    beforehand (a worker that joins). listen: where its desks do, beyond loopback. plan: of the
-    whole job.
+    beforehand (a worker that joins). listen: where others may join, and its desks listen. address:
+    of this host, where the crew spans several. plan: of the whole job.
     """
 
     role: str
@@ -31,6 +33,7 @@ class CrewRequest:
     token: bytes = field(repr=False)
     place: str | None = None
     listen: str | None = None
+    address: str | None = None
     local_rank: int = 0
     local_size: int = 1
 
@@ -39,13 +42,14 @@ class Crewmate:
     """A process of a crew.
 
     Attributes:
-        board: of the whole crew on this host.
+        board: of the whole crew, or those of it that one launcher started.
     """
 
     def __init__(self, request: CrewRequest, board: Board, post: Post | None = None) -> None:
         self.role, self.index, self.plan = request.role, request.index, request.plan
         self.token, self.board = request.token, board
         self._place, self._listen, self._post = request.place, request.listen, post
+        self._address = request.address
 
     @classmethod
     def of(cls, request: CrewRequest, store: Store) -> Crewmate:
@@ -61,10 +65,12 @@ class Crewmate:
 
         if self._post is not None:
             return self._post
-        if self._listen is None:
+        address = self._address
+        if self._listen is not None:
+            address = self._listen.rpartition(":")[0].removeprefix("[").removesuffix("]")
+        if address is None:
             joins = self._place is not None
             return Wire(Endpoint(loopback=True, encrypt=joins, token=self.token))
-        address = self._listen.rpartition(":")[0].removeprefix("[").removesuffix("]")
         return Wire(Endpoint(address=address, encrypt=True, token=self.token))
 
     @property
@@ -101,3 +107,24 @@ class Crewmate:
         except TimeoutError:
             return None
         return None if found is None else dict(json.loads(found))
+
+    def tell_end(self, failure: AllfuseError | None) -> None:
+        """Let the crew know that the scheduler has ended, or why it or a server failed."""
+        told = {} if failure is None else {"text": str(failure), "code": failure.exit_code}
+        self.board.set("end", json.dumps(told).encode())
+
+    def end(self) -> AllfuseError | Literal[True] | None:
+        """How it has ended, as `tell_end` said; None where it goes on."""
+        try:
+            found = self.board.get("end")
+        except RuntimeError as error:
+            gone = f"the launcher's store is gone ({type(error).__name__})"
+            return WorkerFailed(gone, rank=-1)
+        if found is None:
+            return None
+        told = json.loads(found)
+        if not told:
+            return True
+        if told["code"] == UserError.exit_code:
+            return UserError(told["text"])
+        return WorkerFailed(told["text"], rank=-1, exit_code=told["code"])

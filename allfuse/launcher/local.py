@@ -14,6 +14,7 @@ from typing import Any
 from allfuse.base.errors import UserError
 from allfuse.launcher.outcome import judge
 from allfuse.launcher.signals import asked_to_stop
+from allfuse.launcher.store import LOOPBACK
 from allfuse.launcher.watch import Watch
 from allfuse.launcher.zygotes import borrowed, warm_up
 
@@ -77,7 +78,7 @@ def _pack_request(
             rank=rank,
             size=workers,
             run=run,
-            port=port,
+            store=(LOOPBACK, port),
             plan=plan,
             threads=threads,
             timeout_s=timeout_s,

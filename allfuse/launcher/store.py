@@ -58,6 +58,10 @@ class StoreWorld(World):
         self._links: Counter[tuple[str, tuple[int, ...]]] = Counter()
         self._leaves_group = False
 
+    @property
+    def is_one_host(self) -> bool:
+        return self._loopback
+
     def link(
         self,
         name: str,

@@ -97,6 +97,7 @@ class ThreadCrew:
         world.plan, world.crew = self.crew.inner, self._mate(WORKER, group)
         try:
             with entered(world):
+                assert self.crew.worker is not None
                 self.results[group][rank] = self.crew.worker()
         except BaseException as error:
             self.results[group][rank] = error

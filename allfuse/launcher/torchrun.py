@@ -11,10 +11,15 @@ import socket
 import struct
 from collections.abc import Callable
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from allfuse.base.errors import UserError
 from allfuse.launcher.signals import catch_signals
 from allfuse.launcher.store import StoreWorld
+
+if TYPE_CHECKING:
+    from allfuse.launcher.joined_crew import RolesBeside
+    from allfuse.link.base import Board
 
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -24,13 +29,30 @@ _joined = 0  # worlds that this process joined: sessions that follow each other 
 
 
 class JoinedWorld(StoreWorld):
-    """A world that answers to Ctrl-C and SIGTERM while it is open."""
+    """A world that answers to Ctrl-C and SIGTERM while it is open.
 
+    Attributes:
+        place, everybody: this process among all that torchrun started.
+        all_on_one_host: whether those are all on this host.
+        meeting, common: the name at the store where all of them meet, and a board there.
+        beside: what runs beside this process, and ends with it.
+    """
+
+    place: int
+    everybody: int
+    all_on_one_host: bool
+    meeting: str
+    common: Board
+    beside: RolesBeside | None = None
     give_back_signals: Callable[[], None]
 
     def close(self, error: BaseException | None = None) -> None:
-        super().close(error)
-        self.give_back_signals()
+        try:
+            super().close(error)
+            if self.beside is not None:
+                self.beside.close(error)
+        finally:
+            self.give_back_signals()
 
 
 def started_by_torchrun() -> bool:
@@ -80,9 +102,16 @@ def _address_of(interface: str) -> str:
     return socket.inet_ntoa(told[20:24])
 
 
-def join_torchrun(plan: str | None, timeout_s: float = 300.0) -> StoreWorld:
-    """The world of a process that torchrun started. Meets its peers at torchrun's own store."""
+def join_torchrun(
+    plan: str | None, timeout_s: float = 300.0, *, ranks: int | None = None
+) -> JoinedWorld:
+    """The world of a process that torchrun started. Meets its peers at torchrun's own store.
+
+    Args:
+        ranks: size of a group of consecutive ranks, each a world of its own; None: all are one.
+    """
     from allfuse.base.torch_private import PrefixStore, TCPStore
+    from allfuse.link.group import StoreBoard
 
     global _joined
     _joined += 1
@@ -100,15 +129,19 @@ def join_torchrun(plan: str | None, timeout_s: float = 300.0) -> StoreWorld:
     attempt = environment_number("TORCHELASTIC_RESTART_COUNT", 0)
     run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     local_size = environment_number("LOCAL_WORLD_SIZE", size)
+    meeting = f"allfuse/{run}/{attempt}/{_joined}"
+    group, inside = divmod(rank, ranks or size)
     world = JoinedWorld(
-        PrefixStore(f"allfuse/{run}/{attempt}/{_joined}", store),
-        rank,
-        size,
+        PrefixStore(meeting if ranks is None else f"{meeting}/group{group}", store),
+        inside,
+        ranks or size,
         loopback=local_size == size,
         address=None if local_size == size else own_address(os.environ["MASTER_ADDR"]),
         timeout_s=timeout_s,
-        host=None if hosted else 0,
+        host=None if hosted or group else 0,
     )
+    world.place, world.everybody, world.all_on_one_host = rank, size, local_size == size
+    world.meeting, world.common = meeting, StoreBoard(PrefixStore(meeting, store))
     world.kind, world.plan = "torchrun", plan
     world.local_rank = environment_number("LOCAL_RANK", rank)
     world.local_size = local_size

@@ -32,12 +32,15 @@ DONE, FAILED = b"d", b"f"  # how a worker's one report begins
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a worker takes over from its launcher, and where it meets the other ranks."""
+    """What a worker takes over from its launcher, and where it meets the other ranks.
+
+    store: host and port.
+    """
 
     rank: int
     size: int
     run: str
-    port: int
+    store: tuple[str, int]
     plan: str | None
     threads: int
     timeout_s: float
@@ -118,7 +121,7 @@ def _take_over(request: Request) -> None:
 def _enter_world(request: Request) -> StoreWorld:
     from allfuse.base.torch_private import PrefixStore, TCPStore
 
-    store = TCPStore("127.0.0.1", request.port, None, False, timedelta(seconds=300))
+    store = TCPStore(*request.store, None, False, timedelta(seconds=300))
     world = StoreWorld(
         PrefixStore(request.run, store),
         request.rank,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import secrets
 import threading
 import time
@@ -33,6 +34,8 @@ from allfuse.roles.messages import (
 
 TICK_S = 0.25  # between two looks at what came, while the worker computes
 BEAT_S = 2.5  # between two signs of life, which the scheduler answers
+LOOK_S = 0.5  # between two looks at whether the crew has ended
+PATIENCE_S = 6.0  # with a silent scheduler, once it was asked to stop
 SLICE_S = 0.05  # of a wait, after which others may use the callers
 
 
@@ -44,12 +47,16 @@ class Agent:
     Args:
         crew: where the scheduler is, and what carries letters.
         name: of the worker, for people; a new one is made of it whenever a worker comes.
+        asked: set when a person or the launcher asks to stop. A worker that waits passes that on,
+            and does not wait long for a scheduler that is silent then.
     """
 
-    def __init__(self, crew: Crewmate, name: str, timeout_s: float) -> None:
+    def __init__(
+        self, crew: Crewmate, name: str, timeout_s: float, asked: threading.Event | None = None
+    ) -> None:
         self.name, self.timeout_s = f"{name} ({secrets.token_hex(3)})", timeout_s
         self.step = 0
-        self._post = crew.post()
+        self._crew, self._post = crew, crew.post()
         self._lock = threading.RLock()
         try:
             place = crew.scheduler(timeout_s)
@@ -59,7 +66,8 @@ class Agent:
         self._servers: dict[str, Caller] = {}
         self.client: Client | None = None
         self._heard_s = time.monotonic()
-        self._begin_s = self._heard_s
+        self._begin_s = self._looked_s = self._heard_s
+        self._asked, self._asked_s = asked or threading.Event(), math.inf
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
         self._trouble: BaseException | None = None
@@ -164,17 +172,37 @@ class Agent:
                     return
                 if self._trouble is not None:
                     raise self._trouble
-                silent_s = time.monotonic() - max(self._heard_s, self._begin_s)
+                now_s = time.monotonic()
+                silent_s = now_s - max(self._heard_s, self._begin_s)
                 trouble = self._scheduler.trouble
+            self._hear_end(operation)
             if trouble == "another token":
                 raise UserError(
                     f"the scheduler at {self._scheduler.place} has another token; next: give this "
                     "worker the token of the job (--token-file)"
                 )
-            if silent_s > self.timeout_s:
+            is_asked = now_s - self._asked_s > PATIENCE_S
+            if silent_s > (min(self.timeout_s, PATIENCE_S) if is_asked else self.timeout_s):
                 raise self._lost(
                     trouble or "said nothing", operation, time.monotonic() - self._begin_s
                 )
+
+    def _hear_end(self, operation: str) -> None:
+        """
+        Raises:
+            AllfuseError: what the launcher tells that the crew ended with, while this worker waits.
+        """
+        now_s = time.monotonic()
+        if self._asked.is_set() and self._asked_s == math.inf:
+            self._asked_s = now_s
+            self.stop("interrupted")
+        if now_s - self._looked_s < LOOK_S:
+            return
+        self._looked_s, end = now_s, self._crew.end()
+        if end is True:
+            raise self._lost("has ended", operation, now_s - self._begin_s)
+        if end is not None:
+            raise end
 
     def _work(self, timeout_s: float) -> None:
         """Take in what came within a time, and say what is due."""

@@ -79,7 +79,8 @@ class Apart:
         self._agent: Agent | None = None
         if self.leads:
             host = socket.gethostname()
-            self._agent = Agent(crew, f"worker {crew.index} on {host}", place.world.timeout_s)
+            name, asked = f"worker {crew.index} on {host}", place.world.stop_requested
+            self._agent = Agent(crew, name, place.world.timeout_s, asked)
             bus.subscribe(self._tell, TOLD)
         self._options: Callable[[], list[dict[str, Any]]] = list
         self._loss = self._count = self._begin_s = 0.0

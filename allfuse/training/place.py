@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from allfuse.base.errors import PeerLost, PlanError, UserError
+from allfuse.base.errors import PlanError, UserError
 from allfuse.fusion import Fuser, Fusion, choose
 from allfuse.fusion.auto import Auto, Notice, candidates, settled
 from allfuse.launcher import World, current_world
+from allfuse.launcher.base import await_word
 from allfuse.plan import Data, Plan, Site, as_plan, check_workers
 from allfuse.topology import Layout
 
@@ -69,13 +70,20 @@ class Place:
             are.
     """
 
-    def __init__(self, plan: Plan | str | None, device: str | None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        plan: Plan | str | None,
+        device: str | None,
+        seed: int = 0,
+        world: World | None = None,
+    ) -> None:
         asked = None if plan is None else as_plan(plan)
-        self.world, self._owns_world = find_world(None if asked is None else str(asked))
+        text = None if asked is None else str(asked)
+        self.world, self._owns_world = (world, True) if world is not None else find_world(text)
         try:
             self._take_place(asked, device, seed)
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            self.close(error)
             raise
 
     def _take_place(self, asked: Plan | None, device: str | None, seed: int) -> None:
@@ -90,8 +98,8 @@ class Place:
         self.whole.validate_executable()
         if self.whole.outer is not None and world.crew is None:
             why = (
-                "a scheduler and servers are started by `allfuse train`, `allfuse run` and "
-                "af.train, and this process was started otherwise"
+                "a scheduler and servers are started by `allfuse train`, `allfuse run`, af.train "
+                "and torchrun, and this process was started otherwise"
             )
             raise PlanError(str(self.whole), why, f"data({self.whole.workers})")
         self.plan = self.whole.inner
@@ -124,17 +132,15 @@ class Place:
         if world.rank == 0:
             world.board.set(key, str(self.plan).encode())
             return
-        try:
-            first = world.board.wait(key, world.timeout_s).decode()
-        except TimeoutError:
-            raise PeerLost(
-                "did not say which plan it has",
-                rank=world.rank,
-                peer=0,
-                operation="compare plans",
-                step=None,
-                seconds=world.timeout_s,
-            ) from None
+        first = await_word(
+            world.board,
+            key,
+            rank=world.rank,
+            peer=0,
+            operation="compare plans",
+            reason="did not say which plan it has",
+            timeout_s=world.timeout_s,
+        ).decode()
         if first != str(self.plan):
             why = f"rank {world.rank} was given this plan, and rank 0 {first}"
             raise PlanError(str(self.plan), why, first)

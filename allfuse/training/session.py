@@ -46,6 +46,7 @@ from allfuse.training.telling import Teller
 from allfuse.training.wishes import Wishes
 
 if TYPE_CHECKING:
+    from allfuse.launcher import World
     from allfuse.training.apart import Apart
 
 
@@ -60,7 +61,7 @@ class Session:
     """Models, optimizers and batches of one training run, under any plan.
 
     A context manager, made by `af.session`. The same script runs alone, under `allfuse run --plan`,
-    and under torchrun.
+    and under torchrun. A `world` that was joined for it ends with it.
 
     Raises:
         PlanError: the plan cannot run here. PeerLost: a worker is lost. NonFiniteLoss: the loss is
@@ -81,9 +82,10 @@ class Session:
         out: str | Path | None = None,
         resume: Resume = False,
         settings: Settings | None = None,
+        world: World | None = None,
     ) -> None:
         self.settings = settings or Settings()
-        self.place = Place(plan, self.settings.device, self.settings.seed)
+        self.place = Place(plan, self.settings.device, self.settings.seed, world)
         self.bus = Bus(self.place.rank)
         is_apart = self.place.whole.outer is not None
         try:
@@ -91,8 +93,8 @@ class Session:
             kept = (None, False) if is_apart else (out, resume)  # the scheduler keeps the run
             self.keeper = Keeper(self.place, *kept, self.settings.keep, self.bus)
             self.balance = make_balance(self.place, self.settings.accumulate, self._warn)
-        except BaseException:
-            self.place.close()
+        except BaseException as error:
+            self.place.close(error)
             raise
         self.split = Whole()
         self.precision = Precision(self.settings.precision, self.device)
