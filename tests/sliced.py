@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from allfuse.launcher.base import current_world
 from allfuse.launcher.thread import first_failure, launch_threads
 from allfuse.split.tensor.attention import unfold_attention
-from allfuse.split.tensor.record import record
+from allfuse.split.record import record
 from allfuse.split.tensor.search import TensorPlan, find_cuts
 from allfuse.split.tensor.slicing import slice_model
 from allfuse.split.tensor.traffic import Slice

@@ -1,0 +1,1 @@
+"""One model cut inside its layers into slices."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from allfuse.split.tensor.record import (
+from allfuse.split.record import (
     Call,
     Recording,
     Ref,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from allfuse.split.tensor.record import Call, Recording, Ref
+from allfuse.split.record import Call, Recording, Ref
 
 Kind = Literal["linear", "packed", "addmm", "matmul", "conv", "embedding"]
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")

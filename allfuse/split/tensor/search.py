@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from allfuse.split.record import Call, Recording, draws
 from allfuse.split.tensor.cut import Cut, Passing
 from allfuse.split.tensor.maps import Map, find_map
-from allfuse.split.tensor.record import Call, Recording, draws
 
 Way = Literal["columns", "rows", "gathered", "vocabulary"]
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from allfuse.split.tensor.record import argument_leaves, draws, map_arguments
+from allfuse.split.record import argument_leaves, draws, map_arguments
 from allfuse.split.tensor.search import TensorPlan, Use
 from allfuse.split.tensor.traffic import Entrance, Slice, gather, leave
 

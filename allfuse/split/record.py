@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from allfuse.base.errors import UserError
-from allfuse.base.tensors import leaves
+from allfuse.base.tensors import leaves, map_nest
 from allfuse.base.torch_private import fake_tensors
 
 RANDOM = ("dropout", "bernoulli", "rand", "scaled_dot_product_attention", "multinomial", "normal")
@@ -57,11 +57,28 @@ class Call:
         ]
 
 
+@dataclass(frozen=True)
+class Visit:
+    """One pass through a module: the calls from `begin` to before `end`.
+
+    Attributes:
+        taken: numbers of the tensors among its arguments, in order.
+        result: what it returned, with a `Ref` for each tensor.
+    """
+
+    module: str
+    begin: int
+    end: int
+    taken: tuple[int, ...]
+    result: Any
+
+
 @dataclass
 class Recording:
     """The calls of a forward pass, in order.
 
     Attributes:
+        visits: passes through modules, in the order of their ends.
         shapes, dtypes: of each value, by its number.
         parameters, buffers: names of the values that are these.
         makers: the call that gave a value.
@@ -69,12 +86,18 @@ class Recording:
     """
 
     calls: list[Call] = field(default_factory=list)
+    visits: list[Visit] = field(default_factory=list)
     shapes: list[tuple[int, ...]] = field(default_factory=list)
     dtypes: list[torch.dtype] = field(default_factory=list)
     parameters: dict[int, str] = field(default_factory=dict)
     buffers: dict[int, str] = field(default_factory=dict)
     makers: dict[int, Call] = field(default_factory=dict)
     outputs: list[int] = field(default_factory=list)
+
+    def parameters_in(self, begin: int, end: int) -> set[str]:
+        """Names of the parameters that the calls from `begin` to before `end` take."""
+        taken = {number for call in self.calls[begin:end] for number in call.inputs}
+        return {self.parameters[number] for number in taken if number in self.parameters}
 
     def needed(self) -> set[int]:
         """The values that what the forward pass returns depends on, itself included."""
@@ -99,7 +122,8 @@ class Recorder(TorchFunctionMode):
     def __init__(self, parameters: Mapping[int, str], buffers: Mapping[int, str]) -> None:
         super().__init__()
         self.recording = Recording()
-        self.stack: list[str] = []
+        self.stack: list[str] = []  # names of the modules that run, innermost last
+        self._begun: list[tuple[int, tuple[int, ...]]] = []
         self.failed = ""  # the module that made a call which failed
         self._parameters, self._buffers = parameters, buffers
         self._numbers: dict[int, int] = {}
@@ -118,6 +142,18 @@ class Recorder(TorchFunctionMode):
             elif key in self._buffers:
                 recording.buffers[number] = self._buffers[key]
         return self._numbers[key]
+
+    def enter(self, module: str, arguments: Any) -> None:
+        """A module begins to run."""
+        self.stack.append(module)
+        taken = tuple(self.number(tensor) for tensor in tensors_in(arguments))
+        self._begun.append((len(self.recording.calls), taken))
+
+    def leave(self, result: Any) -> None:
+        """The innermost module ends."""
+        module, (begin, taken) = self.stack.pop(), self._begun.pop()
+        end, result = len(self.recording.calls), map_nest(self._as_ref, result)
+        self.recording.visits.append(Visit(module, begin, end, taken, result))
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -223,7 +259,7 @@ def record(model: nn.Module, run: Callable[[nn.Module], Any]) -> Recording:
         {id(b): name for name, b in model.named_buffers()},
     )
     with ExitStack() as closing:
-        closing.enter_context(_listening(model, recorder.stack))
+        closing.enter_context(_listening(model, recorder))
         closing.enter_context(_evaluating(model))
         closing.enter_context(torch.no_grad())
         closing.enter_context(fake_tensors())
@@ -247,19 +283,19 @@ def tensors_in(nest: Any) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _listening(model: nn.Module, stack: list[str]) -> Iterator[None]:
-    """Keep the names of the modules that run on a stack."""
+def _listening(model: nn.Module, recorder: Recorder) -> Iterator[None]:
+    """Tell a recorder which modules run."""
 
     def enter(name: str) -> Callable[..., None]:
-        return lambda *_: stack.append(name)
+        return lambda _, args, kwargs: recorder.enter(name, (args, kwargs))
 
-    def leave(*_: Any) -> None:
-        stack.pop()
+    def leave(_: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        recorder.leave(result)
 
-    handles = []
+    handles: list[Any] = []
     for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(enter(name)))
-        handles.append(module.register_forward_hook(leave, always_call=True))
+        handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
+        handles.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
     try:
         yield
     finally:

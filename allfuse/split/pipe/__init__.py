@@ -1,0 +1,1 @@
+"""One model cut between its layers into stages."""
