@@ -11,7 +11,6 @@ import textwrap
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +22,7 @@ from allfuse.launcher import current_world
 from allfuse.launcher import joined_crew as joined
 from allfuse.launcher.crewmate import WORKER, Crewmate, CrewRequest
 from allfuse.launcher.token import VARIABLE
+from allfuse.launcher.torchrun import JoinedWorld
 from allfuse.link.thread import Hub
 from allfuse.plan import as_plan
 from allfuse.training.loop import train_job
@@ -32,21 +32,18 @@ PLAN = "data(4, topology=central(servers=3), sync=ssp(3))"
 TOKEN, OTHER = b"0123456789abcdef", b"fedcba9876543210"
 
 
-def places(count: int, hosts: int = 1) -> list[Any]:
-    """What processes of torchrun know of themselves, with a board in place of its store."""
-    board, local = Hub(1), count // hosts
-    return [
-        SimpleNamespace(
-            place=rank,
-            everybody=count,
-            local_rank=rank % local,
-            all_on_one_host=hosts == 1,
-            common=board,
-            meeting="meeting",
-            timeout_s=0.2,
-        )
-        for rank in range(count)
-    ]
+class Started(JoinedWorld):
+    """A process of torchrun, with a board in place of the store."""
+
+    def __init__(self, board: Hub, place: int, count: int, local: int) -> None:
+        self.common, self.place, self.everybody = board, place, count
+        self.local_rank, self.all_on_one_host = place % local, local == count
+        self.meeting, self.timeout_s = "meeting", 0.2
+
+
+def places(count: int, hosts: int = 1) -> list[Started]:
+    board = Hub(1)
+    return [Started(board, place, count, count // hosts) for place in range(count)]
 
 
 def test_servers_are_spread_over_hosts_and_the_scheduler_is_with_rank_0(
@@ -80,7 +77,9 @@ def test_a_token_that_was_given_does_not_travel_and_one_that_was_made_does(
     first, second = (joined._agree_on_token(world, lambda: given) for world in worlds)
     assert first == second
     assert len(first) >= 16
-    assert (first in worlds[0].common.get("token")) == (given is None)
+    told = worlds[0].common.get("token")
+    assert told is not None
+    assert (first in told) == (given is None)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import contextvars
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from allfuse.base.errors import PeerLost
@@ -114,6 +114,10 @@ class World(ABC):
             reason="did not say which host it is on",
             timeout_s=self.timeout_s,
         ).decode()
+
+    def sees_alone(self, devices: Sequence[str]) -> bool:
+        """Whether no other process sees any of these, all that this one sees. All ranks ask."""
+        return self.local_size == 1  # a launcher gives all that it starts the same
 
     @property
     def heeds_stop(self) -> bool:

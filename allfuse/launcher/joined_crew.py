@@ -18,7 +18,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from allfuse.base.errors import AllfuseError, Interrupted, PlanError, UserError, WorkerFailed
-from allfuse.launcher.base import await_word
 from allfuse.launcher.crew import Crew, CrewWatch, Part, make_part
 from allfuse.launcher.crewmate import SCHEDULER, SERVER, WORKER, Crewmate, CrewRequest
 from allfuse.launcher.local import flush_output, pack_function
@@ -88,7 +87,7 @@ def _refuse_other_plan(world: JoinedWorld, plan: str) -> None:
     if world.place == 0:
         world.common.set("plan/1", plan.encode())  # where also plans without roles look
         return
-    first = _hear(world, "plan/1", 0, "compare plans", "did not say which plan it has").decode()
+    first = world.hear("plan/1", 0, "compare plans", "did not say which plan it has").decode()
     if first != plan:
         why = f"rank {world.place} was given this plan, and rank 0 {first}"
         raise PlanError(plan, why, first)
@@ -101,7 +100,7 @@ def _agree_on_token(world: JoinedWorld, find: Callable[[], bytes | None]) -> byt
         token = own or secrets.token_hex(32).encode()
         world.common.set("token", b"given " + _digest(token) if own else b"made " + token)
         return token
-    how, _, value = _hear(world, "token", 0, "find the token", "told no token").partition(b" ")
+    how, _, value = world.hear("token", 0, "find the token", "told no token").partition(b" ")
     own = find()
     if how == b"given" and own is not None and hmac.compare_digest(_digest(own), value):
         return own
@@ -129,7 +128,7 @@ def _leaders(world: JoinedWorld) -> list[int]:
     if not is_first:
         return []
     said = [
-        _hear(world, f"first/{rank}", rank, "find the hosts", "did not say which host it is on")
+        world.hear(f"first/{rank}", rank, "find the hosts", "did not say which host it is on")
         for rank in range(world.everybody)
     ]
     return [rank for rank, word in enumerate(said) if word == b"yes"]
@@ -151,18 +150,6 @@ def _make_parts(crew: Crew, world: JoinedWorld, leaders: Sequence[int]) -> list[
             packed = pack_function(functools.partial(crew.server, index))
             parts.append(make(SERVER, index, 0, packed))
     return parts
-
-
-def _hear(world: JoinedWorld, key: str, peer: int, operation: str, reason: str) -> bytes:
-    return await_word(
-        world.common,
-        key,
-        rank=world.place,
-        peer=peer,
-        operation=operation,
-        reason=reason,
-        timeout_s=world.timeout_s,
-    )
 
 
 class RolesBeside:

@@ -9,11 +9,12 @@ import contextlib
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from allfuse.base.errors import UserError
+from allfuse.launcher.base import await_word
 from allfuse.launcher.signals import catch_signals
 from allfuse.launcher.store import StoreWorld
 
@@ -45,6 +46,32 @@ class JoinedWorld(StoreWorld):
     common: Board
     beside: RolesBeside | None = None
     give_back_signals: Callable[[], None]
+
+    def hear(self, key: str, peer: int, operation: str, reason: str) -> bytes:
+        """What a process says to all that torchrun started. Raises PeerLost for a reason."""
+        return await_word(
+            self.common,
+            key,
+            rank=self.place,
+            peer=peer,
+            operation=operation,
+            reason=reason,
+            timeout_s=self.timeout_s,
+        )
+
+    def sees_alone(self, devices: Sequence[str]) -> bool:
+        """What one process sees may be hidden from others of its host."""
+        key = self.new_key("devices")
+        self.common.set(f"{key}/{self.place}", " ".join(devices).encode())
+        if self.local_size == 1 or not devices:
+            return self.local_size == 1
+        why = "did not say which devices it sees"
+        others = [
+            self.hear(f"{key}/{rank}", rank, "compare devices", why).decode().split()
+            for rank in range(self.everybody)
+            if rank != self.place
+        ]
+        return not set(devices) & {device for seen in others for device in seen}
 
     def close(self, error: BaseException | None = None) -> None:
         try:

@@ -22,6 +22,8 @@ POLL_S = 2e-5
 class BorrowedWork(Work):
     """A transfer of a borrowed group under way.
 
+    `work` is None while the link holds it back.
+
     Args:
         data: what moves.
         peer: a place on the link, None for all.
@@ -35,6 +37,8 @@ class BorrowedWork(Work):
 
     def wait(self) -> None:
         begin = time.monotonic()
+        if self.work is None:
+            self.link.start_held()
         try:
             if self.data.device.type != "cpu":  # waiting may only queue, as NCCL's does
                 self._await_device(begin + self.link.timeout_s)
@@ -84,6 +88,7 @@ class BorrowedLink(Link):
         self.group, self.timeout_s = group, timeout_s
         self.rank, self.members = dist.get_rank(group), tuple(dist.get_process_group_ranks(group))
         self.kind = str(dist.get_backend(group))
+        self._held: list[tuple[dist.P2POp, BorrowedWork]] = []
 
     @classmethod
     def beside(cls, group: Any, *, timeout_s: float = 300.0) -> BorrowedLink:
@@ -119,10 +124,40 @@ class BorrowedLink(Link):
     def _start(
         self, tensor: Tensor, operation: str, begin: Callable[[Tensor], Any], peer: int | None
     ) -> Work:
+        self.start_held()
         try:
             return BorrowedWork(self, begin(tensor), tensor, operation, peer)
         except RuntimeError as error:
             raise self.lost(operation, peer, 0.0, error) from None
+
+    def _start_one_to_one(self, kind: Any, data: Tensor, operation: str, peer: int) -> Work:
+        """Between GPUs it is held back, and goes with all that is started before somebody waits."""
+        if not self._holds(data):
+            to = {"group_dst" if kind is dist.isend else "group_src": peer}
+            return self._start(
+                data, operation, lambda each: kind(each, group=self.group, **to), peer
+            )
+        work = BorrowedWork(self, None, data, operation, peer)
+        self._held.append((dist.P2POp(kind, data, group=self.group, group_peer=peer), work))
+        return work
+
+    def _holds(self, data: Tensor) -> bool:
+        """NCCL starts what is not grouped one by one, each when the one before is done."""
+        return data.device.type != "cpu"
+
+    def start_held(self) -> None:
+        """Start the transfers that were held back, as one group: two peers that both send first
+        would wait for each other for ever."""
+        held, self._held = self._held, []
+        if not held:
+            return
+        first = held[0][1]
+        try:
+            begun = dist.batch_isend_irecv([transfer for transfer, _ in held])
+        except RuntimeError as error:
+            raise self.lost(first.operation, first.peer, 0.0, error) from None
+        for at, (_, work) in enumerate(held):
+            work.work = begun[min(at, len(begun) - 1)]  # NCCL has one for all
 
     def all_reduce(self, tensor: Tensor, operation: str) -> Work:
         check_summable(tensor, operation)
@@ -146,12 +181,9 @@ class BorrowedLink(Link):
     def send(self, tensor: Tensor, peer: int, operation: str) -> Work:
         check_contiguous(tensor, operation)
         self.sent_bytes += tensor.nbytes
-
-        def begin(data: Tensor) -> Any:
-            return dist.isend(data, group=self.group, group_dst=peer)
-
         data = as_bytes(tensor)
-        return self._start(data.cpu() if self._stages(data) else data, operation, begin, peer)
+        data = data.cpu() if self._stages(data) else data
+        return self._start_one_to_one(dist.isend, data, operation, peer)
 
     def _stages(self, data: Tensor) -> bool:
         """gloo sends from one to one out of the host's memory only."""
@@ -159,15 +191,12 @@ class BorrowedLink(Link):
 
     def receive(self, tensor: Tensor, peer: int, operation: str) -> Work:
         check_contiguous(tensor, operation)
-
-        def begin(data: Tensor) -> Any:
-            return dist.irecv(data, group=self.group, group_src=peer)
-
         data = as_bytes(tensor)
         if not self._stages(data):
-            return self._start(data, operation, begin, peer)
+            return self._start_one_to_one(dist.irecv, data, operation, peer)
         arrived = torch.empty_like(data, device="cpu")
-        return StagedWork(self._start(arrived, operation, begin, peer), arrived, data)
+        work = self._start_one_to_one(dist.irecv, arrived, operation, peer)
+        return StagedWork(work, arrived, data)
 
     def alive(self) -> tuple[int, ...]:
         """All of them: nothing here could know better."""

@@ -5,15 +5,14 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-import torch
-
-from allfuse.base.errors import PlanError, UserError
+from allfuse.base.errors import PlanError
 from allfuse.fusion import Fuser, Fusion, choose
 from allfuse.fusion.auto import Auto, Notice, candidates, settled
 from allfuse.launcher import World, current_world
 from allfuse.launcher.base import await_word
 from allfuse.plan import Data, Plan, Site, as_plan, check_workers
 from allfuse.topology import Layout
+from allfuse.training.device import choose_device
 
 if TYPE_CHECKING:
     from allfuse.link import Link
@@ -31,31 +30,6 @@ def find_world(plan_text: str | None) -> tuple[World, bool]:
     from allfuse.launcher.alone import AloneWorld
 
     return AloneWorld(), True
-
-
-def choose_device(name: str | None, world: World) -> torch.device:
-    """CUDA ranks take the GPU of their local rank, others the CPU; `name` overrides."""
-    if name is None:
-        usable = torch.cuda.is_available() and torch.cuda.device_count() >= world.local_size
-        name = "cuda" if usable else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: there is no such device; allowed: cpu, cuda") from None
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(f"--device {name}: torch sees no GPU here; allowed: cpu")
-        if ":" not in name:
-            if torch.cuda.device_count() < world.local_size:
-                raise UserError(
-                    f"--device cuda: this host has {torch.cuda.device_count()} GPUs for "
-                    f"{world.local_size} workers; next: fewer workers, or --device cpu"
-                )
-            device = torch.device("cuda", world.local_rank)
-        torch.cuda.set_device(device)
-    elif device.type != "cpu":
-        raise UserError(f"--device {name}: received {device.type}; allowed: cpu, cuda")
-    return device
 
 
 class Place:

@@ -23,7 +23,7 @@ from allfuse.launcher.crew import launch_crew
 from allfuse.plan import Data, Plan
 from allfuse.roles.office import BOOK, run_scheduler, run_server
 from allfuse.roles.terms import terms_of
-from allfuse.training.place import choose_device
+from allfuse.training.device import choose_device
 from allfuse.verify.compare import TOLERANCES
 from allfuse.verify.history import History
 from allfuse.verify.playback import compare_exactly, replay

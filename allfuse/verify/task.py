@@ -14,7 +14,7 @@ from allfuse.base.errors import AllfuseError, Interrupted
 from allfuse.job import Job, as_job
 from allfuse.launcher import current_world
 from allfuse.plan import Data, Plan
-from allfuse.training.place import choose_device
+from allfuse.training.device import choose_device
 from allfuse.verify.compare import TOLERANCES, compare_run
 from allfuse.verify.record import Recorder, Reference
 from allfuse.verify.reference import run_reference
