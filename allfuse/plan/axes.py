@@ -287,10 +287,10 @@ def _refuse_meaningless(axis: Data | Site) -> None:
                 "min and max",
                 f"{axis.name}({axis.n}, {name}={axis.n})",
             )
-    if (axis.min, axis.max) != (None, None) and not axis.has_roles:
+    if axis.max is not None and not axis.has_roles:
         raise PlanError(
             f"{axis.name}({axis.n}, min={axis.min or axis.n}, max={axis.max or axis.n})",
-            "replicas can come and go only where a scheduler hands out the work",
+            "replicas can join only where a scheduler hands out the work",
             f"{axis.name}({axis.n}, topology=central, sync=asp, min={axis.min or axis.n}, "
             f"max={axis.max or axis.n})",
         )
@@ -308,7 +308,9 @@ def _explain_fusion(axis: Data | Site) -> str:
         parts.append("each as it is ready")
     elif axis.sync.bound > 0:
         parts.append(f"at most {_count(axis.sync.bound, 'step')} apart")
-    if axis.has_roles:
+    if axis.has_roles and axis.topology is not None and not axis.topology.exact:
+        parts.append(f"in pairs and in the background, over {axis.topology}")
+    elif axis.has_roles:
         parts.append("by servers")
     elif axis.topology is None:
         parts.append("over a topology that is picked when training starts")

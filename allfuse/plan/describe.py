@@ -78,6 +78,13 @@ def _roles(plan: Plan) -> str:
     """What is started besides workers, and what passes between them."""
     outer = plan.outer
     assert outer is not None
+    least, most = outer.min or outer.n, outer.max or outer.n
+    come_and_go = f"; {least} to {most} replicas may come and go" if least < most else ""
+    if plan.gossips:
+        return (
+            "a scheduler that hands out the work; each replica holds its own weights, asks another "
+            "one for the mean of both, and trains on until the answer comes" + come_and_go
+        )
     servers = "1 server" if plan.servers == 1 else f"{plan.servers} servers"
     what = "its gradient" if outer.name == "data" else "what its steps changed"
     step = (
@@ -89,8 +96,7 @@ def _roles(plan: Plan) -> str:
         f"{servers} that hold the weights and run the optimizer, and a scheduler that hands out "
         f"the work; each replica pushes {what} to all servers, {step}, then it pulls the weights"
     )
-    least, most = outer.min or outer.n, outer.max or outer.n
-    return text + (f"; {least} to {most} replicas may come and go" if least < most else "")
+    return text + come_and_go
 
 
 def _ranks(plan: Plan) -> str:

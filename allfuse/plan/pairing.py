@@ -6,9 +6,10 @@ from allfuse.base.errors import PlanError
 from allfuse.codec import Codec, MessageCodec, SumCodec
 from allfuse.plan.parse import clip
 from allfuse.rule import GatherRule, Mean, Rule
-from allfuse.sync import Sync
+from allfuse.sync import Asp, Sync
 from allfuse.topology import Native, Topology
 from allfuse.topology.central import Central
+from allfuse.topology.gossip import Gossip
 
 
 def refuse_pairing(rule: Rule, topology: Topology | None, codec: Codec) -> None:
@@ -46,7 +47,7 @@ def refuse_pairing(rule: Rule, topology: Topology | None, codec: Codec) -> None:
 def refuse_out_of_step(
     axis: str, n: int, sync: Sync, topology: Topology | None, rule: Rule, codec: Codec
 ) -> None:
-    """Refuse choices that servers cannot carry out, and peers out of step that have none.
+    """Refuse choices that nobody can carry out where peers are out of step, or have servers.
 
     Raises:
         PlanError: says what can be, in or out of step.
@@ -55,10 +56,13 @@ def refuse_out_of_step(
     if sync.bound == 0 and not named:
         return
     given = f"{axis}({n}, topology={topology or 'auto'}, sync={sync})"
+    if isinstance(topology, Gossip):
+        if isinstance(sync, Asp) and sync.scaled:
+            why = f"{topology} has no updates that could count less: two peers meet at their mean"
+            raise PlanError(given, why, f"{axis}({n}, topology={topology}, sync=asp)")
+        return
     if not (topology is None or isinstance(topology, Central)):
         why = f"{topology} needs all peers at once, and sync={sync} lets none wait for another"
-        if not topology.exact:
-            why = f"{topology} out of step is not there yet"
         raise PlanError(given, why, f"{axis}({n}, topology=central, sync={sync})")
     if not isinstance(rule, Mean):
         why = f"servers take updates one by one, and {rule} needs those of all peers"

@@ -154,10 +154,16 @@ class Plan:
     @property
     def servers(self) -> int:
         """Server processes beside the workers: those that are named, else one for each replica of
-        `outer`; 0 without one."""
-        if self.outer is None:
+        `outer`; 0 without one, and where its replicas gossip: they hold the weights themselves."""
+        if self.outer is None or self.gossips:
             return 0
         return getattr(self.outer.topology, "servers", None) or self.outer.n
+
+    @property
+    def gossips(self) -> bool:
+        """Whether the replicas of `outer` mix their weights in pairs, each when it is ready."""
+        topology = None if self.outer is None else self.outer.topology
+        return topology is not None and not topology.exact
 
     @property
     def inner(self) -> Plan:

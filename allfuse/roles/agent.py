@@ -76,11 +76,14 @@ class Agent:
         """Be a worker from now on. The first weights come with the first lease."""
         beat_s = min(BEAT_S, self.timeout_s / 4)
         self.client = Client(join, blueprint, servers, device=device, beat_s=beat_s)
+        self._begin_to_keep_in_touch()
+        return self.client
+
+    def _begin_to_keep_in_touch(self) -> None:
         self._thread = threading.Thread(
             target=self._keep_in_touch, name="allfuse-agent", daemon=True
         )
         self._thread.start()
-        return self.client
 
     @property
     def _open_client(self) -> Client:

@@ -29,13 +29,29 @@ class Circle:
         self._book, self._outbox, self._members = book, outbox, members
         self._places: dict[str, str] = book.get("places", {})
         self.collector = ""
-        self._told: dict[str, Peers] = {}
+        self._without_s: float | None = None
+        self._version: int = book.get("peers", 0)
+        self._peers = Peers(peers=[], version=self._version)
+        self._told: dict[str, int] = {}
 
     @property
     def ready(self) -> list[Worker]:
         """Who has weights and is here, in the order of joining."""
         found = [worker for worker in self._members.alive if worker.held >= 0]
         return sorted(found, key=lambda worker: worker.number)
+
+    def overdue(self, has_learned: bool, timeout_s: float) -> str:
+        """Why a job that has learned cannot go on, where nobody has had weights for so long: those
+        who have a copy would have said so. Empty where it can."""
+        now_s = self._outbox.now_s
+        if not has_learned or self.ready:
+            self._without_s = None
+            return ""
+        if self._without_s is None:
+            self._without_s = now_s
+        if now_s - self._without_s <= timeout_s:
+            return ""
+        return "all workers that had weights are lost, and with them what they learned"
 
     def come(self, name: str, place: str) -> None:
         """A worker says where it is."""
@@ -70,15 +86,15 @@ class Circle:
 
     def tell(self) -> None:
         """Everybody who has not heard of it yet hears who there is."""
+        peers = [[each.name, each.number, self._places.get(each.name, "")] for each in self.ready]
+        if (peers, self.collector) != (self._peers.peers, self._peers.collector):
+            self._version += 1
+            self._book.put("peers", self._version)
+            self._peers = Peers(peers=peers, collector=self.collector, version=self._version)
         for worker in self._members.alive:
-            if self._told.get(worker.name) != self._peers:
+            if self._told.get(worker.name) != self._version:
                 self.tell_one(worker)
 
     def tell_one(self, worker: Worker) -> None:
-        self._told[worker.name] = self._peers
+        self._told[worker.name] = self._version
         self._outbox.send(worker.name, self._peers)
-
-    @property
-    def _peers(self) -> Peers:
-        peers = [[each.name, each.number, self._places.get(each.name, "")] for each in self.ready]
-        return Peers(peers=peers, collector=self.collector)

@@ -92,22 +92,20 @@ class Course:
             for worker in self._finals(leases, -1):
                 self.remind(worker)
         if self.circle is not None:
-            self._refuse_fresh_weights(leases)
             self.circle.tell()
 
     @property
     def _is_lacking(self) -> bool:
-        """Nobody has weights yet, where workers gossip; else servers have none."""
-        return bool(self._ordering.lacking) if self.circle is None else not self.circle.ready
+        """Servers have no weights; where workers gossip nobody has any, and nobody ever had."""
+        if self.circle is None:
+            return bool(self._ordering.lacking)
+        return not self.circle.ready and not self._ordering.updates
 
-    def _refuse_fresh_weights(self, leases: Leases) -> None:
-        """A job whose weights are lost does not go on from the first ones."""
-        is_lost = self._is_lacking and self._members.alive and self._ordering.updates
-        if is_lost and self.outcome is None:
-            why = "all workers that had weights are lost, and with them what they learned"
-            self.end(leases, Outcome(why, failed=True))
-            for worker in self._finals(leases, -1):
-                self.remind(worker)
+    def overdue(self) -> str:
+        """Why the job cannot go on, where workers gossip; empty where it can."""
+        if self.circle is None:
+            return ""
+        return self.circle.overdue(self._ordering.updates > 0, self._terms.timeout_s)
 
     def end(self, leases: Leases, outcome: Outcome) -> None:
         """No more work. Leases that are still out come to nothing."""

@@ -86,11 +86,13 @@ class Peers(Message):
     """From the scheduler: who has weights, as [name, number, place] in the order of joining.
 
     collector: the name of the one that averages the weights of all at the end; empty until then.
+    version: of what is said here, counted up.
     """
 
     kind: ClassVar[str] = "peers"
     peers: list[list[Any]]
     collector: str = ""
+    version: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -119,7 +119,7 @@ class Gossiper:
         self.options: list[dict[str, Any]] = []
         self._phase = Phase.JOINING
         self._peers: list[tuple[str, int, str]] = []
-        self._collector = ""
+        self._collector, self._version = "", -1
         self.has_weights = self._wants_offer = False
         self._gave = self._is_done = self._is_logged = False
         self._finished: Finished | None = None
@@ -286,6 +286,9 @@ class Gossiper:
             peers = [(str(name), int(number), str(place)) for name, number, place in message.peers]
         except (ValueError, TypeError):
             raise Malformed("a list of peers that cannot be read") from None
+        if message.version < self._version:
+            return  # it is late
+        self._version = message.version
         names = {name for name, _, _ in peers}
         self.host.forget_others(names, now_s)
         if message.collector != self._collector:

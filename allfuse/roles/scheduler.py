@@ -371,7 +371,7 @@ class Scheduler:
         late = self._ordering.overdue()
         if self.outcome is not None:
             self._gave_up = self._gave_up or bool(late)
-        elif reason := self._members.overdue() or late:
+        elif reason := self._members.overdue() or late or self._course.overdue():
             self._course.end(leases, Outcome(reason, failed=True))
             self._is_stirred = True
         else:

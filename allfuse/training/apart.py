@@ -40,7 +40,10 @@ from allfuse.training.wishes import INTERRUPT, STOP
 from allfuse.training.worker_part import WorkerPart, names_of, restore, unsaved_buffers
 
 if TYPE_CHECKING:
+    import threading
+
     from allfuse.base.events import Bus, Event
+    from allfuse.launcher.crewmate import Crewmate
     from allfuse.split.data import IterableLoader
     from allfuse.training.learner import Learner
     from allfuse.training.place import Place
@@ -80,7 +83,7 @@ class Apart:
         if self.leads:
             host = socket.gethostname()
             name, asked = f"worker {crew.index} on {host}", place.world.stop_requested
-            self._agent = Agent(crew, name, place.world.timeout_s, asked)
+            self._agent = self._make_agent(crew, name, place.world.timeout_s, asked)
             bus.subscribe(self._tell, TOLD)
         self._options: Callable[[], list[dict[str, Any]]] = list
         self._loss = self._count = self._begin_s = 0.0
@@ -88,6 +91,11 @@ class Apart:
         self._clip: float | None = None
         self._saved: int | None = None
         self._steps_per_epoch = 1
+
+    def _make_agent(
+        self, crew: Crewmate, name: str, timeout_s: float, asked: threading.Event
+    ) -> Agent:
+        return Agent(crew, name, timeout_s, asked)
 
     @property
     def is_over(self) -> bool:
@@ -266,10 +274,14 @@ class Apart:
             self._agent.step = 0 if self.lease is None else self.lease.done
             self.lease = self._agent.next_lease()
         self.lease = self._shared(self.lease)
-        self._done_before = self.lease.done if before is None else before.done
+        self._begin_lease(before)
         for flat in self.replica.live:
             if self.place.replicas.size > 1 and flat.numel():
                 self.place.replicas.broadcast(flat, "spread the weights of a lease").wait()
+
+    def _begin_lease(self, before: Lease | None) -> None:
+        assert self.lease is not None
+        self._done_before = self.lease.done if before is None else before.done
         self._loss = self._count = 0.0
         self._rows, self._begin_s = 0, time.monotonic()
 

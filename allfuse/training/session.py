@@ -52,6 +52,10 @@ if TYPE_CHECKING:
 
 def make_apart(place: Place, bus: Bus) -> Apart:
     """A group's side of the scheduler. Loaded where there is one: others start without it."""
+    if place.whole.gossips:
+        from allfuse.training.gossiping import Gossiping
+
+        return Gossiping(place, bus)
     from allfuse.training.apart import Apart
 
     return Apart(place, bus)

@@ -1,0 +1,31 @@
+"""Workers that gossip as processes that are killed: the others go on, and the run can be proven."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+from test_chaos import SAMPLES, assert_every_sample_was_used_once, is_alive, kill, start
+
+__all__ = ["start"]  # a fixture
+
+EPOCHS = 4
+
+
+def test_of_workers_that_gossip_one_is_killed_and_the_run_is_executed_again(start: Any) -> None:
+    run = start("site(4, topology=gossip(one_peer), sync=asp, min=1)", EPOCHS)
+    run.until(80)
+    pids = [*run.workers(), *run.roles()]
+    kill(run.workers()[2])
+    run.finish()
+    assert len(run.events("lost")) == 1
+    assert_every_sample_was_used_once(run, EPOCHS)
+    (ended,) = run.events("end")
+    assert ended["steps"] == EPOCHS * SAMPLES // 32
+    assert not [pid for pid in pids if is_alive(pid)]
+    verified = subprocess.run(
+        [sys.executable, "-m", "allfuse", "verify", str(run.out)], capture_output=True, text=True
+    )
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+    assert "bit for bit" in verified.stdout
