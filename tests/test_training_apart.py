@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter
@@ -13,12 +14,15 @@ import torch
 from crews import run_crew, small_job, train_crew, train_crew_into
 
 import allfuse as af
-from allfuse.base.errors import Interrupted, PlanError, UserError
+from allfuse.base.errors import Interrupted, NonFiniteLoss, PlanError, UserError
 from allfuse.job import Job
 from allfuse.launcher import current_world
 from allfuse.launcher.thread import launch_threads
-from allfuse.link.mailroom import random_faults
+from allfuse.link.mailroom import Fault, random_faults
+from allfuse.roles.agent import Agent
+from allfuse.training import outflow
 from allfuse.training.loop import train_job
+from allfuse.training.start import build_model
 
 STEPS = 14  # of two epochs of `small_job`
 
@@ -73,7 +77,10 @@ def test_bsp_over_servers_equals_one_worker_under_lost_doubled_and_late_letters(
     faults = random_faults(7, drop=0.03, double=0.1, swap=0.1, delay=0.1, delay_s=0.02)
     job = small_job(stop=af.Stop(steps=5))
     told = train_crew(job, "data(2, topology=central(servers=2))", faults)
-    assert_close(told.result.weights, weights_of(job, "data(1)"))
+    ends = [result.weights for result in told.results if not result.elsewhere]
+    assert ends  # of two workers, where the last word of the first one was lost
+    for weights in ends:
+        assert_close(weights, weights_of(job, "data(1)"))
 
 
 def test_sites_over_servers_equal_sites_in_step() -> None:
@@ -229,6 +236,132 @@ def test_a_part_without_samples_changes_nothing(sync: str) -> None:
     assert sum(commit["rows"] for commit in told.all("commit")) == 97
     if sync == "bsp":
         assert_close(told.result.weights, weights_of(job, "data(1)"))
+
+
+def counted_from(first: int) -> Any:
+    """A loss over the samples whose first number is above that of most."""
+
+    def loss(outputs: Any, batch: Any) -> Any:
+        counts = (batch[0][:, 0] > first).double()
+        each = torch.nn.functional.cross_entropy(outputs, batch[1], reduction="none")
+        return (each * counts).sum(), counts.sum()
+
+    return loss
+
+
+def test_a_share_whose_loss_is_over_nothing_counts_nothing_in_step() -> None:
+    job = small_job(loss=counted_from(1), batch_size=32, stop=af.Stop(steps=3))
+    told = train_crew(job, "data(8, topology=central(servers=2))")
+    assert min(commit["count"] for commit in told.all("commit")) == 0
+    assert_close(told.result.weights, weights_of(job, "data(1)"))
+
+
+@pytest.mark.parametrize("plan", ["data(4, sync=asp)", "site(4, every=2, sync=asp)"])
+def test_a_share_whose_loss_is_over_nothing_is_no_update_out_of_step(plan: str) -> None:
+    job = small_job(loss=counted_from(9), stop=af.Stop(steps=4))  # momentum, and nothing to learn
+    told = train_crew(job, plan)
+    first = build_model(job.model, job.seed).state_dict()
+    assert {commit["weight"] for commit in told.all("commit")} == {0.0}
+    assert all(torch.equal(value, first[name]) for name, value in told.result.weights.items())
+
+
+def test_a_loss_that_is_no_number_names_the_worker_and_the_run_and_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outflow, "CHUNK_BYTES", 1)  # pushed before anybody looks at the loss
+
+    def loss(outputs: Any, batch: Any) -> torch.Tensor:
+        world = current_world()
+        assert world is not None
+        assert world.crew is not None
+        bad = world.crew.index == 1 and world.step == 4
+        return torch.nn.functional.cross_entropy(outputs, batch[1]) * (math.nan if bad else 1.0)
+
+    job = small_job(loss=loss, stop=af.Stop(steps=6))
+    plan = "data(2, topology=central(servers=2))"
+    told = train_crew_into(tmp_path / "run", job, plan, timeout_s=3.0)
+    (error,) = [each for each in told.results if isinstance(each, NonFiniteLoss)]
+    assert "the loss is nan in worker 1 at step 4" in str(error)
+    assert f"held is in {tmp_path / 'run'}" in str(error)
+    again = train_crew_into(tmp_path / "run", small_job(stop=af.Stop(steps=6)), plan, resume=True)
+    expected = weights_of(small_job(stop=af.Stop(steps=6)), "data(1)")
+    assert_close(again.result.weights, expected)
+
+
+class Gate(torch.autograd.Function):
+    """Lets a gradient through once an event is set; not longer than 5 s."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, event: threading.Event) -> torch.Tensor:
+        ctx.event = event
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+        assert ctx.event.wait(5.0), "nothing was pushed while backward waited"
+        return gradient, None
+
+
+def test_gradients_leave_while_backward_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last layer's are on their way before the first layer's are made."""
+    pushed, push = threading.Event(), Agent.push
+
+    def tell(self: Agent, gradients: Any, options: Any, scale: float = 1.0) -> None:
+        push(self, gradients, options, scale)
+        pushed.set()
+
+    monkeypatch.setattr(Agent, "push", tell)
+    monkeypatch.setattr(outflow, "CHUNK_BYTES", 1)
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = torch.nn.Linear(8, 9).double(), torch.nn.Linear(9, 2).double()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden: torch.Tensor = Gate.apply(self.first(x), pushed)
+            out: torch.Tensor = self.last(hidden)
+            return out
+
+    job = small_job(model=Net, stop=af.Stop(steps=1))
+    told = train_crew(job, "data(1, topology=central(servers=2), sync=asp)")
+    assert told.result.steps == 1
+
+
+def test_gradients_that_left_early_are_those_that_would_have_left_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job = small_job(loss=counted_from(0), accumulate=2)
+    plan = "data(2, topology=central(servers=2), codec=int8)"
+    late = train_crew(job, plan).result.weights
+    monkeypatch.setattr(outflow, "CHUNK_BYTES", 1)
+    early = train_crew(job, plan).result.weights
+    assert all(torch.equal(value, early[name]) for name, value in late.items())
+
+
+def test_a_batch_is_fetched_while_its_weights_travel() -> None:
+    """Weights of the second lease come late, and only then is there time to fetch its batch."""
+    fetched: list[float] = []
+
+    class Data(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            return 8
+
+        def __getitem__(self, index: int) -> Any:
+            fetched.append(time.monotonic())
+            return torch.ones(8, dtype=torch.float64), torch.tensor(0)
+
+    came: list[float] = []
+
+    def faults(sender: str, receiver: str, kind: str, nth: int) -> Fault:
+        if kind == "weights" and receiver.startswith("worker"):
+            came.append(time.monotonic() + 0.2)
+            return Fault(delay_s=0.2)
+        return Fault()
+
+    job = small_job(train=Data(), batch_size=4, stop=af.Stop(steps=2))
+    train_crew(job, "data(1, topology=central(servers=1), sync=asp)", faults)
+    assert fetched[4] < came[1]  # the first batch is fetched when it is known what the data are
 
 
 def test_the_loss_told_at_the_end_is_of_samples_also_where_the_last_part_had_none() -> None:

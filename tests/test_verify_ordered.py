@@ -148,6 +148,19 @@ def test_a_part_without_samples_is_replayed() -> None:
     assert is_equal_bit_for_bit(report), report.lines()
 
 
+def over_few(outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+    """A sum and what the mean is over: for many shares nothing."""
+    counts = (batch[0][:, 0] > 1.2).double()
+    losses = nn.functional.cross_entropy(outputs, batch[1], reduction="none")
+    return (losses * counts).sum(), counts.sum()
+
+
+@pytest.mark.parametrize("plan", ["data(4, sync=asp(scaled=true))", "site(4, every=2, sync=asp)"])
+def test_a_share_whose_loss_is_over_nothing_is_replayed(plan: str) -> None:
+    report = check(plan, loss=over_few)
+    assert is_equal_bit_for_bit(report), report.lines()
+
+
 def test_what_was_found_is_told_in_words_and_as_json() -> None:
     report = check(BSP, steps=3)
     text = "\n".join(report.lines())

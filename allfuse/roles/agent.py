@@ -90,6 +90,18 @@ class Agent:
         assert self.client is not None, "join first"
         return self.client
 
+    def next_work(self) -> Lease | None:
+        """Wait until it is known what to work on next, whose weights may come later, and may come
+        for another lease; None at the end.
+
+        Raises:
+            PeerLost: the scheduler is gone.
+        """
+        client = self._open_client
+        self._drive(lambda: client.upcoming is not None or client.is_over, "wait for work")
+        with self._lock:
+            return client.upcoming
+
     def next_lease(self) -> Lease:
         """Wait for the next lease and its weights, and begin to work on it; -1 at the end.
 
@@ -111,12 +123,14 @@ class Agent:
                 return lease
             return client.begin(time.monotonic())
 
-    def push(self, gradients: Mapping[str, Tensor], options: list[dict[str, Any]]) -> None:
-        """Some gradients are final: send what is whole."""
+    def push(
+        self, gradients: Mapping[str, Tensor], options: list[dict[str, Any]], scale: float = 1.0
+    ) -> None:
+        """Some gradients are final: send what is whole, multiplied by `scale`."""
         with self._lock:
             client = self._open_client
             client.options = options
-            self._send(client.push(gradients, time.monotonic()))
+            self._send(client.push(gradients, time.monotonic(), scale))
 
     def finish(
         self,

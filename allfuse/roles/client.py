@@ -116,6 +116,13 @@ class Client:
         return self._has_weights and self.lease is not None and self.lease.lease >= 0
 
     @property
+    def upcoming(self) -> Lease | None:
+        """The lease that is to be begun, though its weights may be on their way; None while there
+        is none."""
+        lease, waits = self.lease, self._phase is Phase.WAITING and self._current is None
+        return lease if waits and lease is not None and lease.lease >= 0 else None
+
+    @property
     def is_over(self) -> bool:
         """There is no more work, and the last weights are in `replica.read`, where there are any;
         or this worker was refused."""
@@ -143,11 +150,11 @@ class Client:
         self._deliveries[lease.lease] = self._current
         return lease
 
-    def push(self, gradients: Mapping[str, Tensor], now_s: float) -> list[Mail]:
-        """Some gradients, by name, are final: means over this worker's own count."""
+    def push(self, gradients: Mapping[str, Tensor], now_s: float, scale: float = 1.0) -> list[Mail]:
+        """Some gradients, by name, are final: times `scale` means over this worker's own count."""
         if self._phase is not Phase.WORKING:
             return []
-        return self._send_pieces(self.updates.put(gradients))
+        return self._send_pieces(self.updates.put(gradients, scale))
 
     def finish(
         self, now_s: float, *, loss: float, count: float, rows: int, seconds: float

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from allfuse.base.keys import mix
-from allfuse.base.torch_private import foreach_copy, storage_users
+from allfuse.base.torch_private import foreach_copy, foreach_multiply, storage_users
 from allfuse.codec import MessageCodec
 from allfuse.roles.blueprint import Blueprint, read_codec
 from allfuse.roles.cutting import Span, find_places, overlaps, view_all
@@ -98,9 +98,13 @@ class Updates:
                 self._waits[home] += 1
 
     @torch.no_grad()
-    def put(self, gradients: Mapping[str, Tensor]) -> list[tuple[int, int]]:
-        """Take final gradients in, by name; which pieces, as (server, piece), are whole now."""
-        foreach_copy([self.sheet.tensors[name] for name in gradients], list(gradients.values()))
+    def put(self, gradients: Mapping[str, Tensor], scale: float = 1.0) -> list[tuple[int, int]]:
+        """Take final gradients in, by name, multiplied by `scale`; which pieces, as (server,
+        piece), are whole now."""
+        own = [self.sheet.tensors[name] for name in gradients]
+        foreach_copy(own, list(gradients.values()))
+        if scale != 1.0 and own:
+            foreach_multiply(own, scale)
         return self._arrive(gradients.keys())
 
     def _arrive(self, names: Collection[str]) -> list[tuple[int, int]]:

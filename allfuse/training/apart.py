@@ -13,6 +13,7 @@ The course of a lease, for weights of B bytes and a group of m ranks:
 from __future__ import annotations
 
 import hashlib
+import itertools
 import socket
 import time
 import types
@@ -36,6 +37,7 @@ from allfuse.store.run import RunFolder, is_run
 from allfuse.training.course import Course
 from allfuse.training.cursor import Cursor
 from allfuse.training.keeper import decide_resume
+from allfuse.training.outflow import Outflow
 from allfuse.training.wishes import INTERRUPT, STOP
 from allfuse.training.worker_part import WorkerPart, names_of, restore, unsaved_buffers
 
@@ -63,6 +65,7 @@ class Apart:
     Attributes:
         facts: what the run is to be told of by the first group that comes.
         export_to: the folder of a run that this group has joined.
+        prepare: called with the work that comes next, whose weights are still on their way.
         lease: what the group works on; its number is -1 at the end. None before the first.
         capture: gives the state of the session.
     """
@@ -89,6 +92,9 @@ class Apart:
         self._loss = self._count = self._begin_s = 0.0
         self._rows = self._done_before = 0
         self._clip: float | None = None
+        self._clips_here = False
+        self._outflow: Outflow | None = None
+        self.prepare: Callable[[Lease], None] = lambda lease: None
         self._saved: int | None = None
         self._steps_per_epoch = 1
 
@@ -114,6 +120,7 @@ class Apart:
         if self.pushes_gradients and self.terms.in_step:
             self._clip = largest
             return None
+        self._clips_here = largest is not None
         return largest
 
     def take_over(
@@ -130,10 +137,13 @@ class Apart:
             )
         if not self.pushes_gradients:
             return
+        if self._agent is not None:
+            self._outflow = Outflow(learner, self._push)
 
         def push(optimizer: torch.optim.Optimizer, closure: None = None) -> None:
             before()
-            self._push(learner)
+            if self._outflow is not None:
+                self._outflow.rest()
             after()
 
         vars(learner.optimizer)["step"] = types.MethodType(push, learner.optimizer)
@@ -247,6 +257,8 @@ class Apart:
 
     def finish(self) -> None:
         """The steps of the lease are done: hand the update in, and wait for the next lease."""
+        if self._outflow is not None:
+            self._outflow.forget()
         if self._agent is not None:
             self._agent.finish(
                 self._options(),
@@ -257,14 +269,14 @@ class Apart:
             )
         self._next()
 
-    def _push(self, learner: Learner) -> None:
-        if self._agent is not None:
-            gradients = {
-                name: parameter.grad
-                for name, parameter in zip(learner.names, learner.parameters, strict=True)
-                if parameter.grad is not None
-            }
-            self._agent.push(gradients, self._options())
+    @property
+    def outflow(self) -> Outflow | None:
+        """What takes gradients while backward runs: where no norm is to be known before."""
+        return None if self._clips_here else self._outflow
+
+    def _push(self, gradients: Mapping[str, Tensor], scale: float) -> None:
+        assert self._agent is not None
+        self._agent.push(gradients, self._options(), scale)
 
     def _next(self) -> None:
         """The next lease and its weights, on all ranks of the group."""
@@ -272,6 +284,9 @@ class Apart:
         before = self.lease
         if self._agent is not None:
             self._agent.step = 0 if self.lease is None else self.lease.done
+            work = self._agent.next_work()
+            if work is not None and self.place.replicas.size == 1:
+                self.prepare(work)  # while its weights travel
             self.lease = self._agent.next_lease()
         self.lease = self._shared(self.lease)
         self._begin_lease(before)
@@ -370,6 +385,8 @@ class Apart:
             self._agent.tell(event.name, dict(event.data))
 
     def close(self) -> None:
+        if self._outflow is not None:
+            self._outflow.shut()
         if self._agent is not None:
             self._agent.close()
 
@@ -382,6 +399,9 @@ class LeasedCourse(Course):
         self.apart = apart
         self._has_stopped = self._is_interrupted = False
         self._steps_of_lease = 0  # that are done
+        self._loader: Loader | None = None
+        self._ahead: tuple[int, Iterator[tuple[int, Portion]]] | None = None  # of which lease
+        apart.prepare = self._prepare
 
     def portions(
         self,
@@ -396,11 +416,12 @@ class LeasedCourse(Course):
                 "the work of one; next: a plan in step, or one session for each loop"
             )
         assert isinstance(loader, Loader)
+        self._loader = loader
         self._take_lease()
         while not self.apart.is_over:
             lease = self.apart.lease
             assert lease is not None
-            for step, portion in self._read(loader, lease):
+            for step, portion in self._portions_of(lease):
                 self._advance_schedulers(step, portion.epoch)
                 self._open_step(portion)
                 yield portion
@@ -414,6 +435,19 @@ class LeasedCourse(Course):
             raise Interrupted(
                 f"interrupted after step {self.cursor.steps}; {self.apart.how_to_go_on()}"
             )
+
+    def _prepare(self, lease: Lease) -> None:
+        """Fetch the first batch of a lease while its weights are on their way."""
+        if self._loader is not None:
+            rest = self._read(self._loader, lease)
+            self._ahead = lease.lease, itertools.chain([next(rest)], rest)
+
+    def _portions_of(self, lease: Lease) -> Iterator[tuple[int, Portion]]:
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == lease.lease:
+            return ahead[1]
+        assert self._loader is not None
+        return self._read(self._loader, lease)
 
     def _read(self, loader: Loader, lease: Lease) -> Iterator[tuple[int, Portion]]:
         """The steps of a lease, counted from the first of the run, with their portions."""

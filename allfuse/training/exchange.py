@@ -37,8 +37,8 @@ class Figures:
 
     @property
     def loss(self) -> float:
-        """The mean loss of the whole batch."""
-        return sum(self.losses) / self.total
+        """The mean loss of the whole batch; NaN where it is over nothing."""
+        return sum(self.losses) / self.total if self.total else math.nan
 
     def first_not_finite(self) -> int | None:
         """The first rank whose own loss is NaN or infinite."""

@@ -170,6 +170,11 @@ class Learner:
         self._unfinished = False
 
     @property
+    def keeps_others(self) -> bool:
+        """Whether gradients of an earlier backward pass are still to be added."""
+        return bool(self._aside)
+
+    @property
     def may_skip(self) -> bool:
         """Whether the scaler leaves out steps whose gradients are not finite."""
         return self.precision.scaler is not None

@@ -104,13 +104,13 @@ class Session:
         self.precision = Precision(self.settings.precision, self.device)
         self.state = State(self.precision)
         self.models, self.learners = self.state.models, self.state.learners
-        apart, clip = self.apart, self.settings.clip
+        apart, keep, clip = self.apart, self.keeper, self.settings.clip
         self.stepper = Stepper(
             self.place,
             Wishes(self.place.world.stop_requested),
             clip=clip if apart is None else apart.clip_here(clip),
             accumulate=self.settings.accumulate,
-            how_to_go_on=self.keeper.how_to_go_on,
+            how_to_go_on=keep.how_to_go_on if apart is None else lambda _: apart.how_to_go_on(),
         )
         self.rounds = Rounds(self.place, self.bus, self.keeper.settle)
         about = (self.place, self.bus, self.state, self.stepper, self.rounds, self.settings.seed)
@@ -235,6 +235,7 @@ class Session:
                 lambda: self._before_step_of(learner),
                 lambda: self.stepper.after_step_of(learner),
             )
+            self.stepper.outflow = self.apart.outflow
         self.state.add_learner(learner)
         return optimizer
 

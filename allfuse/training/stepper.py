@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -18,6 +18,9 @@ from allfuse.training.learner import Learner
 from allfuse.training.measure import sum_and_count
 from allfuse.training.place import Place
 from allfuse.training.wishes import Wishes
+
+if TYPE_CHECKING:
+    from allfuse.training.outflow import Outflow
 
 NORM_EVERY_S = 0.25  # of work: how often the gradient's norm is taken only to be shown
 
@@ -87,6 +90,7 @@ class Stepper:
         self.exchange = Exchange(place.data, place.device)
         self.norms: list[GlobalBatchNorm] = []
         self.always_norm = False
+        self.outflow: Outflow | None = None
         self.current: Step | None = None
         self._how_to_go_on = how_to_go_on
         self._busy_s = 0.0
@@ -133,7 +137,12 @@ class Stepper:
         pieces = self._pieces(step, batch)
         for number, (piece, rows) in enumerate(pieces, start=1):
             loss, factor, count = sum_and_count(compute(piece), rows, "the loss")
-            self.differentiate(learner, loss, factor, count, last=number == len(pieces))
+            is_last = number == len(pieces)
+            if is_last and step.count + count > 0 and self.outflow is not None:
+                self.outflow.open(self.reference(step.portion) / (step.count + count))
+            self.differentiate(learner, loss, factor, count, last=is_last)
+        if self.outflow is not None:
+            self.outflow.close()
         return self.finish(learner)
 
     def _pieces(self, step: Step, batch: Any) -> list[tuple[Any, int]]:
@@ -203,8 +212,12 @@ class Stepper:
         figures = step.pending()
         bad, total = figures.first_not_finite(), figures.total
         if bad is not None:
-            rank = f" on rank {self.place.data.members[bad]}"
+            rank = self._place_of(bad)
             raise self._refusal(learner, "the loss", figures.losses[bad], rank)
+        if total == 0 and self.place.whole.outer is not None:  # others have samples that count
+            learner.forget()
+            step.figures, step.pending, step.losses = figures, None, []
+            return figures
         if not 0 < total < math.inf:
             raise self._refusal(learner, "the count that the loss is a mean over", total)
         learner.finish(self.reference(step.portion) / total if learner.fusion.is_mean else 1.0)
@@ -217,6 +230,14 @@ class Stepper:
             if step.norm is not None and not math.isfinite(step.norm) and not learner.may_skip:
                 raise self._refusal(learner, "the norm of the gradient", step.norm)
         return figures
+
+    def _place_of(self, member: int) -> str:
+        """Which rank of the data axis it is; of a group that a scheduler knows, of which worker."""
+        rank = f" on rank {self.place.data.members[member]}"
+        crew = self.place.world.crew
+        if crew is None or self.place.whole.outer is None:
+            return rank
+        return f"{rank if self.place.data.size > 1 else ''} in worker {crew.index}"
 
     def _refusal(self, learner: Learner, what: str, value: float, where: str = "") -> NonFiniteLoss:
         learner.forget()

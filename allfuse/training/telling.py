@@ -66,8 +66,9 @@ class Teller:
         portion, figures = step.portion, step.figures
         shares = () if portion is None else portion.shares
         self._samples += sum(shares)
-        if session.apart is None or any(shares):  # else no sample of the batch was this group's
-            self.loss = math.nan if figures is None else figures.loss
+        loss = math.nan if figures is None else figures.loss
+        if session.apart is None or not math.isnan(loss):  # else this group had nothing to count
+            self.loss = loss
         if not session.bus.wants("step"):
             return
         sent = session.place.sent_bytes
@@ -76,7 +77,7 @@ class Teller:
         session.bus.emit(
             "step",
             epoch=session.course.cursor.epoch_of_last,
-            loss=self.loss,
+            loss=loss,
             grad_norm=step.norm,
             lr=session.learners[0].learning_rate if session.learners else math.nan,
             samples=sum(shares),

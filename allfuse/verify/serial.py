@@ -141,8 +141,11 @@ class Pupil:
             self.scheduler.step()
             self._advanced += 1
 
-    def _differentiate(self, pieces: list[tuple[Any, int]], lesson: Lesson) -> tuple[float, float]:
-        """The gradient of the mean loss, clipped; the loss, and the gradient's norm before."""
+    def _differentiate(
+        self, pieces: list[tuple[Any, int]], lesson: Lesson
+    ) -> tuple[float, float] | None:
+        """The gradient of the mean loss, clipped; the loss, and the gradient's norm before. None,
+        and no gradient, where the loss is over nothing."""
         rows, total, counted = sum(size for _, size in pieces), 0.0, 0.0
         dtype = AUTOCAST[self.job.precision]
         for batch, size in pieces:
@@ -155,6 +158,9 @@ class Pupil:
             total, counted = total + loss.item() * factor, counted + count
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in trained if p.grad is not None]
+        if counted == 0:
+            self.optimizer.zero_grad()
+            return None
         if rows != counted:
             for gradient in gradients:
                 gradient.mul_(rows / counted)
