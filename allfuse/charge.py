@@ -80,6 +80,17 @@ def charge(
     return Charge(seconds=seconds, bytes_per_peer=tuple(sent), phases=len(schedule.phases))
 
 
+def host_shares(topology: Topology, layout: Layout) -> dict[str, float]:
+    """How many times the bytes of a fusion leave each host, in its first round."""
+    schedule = _schedule(topology, layout, 0, 0)
+    found = dict.fromkeys(layout.hosts, 0.0)
+    for phase in schedule.phases:
+        for src, dst, start, stop, _, _ in phase:
+            if layout.hosts[src] != layout.hosts[dst]:
+                found[layout.hosts[src]] += (stop - start) / schedule.chunks
+    return found
+
+
 def _schedule(topology: Topology, layout: Layout, round: int, seed: int) -> Schedule:
     if isinstance(topology, Native):
         n = layout.size

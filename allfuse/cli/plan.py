@@ -30,7 +30,8 @@ def plan(
     workers: WorkersOption = None,
     settings: SetOption = None,
     hosts: Annotated[
-        int, typer.Option(min=1, help="Draw topologies for workers on so many hosts.")
+        int,
+        typer.Option(min=1, help="Draw topologies, and count bytes, for workers on so many hosts."),
     ] = 1,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -103,6 +104,28 @@ def tell_parts(axis: Data | Site) -> str:
     return f", in {parts} parts of about {1 / parts:.0%}" if parts > 1 else ""
 
 
+def tell_hosts(axis: Data | Site, leaving: list[int], facts: dict[str, object]) -> list[str]:
+    """What leaves a host, where there are several: in a fusion, or in a step of all replicas over
+    servers, and in a step."""
+    from allfuse.base.units import format_bytes
+
+    if len(leaving) == 1:
+        return []
+    every = axis.every if isinstance(axis, Site) else 1
+    facts[f"{axis.name}_bytes_leaving_hosts"] = leaving
+    most, text = max(leaving), "nothing leaves a host"
+    if most:
+        text = f"{format_bytes(most)} leave the busiest host, "
+        text += f"{format_bytes(sum(leaving))} all {len(leaving)} together, "
+        text += "once, at the end" if every == "end" else "in each step"
+        if isinstance(every, int) and every > 1:
+            text = text.removesuffix("in each step") + f"every {every} steps: "
+            text += f"{format_bytes(round(most / every))} a step"
+    if isinstance(every, int):
+        facts[f"{axis.name}_bytes_leaving_hosts_per_step"] = [n / every for n in leaving]
+    return [f"  {axis.name:<11} {text}"]
+
+
 def spread(plan: Plan, axis: Data | Site, hosts: int) -> Layout:
     """Rank 0 and its peers on an axis, where ranks fill so many hosts evenly, in order."""
     peers = plan.peers(0, axis.name)
@@ -116,6 +139,7 @@ def tell_job(
     from allfuse.base.tensors import share
     from allfuse.base.units import format_bytes, format_count
     from allfuse.job import load_job
+    from allfuse.plan.traffic import leaving_hosts, leaving_to_servers
     from allfuse.split.data import as_source
     from allfuse.training.start import build_model
 
@@ -172,6 +196,7 @@ def tell_job(
                     "much, for each replica"
                 )
                 facts[f"{axis.name}_bytes_per_update"] = 2 * encoded
+                lines += tell_hosts(axis, leaving_to_servers(plan, encoded, hosts), facts)
                 continue
             sent = round(fusion.topology.bytes_per_peer(spread(plan, axis, hosts), encoded))
             lines.append(
@@ -179,4 +204,6 @@ def tell_job(
                 f"from the busiest worker{tell_parts(axis)}"
             )
             facts[f"{axis.name}_bytes_per_fusion"] = sent
+            leaving = leaving_hosts(plan, axis, fusion.topology, encoded, hosts)
+            lines += tell_hosts(axis, leaving, facts)
     return lines, facts
