@@ -3,8 +3,10 @@ round."""
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,19 @@ from torch import Tensor
 
 import allfuse as af
 from allfuse.base.errors import Interrupted
-from allfuse.job import Job
+from allfuse.hosting import RunAudience
+from allfuse.job import Job, load_job
 from allfuse.launcher import current_world
 from allfuse.launcher.thread import launch_threads
 from allfuse.plan import as_plan
+from allfuse.prediction.evaluate import evaluate_run
 from allfuse.prediction.restore import open_run
-from allfuse.split.data import BatchPlan, ColumnSource, Learned, Loader, Stretch
+from allfuse.split.data import BatchPlan, ColumnSource, Learned, Loader
 from allfuse.store.checkpoint import Checkpoints
+from allfuse.store.manifest import read_manifest
 from allfuse.training.loop import Result, train_job
-from tests.crews import small_job, train_crew_into
+from allfuse.watching import Watching, watch
+from tests.crews import run_crew, small_job, train_crew_into
 
 ASP = "data(2, topology=central(servers=2), sync=asp)"
 BSP = "data(2, topology=central(servers=2))"
@@ -97,3 +103,183 @@ def test_a_run_changes_to_servers_and_back_more_than_once(tmp_path: Path) -> Non
         steps = min(3 * (number + 1), 14)
         rest = train(adamw(steps=steps), plan, tmp_path / "run", resume=number > 0)
     assert furthest(whole.weights, rest.weights) < 1e-12
+
+
+# Out of step: what was learned beyond the step of a checkpoint.
+
+IDS = torch.arange(41)
+
+
+def learn_by_ids(out: Path, seen: list[int], between: Any, **changes: Any) -> None:
+    """A script over samples that are their own numbers; `seen` are those that it learned from.
+
+    between: called with the session and the number of batches that this worker had before.
+    """
+    with af.session(out=out, quiet=True, **changes) as s:
+        model = s.model(lambda: torch.nn.Linear(1, 1).double())
+        s.optimizer(torch.optim.SGD(model.parameters(), lr=0.01))
+
+        def loss(outputs: Tensor, batch: Tensor) -> Tensor:
+            portion = s.stepper.current.portion
+            seen.extend(batch[: portion.rows].tolist())
+            return outputs.square().mean()
+
+        run = lambda module, batch: module(batch[:, None].double() / 41)  # noqa: E731
+        for number, batch in enumerate(s.batches(IDS, batch_size=4, epochs=1, seed=5)):
+            between(s, number)
+            s.step(batch, loss, forward=run)
+
+
+def save_while_one_waits(out: Path) -> None:
+    """Under asp: worker 1 is at its first batch while worker 0 goes on, and saves."""
+    gate = threading.Event()
+
+    def between(s: Any, number: int) -> None:
+        if current_world().crew.index == 1 and number == 0:
+            assert gate.wait(20)
+        if current_world().crew.index == 0 and number == 6:
+            s.save()
+        if current_world().crew.index == 0 and number > 6 and not gate.is_set():
+            until = time.monotonic() + 20
+            while not Checkpoints(out / "checkpoints").steps() and time.monotonic() < until:
+                time.sleep(0.01)
+            shutil.copytree(out / "checkpoints", out.parent / "kept")
+            gate.set()
+
+    told = run_crew(lambda: learn_by_ids(out, [], between), ASP, audience=RunAudience)
+    assert [r for r in told.results if isinstance(r, BaseException)] == []
+
+
+def learned_by(state: dict[str, Any]) -> list[int]:
+    """The samples that were learned from before a checkpoint, as it says."""
+    plan, found = BatchPlan(len(IDS), 4, seed=5), []
+    own = Loader(ColumnSource(IDS), plan, parts=1, index=0)
+    for portion in list(own.epoch(0))[: state["cursor"][0]]:
+        found += portion.batch.tolist()
+    for each in Learned(state["learned"]):
+        places = [(0, step) for step in range(each.first, each.end)]
+        for portion in own.leased(places, each.part, each.parts):
+            found += portion.batch[: portion.rows].tolist()
+    return found
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "data(1)",
+        "data(2)",
+        "data(3, topology=central(servers=1), sync=asp)",
+        BSP,
+        "site(2, every=3)",
+    ],
+)
+def test_after_workers_that_were_apart_each_sample_is_learned_once(
+    tmp_path: Path, plan: str
+) -> None:
+    out = tmp_path / "run"
+    save_while_one_waits(out)
+    shutil.rmtree(out / "checkpoints")
+    shutil.move(tmp_path / "kept", out / "checkpoints")  # it broke off there
+    shutil.rmtree(out / "servers")
+    state, note = newest(out)
+    assert (note["steps"], len(state["learned"]) >= 6) == (0, True), "step 0 is half learned"
+    seen: list[int] = []
+
+    def rest() -> None:
+        learn_by_ids(out, seen, lambda s, number: None, resume=True)
+
+    if "servers" in plan:
+        told = run_crew(rest, plan, audience=RunAudience)
+        results = [*told.results, *told.crew.roles.values()]
+    else:
+        results = launch_threads(rest, as_plan(plan).workers, plan=plan)
+    assert [r for r in results if isinstance(r, BaseException)] == []
+    assert Counter(seen) + Counter(learned_by(state)) == Counter(IDS.tolist())
+
+
+# Breaking off, measuring, predicting.
+
+JOB = """
+import torch
+import allfuse as af
+
+
+def job(steps=6) -> af.Job:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(97, 8, generator=generator)
+    y = (x.sum(1) > 0).long()
+    return af.Job(
+        model=lambda: torch.nn.Sequential(torch.nn.Linear(8, 9), torch.nn.BatchNorm1d(9)),
+        train=(x, y),
+        validation=(x[:20], y[:20]),
+        loss=lambda outputs, batch: torch.nn.functional.cross_entropy(outputs, batch[1]),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+        batch_size=15,
+        batch_statistics="local",
+        evaluate_every=2,
+        save_every=4,
+        stop=af.Stop(steps=steps),
+    )
+"""
+
+
+def run_of_a_file(folder: Path, after: int | None = None, **arguments: Any) -> tuple[Path, Any]:
+    """A run of the job above, interrupted after so many steps; what was told of it."""
+    file, out = folder / "small.py", folder / "run"
+    file.write_text(JOB)
+    made = load_job(file, arguments)
+
+    def prepare(s: Any) -> None:
+        watch(s, Watching(quiet=True))
+        s.keeper.job_file, s.keeper.facts = file, {"arguments": arguments}
+
+        def stop(*_: Any) -> None:
+            if after is not None and s.steps >= after:
+                current_world().stop_requested.set()
+
+        s.on("step", stop)
+
+    told = run_crew(lambda: train_job(made, out=out, prepare=prepare), ASP, audience=RunAudience)
+    return out, told
+
+
+def test_an_interrupted_run_is_measured_and_predicts_from_its_newest_checkpoint(
+    tmp_path: Path,
+) -> None:
+    out, told = run_of_a_file(tmp_path, after=2)
+    assert all(isinstance(result, Interrupted) for result in told.results)
+    assert "--resume" in str(told.results[0])
+    assert not (out / "model.safetensors").exists()
+    state, note = newest(out)
+    assert 2 <= note["steps"] < 6
+    restored = open_run(out)
+    assert "interrupted" in restored.notes[0]
+    own = restored.model.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in state["models"]["model"].items())
+    assert int(own["1.num_batches_tracked"]) > 0, "what servers do not hold is there too"
+    assert evaluate_run(out, data="validation").samples == 20
+
+
+def test_the_best_checkpoint_holds_the_weights_that_its_score_is_of(tmp_path: Path) -> None:
+    out, told = run_of_a_file(tmp_path, steps=14)
+    assert told.result.steps == 14
+    checkpoints = Checkpoints(out / "checkpoints")
+    scored = {s: m for s in checkpoints.steps() if (m := score_of(checkpoints, s)) is not None}
+    assert scored, "evaluations that were best yet, and those at saves"
+    for step, score in scored.items():
+        state, _ = checkpoints.read(step)
+        model = open_run(out).model
+        model.load_state_dict(state["models"]["model"])
+        model.eval()
+        made = load_job(out / "job.py", {"steps": 14})
+        assert made.validation is not None
+        with torch.no_grad():
+            loss = torch.nn.functional.cross_entropy(model(made.validation[0]), made.validation[1])
+        assert abs(made.score({"loss": float(loss)}) - score) < 1e-6
+    best = evaluate_run(out, data="validation", best=True)
+    assert abs(best.figures["loss"] + max(scored.values())) < 1e-6
+
+
+def score_of(checkpoints: Checkpoints, step: int) -> float | None:
+    (folder,) = checkpoints.folder.glob(f"step-{step:08d}*")
+    return read_manifest(folder).score

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ from allfuse.job import Stop
 from allfuse.plan import as_plan
 from allfuse.rule import Mean, Rule
 from allfuse.store.checkpoint import Checkpoints
-from allfuse.training.stepper import Stepper
+from allfuse.store.writing import write_checkpoint
+from allfuse.training.stepper import Step
 from allfuse.verify.verify import verify_job
 
 RULES = [rule for rule in rule_variants() if not isinstance(rule, Mean)]
@@ -152,6 +154,66 @@ def test_a_plan_without_codecs_goes_on_from_one_with_them_and_back(tmp_path: Pat
         assert all(bool(value.isfinite().all()) for value in results[0].weights.values())
 
 
+@pytest.mark.parametrize("plan", ["data(2)", "data(1)"])
+def test_without_a_codec_what_one_had_not_sent_goes_with_the_next_step(
+    plan: str, tmp_path: Path
+) -> None:
+    rate = 1e-2
+    made = wide_job(
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=rate), stop=Stop(steps=4)
+    )
+    before = train(made, "data(3, codec=topk(0.1))", out=tmp_path / "run")[0].weights
+    unsent = residual_sums(tmp_path / "run", 4)
+    went_on = replace(made, stop=Stop(steps=5))
+    shutil.copytree(tmp_path / "run", tmp_path / "forgetful")
+    forget_unsent(tmp_path / "forgetful")
+    after = train(went_on, plan, out=tmp_path / "run", resume=True)[0].weights
+    without = train(went_on, plan, out=tmp_path / "forgetful", resume=True)[0].weights
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    for name, residual in unsent.items():
+        expected = without[name] - rate * residual.view(without[name].shape)
+        torch.testing.assert_close(after[name], expected, rtol=0, atol=1e-12)
+
+
+def forget_unsent(out: Path) -> None:
+    """Make the newest checkpoint one of which nothing was left unsent."""
+    checkpoints = Checkpoints(out / "checkpoints")
+    state, note = checkpoints.read(4)
+    for fusion in state["fusions"]:
+        for residual in fusion["residuals"].values():
+            residual.zero_()
+    alone = {**state, "fusions": [None for _ in state["fusions"]]}
+    write_checkpoint(out / "checkpoints", 4, alone, note={**note, "plan": "data(1)"})
+
+
+@pytest.mark.parametrize("plan", ["site(2, every=2)", "data(1)"])
+def test_without_a_codec_what_sites_had_not_sent_becomes_part_of_their_weights(
+    plan: str, tmp_path: Path
+) -> None:
+    made = wide_job(stop=Stop(steps=4))
+    train(made, "site(2, every=2, codec=topk(0.1))", out=tmp_path / "run")
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    states = [checkpoints.read(4, rank=rank)[0] for rank in checkpoints.writers(4)]
+    unsent = [state["rounds"]["fusion"]["residuals"] for state in states]
+    taken: list[list[torch.Tensor]] = []
+
+    def work() -> None:
+        with session(out=tmp_path / "run", resume=True, plan=plan) as s:
+            model = s.model(wide_network)
+            s.optimizer(torch.optim.Adam(model.parameters(), lr=1e-2))
+            for _ in s.batches(points(48), batch_size=6, steps=5):
+                taken.append([p.detach().clone() for p in model.parameters()])
+                break
+
+    under(plan, work)
+    for number, name in enumerate(dict(wide_network().named_parameters())):
+        held = [state["models"]["model"][name] for state in states]
+        lost = sum(each[str(number)] for each in unsent).view(held[0].shape)
+        mean = torch.stack([each[number] for each in taken]).mean(0)
+        torch.testing.assert_close(mean, torch.stack(held).mean(0) + lost, rtol=0, atol=1e-12)
+    assert any(bool(each.any()) for each in unsent[0].values())
+
+
 @pytest.mark.parametrize("axis", ["data(2, codec={})", "site(2, codec={})"])
 def test_a_codec_does_not_go_on_from_what_another_remembers(axis: str, tmp_path: Path) -> None:
     for number, codec in enumerate(["lowrank(1)", "lowrank(2)", "lowrank(1)"], start=1):
@@ -238,7 +300,7 @@ def test_verify_finds_warm_rounds_that_are_miscounted(
 
 
 def test_verify_finds_a_weight_that_is_not_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Stepper, "_weights", lambda self, portion: [1.0] * self.place.data.size)
+    monkeypatch.setattr(Step, "weights", property(lambda self: [1.0] * len(self.group)))
     made = functools.partial(wide_job, batch_size=7)
     assert not verify_job(made, "data(3, rule=trimmed(0.4))", steps=3, threads=True).ok
 

@@ -172,3 +172,11 @@ def test_a_run_has_its_own_plan(tmp_path: Path) -> None:
     run = train(tmp_path)
     with pytest.raises(UserError, match="it is a run, which has its plan"):
         verify(run, plan="data(2)")
+
+
+def test_a_run_that_came_from_another_plan_is_not_whole(tmp_path: Path) -> None:
+    train(tmp_path, steps=4)
+    other = "data(2, topology=central(servers=1), sync=ssp(1))"
+    train(tmp_path, other, resume=True, steps=6)
+    with pytest.raises(RunError, match="it went on from a checkpoint, and its book"):
+        check(tmp_path / "run")

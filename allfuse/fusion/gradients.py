@@ -68,6 +68,7 @@ class GradientFusion:
         self._scale, self._weights = 1.0, [1.0] * self.link.size
         self._shrink = 1.0
         self.rounds = 0
+        self._owed: dict[str, Tensor] = {}
         if self.link.size > 1 or not self.is_mean:
             self._build(bucket_bytes, first_bucket_bytes)
 
@@ -180,6 +181,7 @@ class GradientFusion:
         if fill:
             bucket.fill()
             self._prepare(bucket)
+            self._add_owed(bucket)
         if self._started == 0 and self.carries:
             self._write_words(bucket.words)
         bucket.work = self.fuser.start(
@@ -240,7 +242,23 @@ class GradientFusion:
             bucket.work.wait()
             self._conclude(bucket)
             bucket.hand_out()
+        if not self.buckets:
+            self._add_owed_alone()
+        self._owed.clear()
         self._rest()
+
+    def _add_owed(self, bucket: Bucket) -> None:
+        """What a codec of an earlier leg of the run had not sent goes with the first step."""
+        for place, name in enumerate(bucket.names):
+            if name in self._owed:
+                bucket.views[place].add_(self._owed[name].view(bucket.views[place].shape))
+                bucket.flags[place] = 1.0
+
+    def _add_owed_alone(self) -> None:
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            if name in self._owed:
+                owed = self._owed[name].to(parameter).view(parameter.shape)
+                parameter.grad = owed if parameter.grad is None else parameter.grad.add_(owed)
 
     def _conclude(self, bucket: Bucket) -> None:
         rule = self.fuser.fusion.rule
@@ -270,16 +288,27 @@ class GradientFusion:
 
     def capture(self) -> dict[str, Any] | None:
         """What codecs keep, by the names of parameters: live tensors. None where nothing is."""
-        if not self._memories:
+        if not self._memories and not self._owed:
             return None
-        codec = str(self.fuser.fusion.codec)
-        return {"rounds": self.rounds, "codec": codec, **capture_all(self._memories)}
+        kept: dict[str, Any] = capture_all(self._memories)
+        kept["residuals"] |= self._owed
+        return {"rounds": self.rounds, "codec": str(self.fuser.fusion.codec), **kept}
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
-        """Take back what fits: parameters that are new have no past."""
-        if state is not None:
-            self.rounds = state["rounds"]
-            restore_all(self._memories, read_state(state, self.fuser))
+        """Take back what fits: parameters that are new have no past.
+
+        What a codec had not sent is added to what is sent next, also where there is none any more.
+        """
+        self._owed.clear()
+        if state is None:
+            return
+        self.rounds = state["rounds"]
+        restore_all(self._memories, read_state(state, self.fuser))
+        kept = {name for names, _ in self._memories for name in names}
+        sizes = {n: p.numel() for n, p in zip(self.names, self.parameters, strict=True)}
+        for name, residual in state["residuals"].items():
+            if name not in kept and sizes.get(name) == residual.numel() and residual.any():
+                self._owed[name] = residual.clone()
 
     def _rest(self) -> None:
         self._started = 0

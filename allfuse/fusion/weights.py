@@ -157,6 +157,23 @@ class WeightFusion:
         return Flight(loads, self.fuser, 0, bool(unsent))
 
 
+@torch.no_grad()
+def add_unsent(tensors: Sequence[Tensor], state: Mapping[str, Any], peers: int) -> None:
+    """Where there is no codec any more: what one had not sent becomes part of the tensors.
+
+    The mean over the peers then has what the sum of their residuals would have brought, exactly so
+    where all weigh alike.
+
+    Args:
+        tensors: as for `WeightFusion`. state: what one has captured.
+    """
+    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
+    for number, tensor in enumerate(floating):
+        residual = state["residuals"].get(str(number))
+        if residual is not None and residual.numel() == tensor.numel():
+            tensor.add_((residual * peers).to(tensor).view(tensor.shape))
+
+
 def cut_fragments(sizes: Sequence[int], fragments: int) -> list[list[int]]:
     """The numbers of tensors of so many bytes, in fragments of about as many bytes each.
 

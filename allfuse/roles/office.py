@@ -74,6 +74,8 @@ def _schedule(world: World, crew: Crewmate, desk: Desk, audience: Audience) -> N
     letters = _Letters(desk)
     terms = terms_of(as_plan(crew.plan), world.timeout_s)
     folder, early = _open_run(world, crew, letters, audience)
+    if crew.run() is None:
+        return  # it was stopped before anybody came
     book = Book(folder / BOOK if folder is not None else ":memory:")
     try:
         if folder is not None and early:

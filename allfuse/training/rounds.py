@@ -16,7 +16,7 @@ from allfuse.base.torch_private import foreach_copy
 from allfuse.codec import Identity
 from allfuse.fusion import Fuser, choose
 from allfuse.fusion.flight import Flight
-from allfuse.fusion.weights import WeightFusion
+from allfuse.fusion.weights import WeightFusion, add_unsent
 from allfuse.link.runner import Runner
 from allfuse.plan import Site
 from allfuse.sync.outer import Average
@@ -262,6 +262,9 @@ class Rounds:
         self.samples = list(samples) if same else [max(samples)] * fragments
         self.steps_since = state["steps_since"]
         self._departed.clear()
+        if state["fusion"] is not None and self.place.site_fuser.fusion.codec.lossless:
+            tensors = [t for m in models for t in (*m.parameters(), *m.buffers())]
+            add_unsent(tensors, state["fusion"], self.place.site.size)
         if not self.active:
             return
         self._build(models)

@@ -94,6 +94,7 @@ class History:
 
     limit: steps that were to be done. taken_back: leases that were handed out and never counted.
     rebirths: servers that had to be started again. stopped: why before its limit, if it was.
+    begin: the step of the checkpoint that it went on from; what was before is not told.
     gossip: where no servers held the weights.
     """
 
@@ -103,6 +104,7 @@ class History:
     rebirths: int
     stopped: str = ""
     gossip: Gossip | None = None
+    begin: int = 0
 
     @classmethod
     def read(cls, path: Path, terms: Terms) -> History:
@@ -132,6 +134,7 @@ class History:
                 len(book.servers()) - terms.servers if orders else 0,
                 book.get("stop") or "",
                 Gossip.read(book, ledger) if terms.gossips else None,
+                begin=book.get("begin", 0),
             )
         finally:
             book.close()

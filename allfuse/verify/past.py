@@ -173,6 +173,14 @@ def _refuse_gaps(folder: RunFolder, plan: Plan, history: History) -> None:
     """
     outer: Any = plan.outer
     keeps = isinstance(outer, Site) or read_codec(str(outer.codec)) is not None
+    keeps = keeps and history.gossip is None  # then there are logs of that
+    if history.begin:
+        raise _not_whole(
+            folder.path,
+            "it went on from a checkpoint, and its book tells of nothing that was before step "
+            f"{history.begin}",
+            "a run that was under this plan from its beginning",
+        )
     if history.rebirths:
         raise _not_whole(
             folder.path,
