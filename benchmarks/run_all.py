@@ -27,6 +27,7 @@ BENCHMARKS = (
     "socket_link",
     "push_pull",
     "server_cycle",
+    "overlap",
     "straggler",
     "lost_worker",
     "network",
