@@ -9,17 +9,22 @@ import pytest
 import torch
 from simulated import Faults, Network, join
 
+from allfuse.base.errors import AllfuseError
+from allfuse.link.frame import Malformed
 from allfuse.roles import messages as say
 from allfuse.roles import parcels
 from allfuse.roles.blueprint import Blueprint
 from allfuse.roles.book import Book
 from allfuse.roles.cutting import cut_pieces, cut_shards
 from allfuse.roles.diary import ANSWERED, APPLIED, COPIED, GATHERED, GAVE, LENT, OFFERED, Entry
+from allfuse.roles.encounters import ANSWER, OFFER, Declined, Parcel, Query, Received
 from allfuse.roles.gossiper import Gossiper, half_way, mean_of
+from allfuse.roles.host import Host
 from allfuse.roles.messages import SCHEDULER
+from allfuse.roles.parcels import Outgoing, Packing
 from allfuse.roles.scheduler import Scheduler
 from allfuse.roles.terms import Terms
-from allfuse.sync import Asp, Sync
+from allfuse.sync import Asp, Ssp, Sync
 from allfuse.topology.gossip import GRAPHS, Gossip
 from allfuse.verify.meetings import Learned, Met, in_order
 
@@ -61,12 +66,12 @@ class Walker:
 
     def __init__(self, name: str, graph: str, seed: int, slow: float = 1.0, **job: Any) -> None:
         self.name, self._random = name, random.Random(f"{seed} {name}")
-        self._slow = slow
+        self._slow, self.spread = slow, 1.0
         topology = Gossip(graph)
         self.gossiper = Gossiper(
             join(name, place=name, **job),
             blueprint(),
-            first_weights() if not job.get("other") else [torch.zeros(8, dtype=torch.float64)],
+            first_weights(),
             lambda place, n, round: topology.partner(place, n, round, seed),
         )
         self.wake_s: float | None = None
@@ -110,7 +115,9 @@ class Walker:
         return mail
 
     def _wait(self, now_s: float) -> None:
-        self._ready_s = self.wake_s = now_s + self._slow * (0.5 + self._random.random())
+        self._ready_s = self.wake_s = now_s + self._slow * (
+            1.0 + self.spread * (self._random.random() - 0.5)
+        )
 
 
 class World:
@@ -126,20 +133,22 @@ class World:
         sync: Sync | None = None,
         every: int = 1,
         steps: int = 12,
-        book: Book | None = None,
+        even: bool = False,
         **terms: Any,
     ) -> None:
         self.seed, self.graph, self.steps = seed, graph, steps
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.counts: dict[str, int] = {}
         self.terms = Terms(parts=workers, every=every, sync=sync or Asp(), servers=0, **terms)
-        self.book = book or Book(":memory:")
+        self.book = Book(":memory:")
         self.network = Network(seed, faults, watch=self._watch)
         self.scheduler = Scheduler(self.terms, self.book, emit=self._emit)
         self.network.add(SCHEDULER, self.scheduler)
         self.walkers: dict[str, Walker] = {}
         for index in range(workers):
-            self.come(f"w{index}", slow=1.0 + index)
+            self.come(f"w{index}", slow=1.0 if even else 1.0 + index)
+            if even:
+                self.walkers[f"w{index}"].spread = 0.0
 
     def _emit(self, name: str, /, **data: Any) -> None:
         self.events.append((name, data))
@@ -215,6 +224,7 @@ def replay(book: Book, every: int, limit: int) -> torch.Tensor:
 
 GRAPH_NAMES = tuple(GRAPHS)
 BAD = Faults(drop=0.1, double=0.1, delay_s=0.5)
+LATE = Faults(drop=0.02, double=0.3, delay_s=1.5)
 
 
 def expected_mean(world: World) -> torch.Tensor:
@@ -250,28 +260,126 @@ def test_the_mean_is_kept_and_the_logs_give_the_same_bits(graph: str, faults: Fa
         assert sum(walker.gossiper.exchanges for walker in world.walkers.values()) > 0
 
 
-@pytest.mark.parametrize("faults", [Faults(), BAD], ids=["calm", "bad"])
-def test_every_unit_counts_once_though_workers_are_killed_and_come(faults: Faults) -> None:
-    for seed in range(40):
-        chance = random.Random(seed)
-        world = World(
-            seed, graph=chance.choice(GRAPH_NAMES), faults=faults, every=1 + seed % 2, steps=24,
-            min=1, max=8,
-        )  # fmt: skip
-        for number in range(4):
-            world.network.at(chance.uniform(2, 25), lambda w=world, n=number: kill_one(w, n))
-            world.network.at(
-                chance.uniform(2, 25), lambda w=world, n=number: w.come(f"late{n}", 1.5)
-            )
-        world.run()
-        assert_each_unit_once(world)
-        left = [walker for walker in world.walkers.values() if not walker.gossiper.refusal]
-        weights = [walker.gossiper.flats[0] for walker in left if walker.gone]
-        replayed = world.replay()
-        assert any(torch.equal(each, replayed) for each in weights)
+def outlive(seed: int, faults: Faults) -> World:
+    """A run in which workers are killed, told of or not, and others come."""
+    chance = random.Random(seed)
+    world = World(
+        seed,
+        graph=chance.choice(GRAPH_NAMES),
+        faults=faults,
+        every=1 + seed % 2,
+        steps=24,
+        min=1,
+        max=8,
+    )
+    for number in range(4):
+        world.network.at(chance.uniform(2, 25), lambda n=number: kill_one(world, n))
+        world.network.at(chance.uniform(2, 25), lambda n=number: world.come(f"late{n}", 1.5))
+    world.run()
+    return world
 
 
 def kill_one(world: World, number: int) -> None:
     here = [name for name, walker in world.walkers.items() if not walker.gone]
-    if len(here) > 2 and world.scheduler.outcome is None:
+    able = [name for name in here if world.walkers[name].gossiper.has_weights]
+    if len(able) > 2 and world.scheduler.outcome is None:
         world.kill(here[number % len(here)], tells=number % 2 == 0)
+
+
+def assert_that_it_is_told(world: World) -> None:
+    """Each unit was counted once, and the logs of all lead to the weights of those who are left."""
+    assert_each_unit_once(world)
+    left = [walker.gossiper for walker in world.walkers.values() if walker.gone]
+    replayed = world.replay()
+    assert any(torch.equal(each.flats[0], replayed) for each in left if not each.refusal)
+
+
+@pytest.mark.parametrize("faults", [Faults(), BAD, LATE], ids=["calm", "bad", "late"])
+def test_every_unit_counts_once_though_workers_are_killed_and_come(faults: Faults) -> None:
+    for seed in range(8):
+        assert_that_it_is_told(outlive(seed, faults))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("faults", [Faults(), BAD, LATE], ids=["calm", "bad", "late"])
+def test_a_thousand_schedules_with_deaths_and_joins(faults: Faults) -> None:
+    for seed in range(100, 1100):
+        assert_that_it_is_told(outlive(seed, faults))
+
+
+def test_ssp_bounds_how_far_workers_are_apart() -> None:
+    for seed in range(10):
+        world = World(seed, sync=Ssp(1), faults=BAD)
+        world.run()
+        assert_each_unit_once(world)
+        (staleness,) = [data for name, data in world.events if name == "staleness"]
+        assert max(lag for lag, _ in staleness["lag"]) <= 1
+        assert torch.equal(world.weights[0], world.replay())
+
+
+def test_a_scheduler_that_is_started_again_goes_on_from_its_book() -> None:
+    for seed in range(10):
+        world = World(seed, faults=BAD)
+        for moment in (3.0, 9.0, 20.0):
+            world.network.at(moment, world.restart_scheduler)
+        world.run()
+        assert_each_unit_once(world)
+        assert_all_equal(world)
+        torch.testing.assert_close(world.weights[0], expected_mean(world), rtol=1e-12, atol=1e-12)
+        assert torch.equal(world.weights[0], world.replay())
+
+
+@pytest.mark.parametrize("graph", GRAPH_NAMES)
+def test_workers_that_all_ask_at_the_same_time_meet_all_the_same(graph: str) -> None:
+    world = World(0, workers=6, graph=graph, faults=Faults(delay_s=0.1), steps=20, even=True)
+    world.run()
+    met = sum(walker.gossiper.exchanges for walker in world.walkers.values())
+    assert met > 0.4 * 6 * 20
+
+
+def test_a_host_with_an_offer_out_holds_lower_ones_and_declines_higher_ones() -> None:
+    host = Host(Packing(blueprint()), repeat_s=1.0, give_up_s=60.0)
+    offer = Outgoing(Packing(blueprint()), OFFER, 0, first_weights(), [], 0.0)
+    low, high = (0, ""), (1 << 32, "z")
+    mail = [each for piece in offer.send() for each in host.handle("a", piece, 0.0, low)]
+    assert [type(message) for _, message in mail] == [Declined]
+    mail = [each for piece in offer.send() for each in host.handle("b", piece, 0.0, high)]
+    assert [type(message) for _, message in mail] == [Received]
+    assert [name for name, _, _ in host.held(OFFER)] == ["b"]
+
+
+def test_an_answer_is_given_once_and_repeated_until_it_has_come() -> None:
+    packing = Packing(blueprint())
+    host = Host(packing, repeat_s=1.0, give_up_s=60.0)
+    offer = Outgoing(packing, OFFER, 3, first_weights(), [], 0.0)
+    for piece in [*offer.send(), *offer.send()]:
+        host.handle("a", piece, 0.0, None)
+    assert len(host.held(OFFER)) == 1
+    host.answer("a", packing.copy(first_weights()), [], 0.0)
+    for piece in offer.send():
+        assert not host.handle("a", piece, 0.5, None)
+    assert not host.held(OFFER)
+    assert [type(message) for _, message in host.tick(2.0)] == [Query]
+    lacks = Received(content=ANSWER, number=3, missing=[1])
+    (again,) = host.handle("a", lacks, 2.0, None)
+    assert isinstance(again[1], Parcel)
+    assert again[1].piece == 1
+    host.handle("a", Received(content=ANSWER, number=3), 2.0, None)
+    assert not host.tick(9.0)
+
+
+def test_a_piece_of_another_model_is_refused_and_changes_nothing() -> None:
+    host = Host(Packing(blueprint()), repeat_s=1.0, give_up_s=60.0)
+    with pytest.raises(Malformed):
+        host.handle("a", Parcel(content=OFFER, number=0, piece=0, pieces=9), 0.0, None)
+    assert not host.held(OFFER)
+    assert not host.tick(100.0)
+
+
+def test_logs_that_cannot_be_are_found() -> None:
+    logs = {"a": [Entry("begin", 0, 0)], "b": [Entry(APPLIED, -1, 0, "a", 0)]}
+    with pytest.raises(AllfuseError, match="never came to that"):
+        list(in_order(logs, lambda lease: 1, lambda lease: True))
+    backwards = {"a": [Entry("begin", 0, 0), Entry(LENT, 0, 2, "b", 0), Entry(LENT, 0, 1, "b", 1)]}
+    with pytest.raises(AllfuseError, match="was at step 2"):
+        list(in_order(backwards, lambda lease: 3, lambda lease: True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,16 @@ import torch
 from crews import Told, small_job, train_crew, train_crew_into
 
 import allfuse as af
-from allfuse.base.errors import PlanError, RunError
+from allfuse.base.errors import PlanError
+from allfuse.launcher.thread import launch_threads
 from allfuse.link.mailroom import random_faults
 from allfuse.plan import as_plan
 from allfuse.roles import gossiper
 from allfuse.roles.book import Book
 from allfuse.roles.office import BOOK
+from allfuse.store.checkpoint import Checkpoints
 from allfuse.topology.gossip import GRAPHS
+from allfuse.training.loop import train_job
 from allfuse.verify import verify_job
 
 STEPS = 14  # of two epochs of `small_job`
@@ -110,12 +114,37 @@ def test_the_book_of_a_run_holds_what_each_worker_did(tmp_path: Path) -> None:
     assert (out / "model.safetensors").exists()
 
 
-def test_a_run_whose_workers_hold_the_weights_is_not_gone_on_with(tmp_path: Path) -> None:
-    out, plan = tmp_path / "run", "site(2, topology=gossip, sync=asp)"
-    train_crew_into(out, small_job(stop=af.Stop(steps=2)), plan)
-    told = train_crew_into(out, small_job(), plan, resume=True, timeout_s=10.0)
-    with pytest.raises(RunError, match="which nobody saves"):
-        _ = told.result
+def samples_of(out: Path) -> int:
+    """Rows that are told of in a run's folder."""
+    events = map(json.loads, (out / "events.jsonl").read_text().splitlines())
+    return sum(event["rows"] for event in events if event["event"] == "commit")
+
+
+def test_a_run_goes_on_from_the_mean_of_all_weights_and_uses_each_sample_once(
+    tmp_path: Path,
+) -> None:
+    out, plan = tmp_path / "run", "site(3, topology=gossip, sync=asp)"
+    first = train_crew_into(out, small_job(stop=af.Stop(steps=5)), plan).result
+    assert samples_of(out) == 5 * 15
+    state, _ = Checkpoints(out / "checkpoints").read(5)
+    for name, value in state["models"]["model"].items():
+        assert torch.equal(value, first.weights[name])
+    told = train_crew_into(out, small_job(), plan, resume=True)
+    assert told.result.steps == STEPS
+    assert samples_of(out) == 2 * 97
+
+
+def test_another_plan_goes_on_with_a_run_of_workers_that_gossip(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train_crew_into(out, small_job(stop=af.Stop(steps=5)), "site(3, topology=gossip, sync=asp)")
+    results = launch_threads(
+        lambda: train_job(small_job(), out=out, resume=True), 1, plan="data(1)"
+    )
+    assert results[0].steps == STEPS
+    told = train_crew_into(
+        out, small_job(stop=af.Stop(epochs=3)), "site(2, topology=gossip, sync=asp)", resume=True
+    )
+    assert told.result.steps == 21
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,8 @@ class Course:
             )
             if order.save:
                 self.saves.placed(order, leases.ledger, hold=hold)
+                if self.circle is not None:
+                    self.saves.written(order.sequence)
         for work, commit in zip(works, commits, strict=True):
             self._tell_commit(leases, work, commit)
         for worker in told:

@@ -54,6 +54,12 @@ class GossipAgent(Agent):
             self._send(gossiper.meet(time.monotonic()))
             return gossiper.changes
 
+    @property
+    def exchanged(self) -> dict[str, int]:
+        """How many of its offers were answered, and how many were not."""
+        gossiper = self._gossiper
+        return {"answered": gossiper.exchanges, "declined": gossiper.declined}
+
     def next_lease(self) -> Lease:
         """Wait for the next lease, and begin to work on it; -1 at the end, when the weights are the
         mean of those of all.

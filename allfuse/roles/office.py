@@ -112,7 +112,7 @@ def _is_idle(scheduler: Scheduler) -> bool:
 
 def _go_back(book: Book, snapshots: Path, servers: int) -> None:
     """Where a run goes on: at the last version that all its servers have on disk."""
-    if book.newest()[0] < 0:
+    if book.newest()[0] < 0 or not servers:
         return
     kept = [set(Snapshots(snapshots, index, servers).all()) for index in range(servers)]
     common = set.intersection(*kept)

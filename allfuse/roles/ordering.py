@@ -102,11 +102,13 @@ class Ordering:
             counting,
             to,
             dropped + void,
-            self._terms.servers > 0 and (is_last or save or self._is_save_due()),
+            is_last or save or self._is_save_due(),
             factor,
         )
         if order.save:
             self._ordered_save = order.sequence
+        if order.save and self._terms.gossips:
+            self.saved = order.sequence  # who asks for a checkpoint brings all of it
         self._book.put_order(order)
         message = say.Orders(first=order.sequence, entries=[order.plain])
         for shard in sorted(self.servers):

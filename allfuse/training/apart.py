@@ -19,7 +19,7 @@ import time
 import types
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -68,7 +68,10 @@ class Apart:
         prepare: called with the work that comes next, whose weights are still on their way.
         lease: what the group works on; its number is -1 at the end. None before the first.
         capture: gives the state of the session.
+        link: between groups, for people.
     """
+
+    link: ClassVar[str] = "servers"
 
     def __init__(self, place: Place, bus: Bus) -> None:
         outer, crew = place.whole.outer, place.world.crew

@@ -10,18 +10,22 @@ The course of a lease, for weights of B bytes and a group of m ranks:
      inside the group;
   3. after the last one it asks somebody for the mean of both (B sent by rank 0), and for the next
      lease. It waits for neither.
+
+A checkpoint is the state of the group that it fell to, with weights of its own; at the end, and
+where a run is interrupted, with the mean of all. A run that goes on begins everywhere with that.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from allfuse.base.errors import RunError, UserError
+from allfuse.base.errors import UserError
 from allfuse.base.torch_private import foreach_copy
 from allfuse.launcher.crewmate import Crewmate
 from allfuse.roles.agent import Agent
@@ -29,9 +33,11 @@ from allfuse.roles.cutting import view_all
 from allfuse.roles.gossip_agent import GossipAgent
 from allfuse.roles.messages import Join
 from allfuse.roles.parcels import Flats
+from allfuse.store.run import is_run
 from allfuse.topology.gossip import Gossip
 from allfuse.training.apart import Apart
 from allfuse.training.keeper import decide_resume
+from allfuse.training.worker_part import WorkerPart, names_of, restore
 
 if TYPE_CHECKING:
     import threading
@@ -47,6 +53,7 @@ class Gossiping(Apart):
         flats: its weights, a flat tensor for each block of the blueprint.
     """
 
+    link: ClassVar[str] = "gossip"
     flats: Flats
     _changes = 0
 
@@ -67,16 +74,20 @@ class Gossiping(Apart):
         """Join, and wait for the first weights and the first lease.
 
         Raises:
-            UserError: several optimizers. RunError: the run is to go on from what is not saved.
+            UserError: several optimizers.
         """
         if len(state.learners) != 1:
             raise UserError(
                 f"{self.place.whole}: groups that gossip mix what one optimizer steps, and the "
                 f"session has {len(state.learners)}; next: a plan in step"
             )
-        self._refuse_resume()
         learner = state.learners[0]
         self._steps_per_epoch = steps_per_epoch
+        out = self.facts.get("out")
+        resumes = decide_resume(self.facts.get("resume", False), out)
+        if out is not None and resumes and is_run(out):
+            restore(state, learner, Path(out), inner=True)
+        self.facts["parameters"] = names_of(learner, state.names())
         held = self._held(state, learner)
         blueprint = self._make_blueprint(learner, state)
         device = self.place.device
@@ -85,6 +96,7 @@ class Gossiping(Apart):
         ]
         self.tensors = view_all(blueprint.blocks, self.flats)
         self._lay(held)
+        self._part = WorkerPart(state, learner, {}, inner=True)
         agent = self._gossip_agent
         if agent is not None:
             digest = hashlib.sha256(repr(sorted(fingerprints.items())).encode()).hexdigest()[:16]
@@ -96,7 +108,7 @@ class Gossiping(Apart):
                 steps=steps,
                 epochs=epochs,
                 blueprint=blueprint.plain(),
-                facts={**self.facts, "save_every": None},
+                facts=self.facts,
                 place=agent.place,
             )
             topology = self.outer.topology
@@ -115,15 +127,6 @@ class Gossiping(Apart):
         foreach_copy(list(self.tensors.values()), [held[name] for name in self.tensors])
         for name, tensor in held.items():
             tensor.data = self.tensors[name]
-
-    def _refuse_resume(self) -> None:
-        out = self.facts.get("out")
-        if decide_resume(self.facts.get("resume", False), out):
-            raise RunError(
-                f"resume {out}: under {self.place.whole} each worker holds weights of its own, "
-                "which nobody saves; allowed: a new run folder; next: start from its exported "
-                "model, or a plan in step, or topology=central, whose runs go on"
-            )
 
     # From step to step.
 
@@ -150,6 +153,8 @@ class Gossiping(Apart):
         self.lease = self._shared(self.lease)
         self._begin_lease(before)
         self._spread()
+        if self.is_over and self._gossip_agent is not None:
+            self._gossip_agent.tell("exchanged", self._gossip_agent.exchanged)
 
     def _spread(self) -> None:
         """What rank 0 of the group has, on all of its ranks."""
@@ -157,8 +162,5 @@ class Gossiping(Apart):
             if self.place.replicas.size > 1 and flat.numel():
                 self.place.replicas.broadcast(flat, "spread the weights of a group").wait()
 
-    def save(self, score: float | None = None) -> None:
-        """Nothing: each group has weights of its own, of which no checkpoint is made."""
-
     def how_to_go_on(self) -> str:
-        return f"under {self.place.whole} there is nothing to go on from"
+        return super().how_to_go_on().replace("what the servers held", "the mean of all weights")

@@ -49,7 +49,7 @@ def go_on(folder: RunFolder, facts: Mapping[str, Any], plan: Plan) -> list[str]:
         troubles.append(f"the checkpoint of step {step} cannot be used: {trouble}")
     is_same = folder.record.get("plan") == str(plan) and book.exists()
     note = {} if found is None else checkpoints.read(found)[1]
-    if is_same and (found is None or has_newer(snapshots, plan.servers, note)):
+    if is_same and plan.servers and (found is None or has_newer(snapshots, plan.servers, note)):
         return troubles
     if found is None:
         if troubles:

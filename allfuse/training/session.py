@@ -514,7 +514,7 @@ class Session:
         apart.facts["record"] = self.keeper.describe(kept, prints, self.plan)
         same = {name: apart.facts["record"].get(name) for name in SAME}
         about = self.teller.start(source, size, loader.steps_per_epoch, epochs, steps)
-        apart.facts["start"] = {**about, "out": apart.facts["out"], "link": "servers"}
+        apart.facts["start"] = {**about, "out": apart.facts["out"], "link": apart.link}
         apart.begin(
             self.state,
             steps_per_epoch=loader.steps_per_epoch,

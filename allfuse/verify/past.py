@@ -107,8 +107,7 @@ def _play(path: Path) -> Found:
         plan = as_plan(folder.record["plan"])
         job = _job_of(folder, plan)
         history = History.read(path / BOOK, terms_of(plan, timeout_s=0.0))
-        if history.gossip is None:
-            _refuse_gaps(folder, plan, history)
+        _refuse_gaps(folder, plan, history)
         history.check(terms_of(plan, timeout_s=0.0))
         done = max((u.first_step + u.steps for u in history.updates), default=0)
         subject, _ = make_subject(job, steps=history.limit or done, double=False)
