@@ -17,6 +17,7 @@ from allfuse.link.mailroom import Faults, Mailroom
 from allfuse.plan import as_plan
 from allfuse.roles.office import run_scheduler, run_server
 from allfuse.roles.terms import terms_of
+from allfuse.training.keeper import Resume
 from allfuse.training.loop import Result, train_job
 from allfuse.watching import Watching, watch
 
@@ -99,7 +100,7 @@ def train_crew(job: Job, plan: str, faults: Faults | None = None) -> Told:
 
 
 def train_crew_into(
-    out: Path, job: Job, plan: str, *, resume: bool = False, timeout_s: float = 30.0
+    out: Path, job: Job, plan: str, *, resume: Resume = False, timeout_s: float = 30.0
 ) -> Told:
     """Train a job under a plan with roles, with a run folder."""
 

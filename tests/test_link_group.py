@@ -184,6 +184,16 @@ def test_every_rank_names_the_one_that_fell_silent_at_the_deadline(
     assert max(seconds) >= 2.0
 
 
+def test_the_launcher_does_not_wait_for_one_that_all_others_have_missed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(watch, "GRACE_S", 60.0)
+    begin = time.monotonic()
+    error = failing(fall_silent, 2, victim=1, timeout_s=1.0)
+    assert time.monotonic() - begin < 40
+    check_survivors(error, 2, 1, "gave no answer to the roll call")
+
+
 def failing_and_freed(workers: int, victim: int, timeout_s: float) -> WorkerFailed:
     """A run with a stopped rank, which is killed when all others have told whom they lost."""
     with pytest.raises(WorkerFailed) as caught:

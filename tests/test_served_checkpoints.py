@@ -3,6 +3,7 @@ round."""
 
 from __future__ import annotations
 
+import math
 import shutil
 import threading
 import time
@@ -26,6 +27,7 @@ from allfuse.prediction.restore import open_run
 from allfuse.split.data import BatchPlan, ColumnSource, Learned, Loader
 from allfuse.store.checkpoint import Checkpoints
 from allfuse.store.manifest import read_manifest
+from allfuse.training.keeper import Resume
 from allfuse.training.loop import Result, train_job
 from allfuse.watching import Watching, watch
 from tests.crews import run_crew, small_job, train_crew_into
@@ -36,15 +38,15 @@ BSP = "data(2, topology=central(servers=2))"
 
 def adamw(steps: int = 14, **changes: Any) -> Job:
     """14 steps are two epochs."""
-    changes = {"stop": af.Stop(steps=steps), **changes}
-    return small_job(
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
-        scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9),
-        **changes,
-    )
+    fields = {
+        "stop": af.Stop(steps=steps),
+        "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
+        "scheduler": lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9),
+    }
+    return small_job(**{**fields, **changes})
 
 
-def train(job: Job, plan: str, out: Path, *, resume: bool = False) -> Result:
+def train(job: Job, plan: str, out: Path, *, resume: Resume = False) -> Result:
     """Under any plan, on threads."""
     if "servers" in plan:
         return train_crew_into(out, job, plan, resume=resume).result
@@ -283,3 +285,82 @@ def test_the_best_checkpoint_holds_the_weights_that_its_score_is_of(tmp_path: Pa
 def score_of(checkpoints: Checkpoints, step: int) -> float | None:
     (folder,) = checkpoints.folder.glob(f"step-{step:08d}*")
     return read_manifest(folder).score
+
+
+# What servers do not hold, and sites.
+
+
+class Odd(torch.nn.Module):
+    """Frozen parameters, a buffer that no checkpoint holds, and one of whole numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(8, 6).double().requires_grad_(False)
+        self.last = torch.nn.Linear(6, 2).double()
+        self.register_buffer("turn", torch.rand(6, dtype=torch.float64), persistent=False)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+        hidden: Tensor = self.last(torch.tanh(self.first(x)) * self.turn)
+        return hidden
+
+
+@pytest.mark.parametrize(("first", "second"), [(BSP, "data(1)"), ("data(1)", BSP), (BSP, BSP)])
+def test_what_servers_do_not_hold_is_kept_too(tmp_path: Path, first: str, second: str) -> None:
+    made = adamw(model=Odd, optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9))
+    whole = train(made, "data(1)", tmp_path / "whole")
+    train(stopped(made, 5), first, tmp_path / "run")
+    state, _ = newest(tmp_path / "run")
+    assert sorted(state["models"]["model"]) == [
+        *("calls", "first.bias", "first.weight", "last.bias", "last.weight"),
+    ]
+    rest = train(made, second, tmp_path / "run", resume=True)
+    assert int(rest.weights["calls"]) > int(state["models"]["model"]["calls"]) > 0
+    for result in (whole, rest):
+        result.weights.pop("calls")  # the calls of one worker
+    assert furthest(whole.weights, rest.weights) < 1e-12
+
+
+def stopped(job: Job, steps: int) -> Job:
+    return Job(**{**vars(job), "stop": af.Stop(steps=steps)})
+
+
+SITES = "site(2, every=2, topology=central(servers=2), outer={})"
+
+
+def test_sites_over_servers_go_on_with_what_their_optimizers_and_the_outer_one_keep(
+    tmp_path: Path,
+) -> None:
+    plan = SITES.format("nesterov(lr=0.7, momentum=0.5)")
+    whole = train(adamw(), plan, tmp_path / "whole")
+    train(adamw(steps=6), plan, tmp_path / "run")
+    state, _ = newest(tmp_path / "run")
+    assert all(kept["momentum_buffer"].any() for kept in state["outer"].values() if kept)
+    assert len(state["optimizers"][0]["state"]) == 4, "of the site that handed it in"
+    rest = train(adamw(), plan.replace("servers=2", "servers=1"), tmp_path / "run", resume=True)
+    assert rest.steps == 14
+    assert furthest(whole.weights, rest.weights) < 0.05, "sites begin with one optimizer's state"
+
+
+@pytest.mark.parametrize("plan", ["data(2)", "site(2, every=2)", ASP])
+def test_a_run_of_sites_over_servers_goes_on_otherwise(tmp_path: Path, plan: str) -> None:
+    train(adamw(steps=6), SITES.format("average"), tmp_path / "run")
+    rest = train(adamw(), plan, tmp_path / "run", resume=True)
+    assert (rest.steps, math.isfinite(rest.loss)) == (14, True)
+
+
+def test_the_same_call_begins_a_run_over_servers_and_goes_on_with_it(tmp_path: Path) -> None:
+    first = train(adamw(steps=4), ASP, tmp_path / "run", resume="auto")
+    second = train(adamw(steps=8), ASP, tmp_path / "run", resume="auto")
+    assert (first.steps, second.steps) == (4, 8)
+
+
+def test_a_run_whose_servers_files_are_damaged_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    train(adamw(steps=4), BSP, tmp_path / "run")
+    for path in (tmp_path / "run" / "servers").glob("server-1*"):
+        path.unlink()
+    rest = train(adamw(), BSP, tmp_path / "run", resume=True)
+    whole = train(adamw(), "data(1)", tmp_path / "whole")
+    assert furthest(whole.weights, rest.weights) < 1e-12

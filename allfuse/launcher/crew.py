@@ -264,6 +264,11 @@ class CrewWatch(Watch):
             return
         super()._note_failure(outcome)
 
+    @property
+    def _only_missed_ones_left(self) -> bool:
+        """Those are known by their ranks in a group, which goes without them or ends."""
+        return False
+
     def _may_restart(self, part: Part) -> bool:
         key = (part.role, part.index)
         self._restarts[key] = self._restarts.get(key, 0) + 1

@@ -17,7 +17,7 @@ class Failure:
     """An exception of a worker as plain values: those of users need not be picklable.
 
     `expected` says that allfuse raised it on purpose; `error` is then the pickled error, where that
-    is possible.
+    is possible. `peer`: the rank that is lost.
     """
 
     type: str
@@ -28,6 +28,7 @@ class Failure:
     exit_code: int
     step: int | None
     error: bytes | None = None
+    peer: int | None = None
 
     @property
     def was_stopped(self) -> bool:
@@ -55,6 +56,7 @@ def describe_failure(error: BaseException, step: int | None) -> Failure:
         exit_code=exit_code,
         step=step,
         error=packed,
+        peer=error.peer if isinstance(error, PeerLost) else None,
     )
 
 

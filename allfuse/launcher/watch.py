@@ -13,6 +13,7 @@ from allfuse.launcher.outcome import Outcome, how_it_ended
 from allfuse.launcher.zygotes import Zygote
 
 GRACE_S = 4.0  # how long the others may take to end by themselves after the first failure
+LAST_S = 1.0  # how long only those may take that others have waited for in vain
 LINGER_S = 30.0  # how long threads that user code has started may go on after all work is done
 
 
@@ -126,6 +127,15 @@ class Watch:
         orderly = failure is not None and failure.expected and failure.was_stopped
         if self.deadline is None and not (orderly and self.stops):
             self.deadline = time.monotonic() + GRACE_S
+        if self.deadline is not None and self._only_missed_ones_left:
+            self.deadline = min(self.deadline, time.monotonic() + LAST_S)
+
+    @property
+    def _only_missed_ones_left(self) -> bool:
+        """Whether all have reported but those that others have waited for in vain."""
+        missed = {o.failure.peer for o in self.outcomes if o.failure is not None}
+        left = {o.rank for o in self.outcomes if o.result is None and o.failure is None}
+        return bool(left) and left <= missed
 
     def _stop(self) -> None:
         """Pass on that a person or a supervisor asks to stop; the second time, kill."""

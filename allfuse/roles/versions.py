@@ -25,6 +25,8 @@ from allfuse.roles.snapshots import Snapshots
 from allfuse.store.tensorfile import describe_tensors, read_tensors
 
 WEIGHTS = "weights"
+FOR_ALL = frozenset({"step", "eta", "mu", "mu_product"})
+"""What torch's optimizers keep of a parameter as one value; of one without dims all looks so."""
 READ_AHEAD = 8  # parts of files that are kept, since small tensors share one
 
 
@@ -70,8 +72,9 @@ class Version:
 
     def states(self, name: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """What the optimizer keeps of a tensor: type and shape by name."""
-        home = next(iter(self._overlapping(self._places[name])), None)
-        kept = {} if home is None else self._kept[f"{home[1]} {home[2]}"]
+        kept: dict[str, Kept] = {}
+        for _, path, prefix in self._overlapping(self._places[name]):
+            kept |= self._kept[f"{path} {prefix}"]
         return {
             key.removeprefix(STATE): (each.dtype, self._held[name].shape if each.is_whole else ())
             for key, each in kept.items()
@@ -79,11 +82,11 @@ class Version:
         }
 
     def weights(self, name: str) -> Tensor:
-        return self._gather(name, WEIGHTS)
+        return self._gather(name, WEIGHTS, self._held[name].dtype)
 
     def state(self, name: str, kind: str) -> Tensor:
         """What the optimizer keeps of a tensor under a name."""
-        return self._gather(name, f"{STATE}{kind}")
+        return self._gather(name, f"{STATE}{kind}", self.states(name)[kind][0])
 
     def _overlapping(self, span: Span) -> list[tuple[Span, Path, str]]:
         return [
@@ -94,19 +97,27 @@ class Version:
             and span.start < home[0].stop
         ]
 
-    def _gather(self, name: str, what: str) -> Tensor:
+    def _gather(self, name: str, what: str, dtype: torch.dtype) -> Tensor:
         own, parts = self._places[name], []
         for span, path, prefix in self._overlapping(own):
+            if what not in self._kept[f"{path} {prefix}"]:  # of a part that was never stepped
+                parts.append(torch.zeros(_common(own, span), dtype=dtype))
+                continue
             part: Tensor = self._read(path, f"{prefix}{what}")
             if part.dim() == 0:
                 return part.clone()
             start, stop = max(own.start, span.start), min(own.stop, span.stop)
             parts.append(part[start - span.start : stop - span.start])
         held = self._held[name]
-        flat = torch.cat(parts) if parts else torch.empty(0, dtype=held.dtype)
+        flat = torch.cat(parts) if parts else torch.empty(0, dtype=dtype)
         if flat.numel() != prod(held.shape):
             raise CheckpointError(f"servers hold {flat.numel()} of {prod(held.shape)} of {name}")
         return flat.reshape(held.shape)
+
+
+def _common(own: Span, span: Span) -> int:
+    """Of how many elements both are."""
+    return min(own.stop, span.stop) - max(own.start, span.start)
 
 
 def write_version(
@@ -151,7 +162,8 @@ def write_version(
         kept = {name: states(name) for name in names}
         for kind in dict.fromkeys(kind for state in kept.values() for kind in state):
             given = [state[kind] for state in kept.values() if kind in state]
-            if all(each.numel() == 1 and each.dim() == 0 for each in given):
+            plain = [held[name].shape == () for name, state in kept.items() if kind in state]
+            if all(each.dim() == 0 for each in given) and (kind in FOR_ALL or not all(plain)):
                 found[f"{STATE}{kind}"] = torch.stack(given).max()
                 continue
             found[f"{STATE}{kind}"] = torch.cat(
