@@ -364,3 +364,10 @@ def test_a_run_whose_servers_files_are_damaged_goes_on_from_its_checkpoint(tmp_p
     rest = train(adamw(), BSP, tmp_path / "run", resume=True)
     whole = train(adamw(), "data(1)", tmp_path / "whole")
     assert furthest(whole.weights, rest.weights) < 1e-12
+
+
+def test_what_a_codec_had_not_sent_is_told_to_be_left_out(tmp_path: Path) -> None:
+    train(adamw(steps=4), "data(2, codec=topk(0.1))", tmp_path / "run")
+    train(adamw(steps=8), BSP, tmp_path / "run", resume=True)
+    events = (tmp_path / "run" / "events.jsonl").read_text()
+    assert "what the codec of gradients had not sent before is left out" in events

@@ -353,7 +353,7 @@ class Apart:
         if out is None:
             return "there is no run folder, so nothing to go on from"
         how = "resume=True" if self.facts.get("job_file") is None else f"--resume {out}"
-        return f"what the servers held is in {out}: go on with {how}"
+        return f"what the servers held is in a checkpoint in {out}: go on with {how}"
 
     def stop(self, reason: str) -> None:
         """Ask that no more work is handed out to anybody."""

@@ -62,7 +62,17 @@ def go_on(folder: RunFolder, facts: Mapping[str, Any], plan: Plan) -> list[str]:
     blueprint = Blueprint.from_plain(facts["blueprint"])
     names, unsaved = facts.get("parameters", ()), facts.get("unsaved", {})
     set_out(checkpoints, found, plan, blueprint, names, unsaved, book, snapshots)
+    if _has_unsent(checkpoints.read(found)[0]):
+        troubles.append(
+            "what the codec of gradients had not sent before is left out: servers do not keep it; "
+            "to have it, go on for a step under a plan in step without a codec"
+        )
     return troubles
+
+
+def _has_unsent(state: Mapping[str, Any]) -> bool:
+    fusions = [fusion for fusion in state["fusions"] if fusion is not None]
+    return any(bool(r.any()) for fusion in fusions for r in fusion["residuals"].values())
 
 
 def has_newer(snapshots: Path, servers: int, note: Mapping[str, Any]) -> bool:
