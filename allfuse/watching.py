@@ -37,6 +37,10 @@ def watch(session: Session, watching: Watching) -> None:
         session.apart.facts["watching"] = asdict(watching)
     elif session.is_main:
         watch_bus(session.bus, watching, lambda: session.keeper.folder, session.at_close)
+    else:  # it may come to be, when those before it are lost
+        session.when_main.append(
+            lambda bus: watch_bus(bus, watching, lambda: session.keeper.folder, session.at_close)
+        )
 
 
 def watch_bus(

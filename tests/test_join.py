@@ -60,21 +60,16 @@ def test_without_any_token_there_is_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("on_loss", "listen", "token", "what"),
-    [
-        (None, "0.0.0.0:7077", None, "--listen"),
-        (None, None, Path("t"), "--token-file"),
-        ("continue", None, None, "--on-loss continue"),
-        ("restart", None, None, "--on-loss restart"),
-    ],
+    ("listen", "token", "what"),
+    [("0.0.0.0:7077", None, "--listen"), (None, Path("t"), "--token-file")],
 )
 def test_what_needs_a_scheduler_is_refused_without_one(
-    on_loss: str | None, listen: str | None, token: Path | None, what: str
+    listen: str | None, token: Path | None, what: str
 ) -> None:
     with pytest.raises(UserError, match=what) as refusal:
-        refuse_without_roles(as_plan("data(2)"), on_loss, listen, token)
+        refuse_without_roles(as_plan("data(2)"), listen, token)
     assert "sync=asp" in str(refusal.value)
-    refuse_without_roles(as_plan("data(2, sync=asp)"), on_loss, listen, token)
+    refuse_without_roles(as_plan("data(2, sync=asp)"), listen, token)
 
 
 def test_policies_for_losses_have_names() -> None:

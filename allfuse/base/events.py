@@ -45,6 +45,10 @@ class Bus:
         if not self.wants(name):
             return
         event = Event(name=name, time=time.time(), rank=self.rank, step=self.step, data=data)
+        self.forward(event)
+
+    def forward(self, event: Event) -> None:
+        """Hand on an event, which may come from another bus."""
         for sink, names in tuple(self._sinks):  # who subscribes meanwhile hears the next one
-            if names is None or name in names:
+            if names is None or event.name in names:
                 sink(event)

@@ -13,6 +13,7 @@ import typer
 
 from allfuse.base.errors import UserError
 from allfuse.plan import Plan, as_plan, check_workers
+from allfuse.plan.loss import loss_policy
 
 MOST_THREADS = 1024  # OpenMP dies without a word where the system has no more
 BestOption = Annotated[
@@ -69,8 +70,8 @@ LossOption = Annotated[
     str | None,
     typer.Option(
         metavar="POLICY",
-        help="When a worker is lost: stop, restart it, or continue without it (plans with servers "
-        "continue, others stop, unless told otherwise).",
+        help="When a worker is lost: stop, continue without it, or restart (without servers all, "
+        "from the last checkpoint). Plans with servers continue, others stop, unless told.",
     ),
 ]
 
@@ -131,7 +132,7 @@ def run_under(
         raise UserError(f"--threads {threads}: allowed: 1 to {MOST_THREADS}")
     from allfuse.launcher.torchrun import started_by_torchrun
 
-    refuse_without_roles(plan, on_loss, listen, token_file)
+    refuse_without_roles(plan, listen, token_file)
     if started_by_torchrun():
         from allfuse.hosting import join_started, work_among_started
         from allfuse.launcher import entered
@@ -141,7 +142,8 @@ def run_under(
         set_threads(threads, world.local_size)
         with entered(world):
             return work_among_started(world, work)
-    if plan.workers == 1 and plan.outer is None:
+    policy = None if plan.outer is not None else loss_policy(plan, on_loss)
+    if policy is not None and plan.workers == 1 and policy.on_loss != "restart":
         set_threads(threads, 1)
         return work()
     from allfuse.launcher.local import launch_local, warm_up
@@ -165,7 +167,14 @@ def run_under(
             token=token,
             token_file=token_file,
         )
-    return launch_local(work, plan.workers, plan=str(plan), threads=threads, timeout_s=timeout_s)
+    return launch_local(
+        work,
+        plan.workers,
+        plan=str(plan),
+        threads=threads,
+        timeout_s=timeout_s,
+        policy=policy,
+    )
 
 
 def refuse_open_house(listen: str | None) -> None:
@@ -193,9 +202,7 @@ def _refuse_under_torchrun(
         refuse_open_house(listen)
 
 
-def refuse_without_roles(
-    plan: Plan, on_loss: str | None, listen: str | None, token_file: Path | None
-) -> None:
+def refuse_without_roles(plan: Plan, listen: str | None, token_file: Path | None) -> None:
     """Refuse what only a plan with a scheduler can do."""
     if plan.outer is not None:
         return
@@ -206,11 +213,6 @@ def refuse_without_roles(
                 f"{name} {value}: nobody can join {plan}, whose workers are counted when it "
                 f"starts; next: a plan with a scheduler, such as {nearest}"
             )
-    if on_loss not in (None, "stop"):
-        raise UserError(
-            f"--on-loss {on_loss}: the workers of {plan} need each other in every step; allowed: "
-            f"stop, and then --resume; next: a plan with a scheduler, such as {nearest}"
-        )
 
 
 def set_threads(threads: int | None, local_workers: int) -> None:

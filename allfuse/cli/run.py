@@ -12,6 +12,7 @@ from allfuse.base.errors import UserError
 from allfuse.cli.options import (
     DebugOption,
     JsonOption,
+    LossOption,
     PlanOption,
     ThreadsOption,
     TimeoutOption,
@@ -31,6 +32,7 @@ def run(
     workers: WorkersOption = None,
     threads: ThreadsOption = None,
     timeout: TimeoutOption = 300.0,
+    on_loss: LossOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -49,6 +51,7 @@ def run(
         functools.partial(run_script, str(script), given),
         threads=threads,
         timeout_s=timeout,
+        on_loss=on_loss,
     )
     if as_json:
         print_json({"ok": True, "command": "run", "plan": str(chosen), "script": str(script)})

@@ -143,12 +143,12 @@ class WeightFusion:
                 bundle.momentum = momentum.to(bundle.exact)
 
     def revive(
-        self, fragment: int, values: Mapping[str, Tensor], unsent: Mapping[str, Tensor]
+        self, fragment: int | None, values: Mapping[str, Tensor], unsent: Mapping[str, Tensor]
     ) -> Flight | None:
-        """A flight that was carried before a checkpoint, as its `values` and `unsent` tell; None
-        if its tensors are not these."""
+        """A flight of a fragment, or of all, that was carried elsewhere or before a checkpoint, as
+        its `values` and `unsent` tell; None if its tensors are not these."""
         loads = []
-        for bundle in self.fragments[fragment]:
+        for bundle in self.bundles if fragment is None else self.fragments[fragment]:
             flat = bundle.find(values)
             if flat is None:
                 return None

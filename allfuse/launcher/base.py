@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     import torch
 
     from allfuse.launcher.crewmate import Crewmate
+    from allfuse.launcher.generation import Lost
     from allfuse.link.base import Board, Link
+
+
+BEGAN = "began"
+"""Where rank 0 tells its launcher that there is a run to go on with."""
 
 
 class World(ABC):
@@ -34,6 +39,9 @@ class World(ABC):
         has_process_groups: whether a default process group can be made (threads share one process).
         spans_process: whether all threads of this process belong to this rank.
         crew: what this process is besides, where a scheduler hands out the work; else None.
+        ids: of each rank, the rank that it was started with. Messages name workers by these.
+        goes_on: whether the others go on without a rank that is lost: see `regroup`.
+        again: the losses after which all were started again. resumes: they had begun a run by then.
     """
 
     kind: str = "alone"
@@ -47,10 +55,14 @@ class World(ABC):
     has_process_groups: bool = True
     spans_process: bool = False
     crew: Crewmate | None = None
+    goes_on: bool = False
+    again: tuple[Lost, ...] = ()
+    resumes: bool = False
     board: Board
 
     def __init__(self) -> None:
         self.stop_requested = threading.Event()
+        self._generation = self._newest = 0  # of those that go on after losses
         self._hosts: tuple[str, ...] = ()
         self._keys: Counter[str] = Counter()
 
@@ -114,6 +126,31 @@ class World(ABC):
             reason="did not say which host it is on",
             timeout_s=self.timeout_s,
         ).decode()
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return tuple(range(self.size))
+
+    def hear_of_loss(self, generation: int) -> None:
+        """The launcher tells that a rank is lost, and which generation comes after it."""
+        self._newest = max(self._newest, generation)
+
+    @property
+    def told_of_loss(self) -> bool:
+        """Whether the launcher has told of a loss after which this rank has not regrouped."""
+        return self._newest > self._generation
+
+    def regroup(self, error: PeerLost | None) -> tuple[Lost, ...]:
+        """Leave lost ranks behind: rank, size, board and links are new ones afterwards, the board
+        empty. Those that were lost. All that are left must come; links made before are useless.
+
+        Args:
+            error: what this rank has noticed; None where the launcher has told of a loss.
+
+        Raises:
+            PeerLost: the ranks that are left do not go on, or did not come in time.
+        """
+        raise error or RuntimeError("nothing was lost")
 
     def sees_alone(self, devices: Sequence[str]) -> bool:
         """Whether no other process sees any of these, all that this one sees. All ranks ask."""

@@ -153,6 +153,13 @@ def _load_result(packed: bytes | None) -> Any:
         ) from error
 
 
+def is_nothing(packed: bytes) -> bool:
+    """Whether a result is None, which workers pack in one of two ways."""
+    import cloudpickle
+
+    return packed in (pickle.dumps(None), cloudpickle.dumps(None))
+
+
 def _text(outcome: Outcome) -> str:
     return outcome.failure.text if outcome.failure is not None else how_it_ended(outcome.status)
 

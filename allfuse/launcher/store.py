@@ -42,21 +42,32 @@ class StoreWorld(World):
         timeout_s: float = 300.0,
         host: int | None = None,
     ) -> None:
-        from allfuse.link.group import StoreBoard
-        from allfuse.link.lookout import Lookout
-
         super().__init__()
-        self.rank, self.size, self.timeout_s = rank, size, timeout_s
+        self.timeout_s = timeout_s
         self._loopback = loopback
         self._address = LOOPBACK if loopback else address
-        self.store_board = StoreBoard(store)
-        self.board = self.store_board
-        self._lookout = Lookout(self.store_board, rank, size, host)
+        self._enter(store, tuple(range(size)), rank, host)
         if not loopback:
             self.tell_host()
         self._closed = False
-        self._links: Counter[tuple[str, tuple[int, ...]]] = Counter()
         self._leaves_group = False
+
+    def _enter(
+        self, store: Store, ids: tuple[int, ...], rank: int, host: int | None = None
+    ) -> None:
+        """Be one of these ranks, who meet at the store for the first time."""
+        from allfuse.link.group import StoreBoard
+        from allfuse.link.lookout import Lookout
+
+        self._ids, self.rank, self.size = ids, rank, len(ids)
+        self.board = self.store_board = StoreBoard(store)
+        self._lookout = Lookout(self.store_board, rank, self.size, host, ids)
+        self._links: Counter[tuple[str, tuple[int, ...]]] = Counter()
+        self._keys.clear()
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return self._ids
 
     @property
     def is_one_host(self) -> bool:

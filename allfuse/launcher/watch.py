@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import selectors
 import socket
@@ -62,7 +63,10 @@ class Watch:
 
     @property
     def _all_reported(self) -> bool:
-        return all(outcome.result is not None or outcome.failure for outcome in self.outcomes)
+        return all(
+            outcome.result is not None or outcome.failure or outcome.is_lost
+            for outcome in self.outcomes
+        )
 
     def _give_up(self) -> None:
         """The zygote does not do what it is told: end it, which ends its workers."""
@@ -89,14 +93,19 @@ class Watch:
             )
 
     def _take(self, channel: Channel, outcome: Outcome) -> None:
-        from allfuse.launcher.worker import DONE
+        from allfuse.launcher.worker import DONE, MISSES
 
         for report in channel.pull():
             if report[:1] == DONE:
                 outcome.result = report[1:]
+            elif report[:1] == MISSES:
+                self._hear_of_silence(*json.loads(report[1:]))
             else:
                 outcome.failure = pickle.loads(report[1:])  # noqa: S301  our own worker
                 self._note_failure(outcome)
+
+    def _hear_of_silence(self, generation: int, worker: int) -> None:
+        """A worker names one that does not answer, in a launch that can go on without it."""
 
     def _hear_zygote(self) -> None:
         answers = self.zygote.hear()

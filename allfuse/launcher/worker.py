@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import faulthandler
 import importlib
+import json
 import os
 import pickle
 import signal
@@ -22,19 +23,23 @@ from allfuse.base.errors import UserError
 from allfuse.launcher.base import entered
 from allfuse.launcher.channel import receive_frame, send_frame
 from allfuse.launcher.crewmate import Crewmate, CrewRequest
+from allfuse.launcher.generation import Lost
 from allfuse.launcher.outcome import Failure, describe_failure
 from allfuse.launcher.signals import catch_signals
 from allfuse.launcher.store import StoreWorld
 
-STOP = b"stop"  # the only thing that a launcher says after it has sent the function
+STOP = b"stop"  # what a launcher says after it has sent the function
+LOST = b"lost"  # and the number of the generation, where others go on without one that is lost
 DONE, FAILED = b"d", b"f"  # how a worker's one report begins
+MISSES = b"m"  # how it begins to say who does not answer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """What a worker takes over from its launcher, and where it meets the other ranks.
 
-    store: host and port.
+    store: host and port. goes_on: the others go on when one is lost. again: the losses after which
+    all were started again; resumes: they had begun a run by then.
     """
 
     rank: int
@@ -49,6 +54,9 @@ class Request:
     path: list[str]
     command: list[str]
     crew: CrewRequest | None = None
+    goes_on: bool = False
+    again: tuple[Lost, ...] = ()
+    resumes: bool = False
 
 
 def work(channel: socket.socket) -> None:
@@ -78,11 +86,11 @@ def _run_and_report(channel: socket.socket) -> int:
     world: StoreWorld | None = None
     try:
         _take_over(request)
-        world = _enter_world(request)
+        world = _enter_world(request, channel)
         _obey(channel, world)
         with entered(world):
             result = pickle.loads(function)()  # noqa: S301  our own launcher
-        report, code = DONE + _pack_result(result, request.rank), 0
+        report, code = DONE + _pack_result(result, world.rank), 0
     except BaseException as error:
         _ignore_stops()
         failure = describe_failure(error, None if world is None else world.step)
@@ -118,18 +126,23 @@ def _take_over(request: Request) -> None:
     torch.set_num_threads(request.threads)
 
 
-def _enter_world(request: Request) -> StoreWorld:
-    from allfuse.base.torch_private import PrefixStore, TCPStore
+def _enter_world(request: Request, channel: socket.socket) -> StoreWorld:
+    from allfuse.base.torch_private import TCPStore
+    from allfuse.launcher.local_world import LocalWorld
+
+    def accuse(number: int, worker: int) -> None:
+        send_frame(channel, MISSES + json.dumps([number, worker]).encode())
 
     store = TCPStore(*request.store, None, False, timedelta(seconds=300))
-    world = StoreWorld(
-        PrefixStore(request.run, store),
+    world = LocalWorld(
+        store,
+        request.run,
         request.rank,
         request.size,
-        loopback=True,
         timeout_s=request.timeout_s,
+        accuse=accuse if request.goes_on else None,
     )
-    world.kind, world.plan = "local", request.plan
+    world.plan, world.again, world.resumes = request.plan, request.again, request.resumes
     world.local_rank, world.local_size = request.rank, request.size
     if request.crew is not None:
         world.crew = Crewmate.of(request.crew, store)
@@ -158,8 +171,10 @@ def _obey(channel: socket.socket, world: StoreWorld) -> None:
     assert main is not None
 
     def listen() -> None:
-        while receive_frame(channel) is not None:
-            if world.heeds_stop:
+        while (said := receive_frame(channel)) is not None:
+            if said.startswith(LOST):
+                world.hear_of_loss(int(said.removeprefix(LOST)))
+            elif world.heeds_stop:
                 world.ask_to_stop()
             else:  # interrupts what the main thread waits for, too
                 signal.pthread_kill(main, signal.SIGINT)

@@ -6,7 +6,8 @@ launcher's end closes, for whatever reason, it kills its workers with all that t
 ends.
 
 An order is one byte. FORK carries three file descriptors: the worker's own socket, which brings it
-everything else, and what it writes its output to. Answers are JSON lines, in the order of the forks
+everything else, and what it writes its output to. KILL_ONE is followed by the worker's process id,
+4 bytes. Answers are JSON lines, in the order of the forks
 {"forked": pid}, and {"exited": pid, "status": status}.
 """
 
@@ -19,13 +20,15 @@ import os
 import select
 import signal
 import socket
+import struct
 import sys
 import warnings
 from typing import Any
 
 from allfuse.launcher.scratch import become_owner, remove_scratch, scratch_of
 
-FORK, KILL = b"f", b"k"
+FORK, KILL, KILL_ONE = b"f", b"k", b"o"
+PID = struct.Struct("<i")
 PR_SET_PDEATHSIG = 1
 PRELOAD = ("torch", "numpy", "safetensors.torch", "allfuse.launcher.worker", "allfuse.link.group")
 
@@ -64,6 +67,8 @@ class Nursery:
                     return channel
             elif order == KILL:
                 self._kill()
+            elif order == KILL_ONE:
+                self._kill_one()
             else:
                 return None
 
@@ -118,6 +123,11 @@ class Nursery:
 
     def _kill(self) -> None:
         for pid in self.workers:
+            _kill_group(pid)
+
+    def _kill_one(self) -> None:
+        content = self.control.recv(PID.size, socket.MSG_WAITALL)
+        if len(content) == PID.size and (pid := PID.unpack(content)[0]) in self.workers:
             _kill_group(pid)
 
     def end(self) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from allfuse.base.errors import WorkerFailed
-from allfuse.launcher.zygote import FORK, KILL
+from allfuse.launcher.zygote import FORK, KILL, KILL_ONE, PID
 
 END_S = 5.0  # how long a zygote may take to kill its workers before it is killed itself
 
@@ -70,6 +70,11 @@ class Zygote:
         """Order the end of all workers and of what they started. They are heard of as usual."""
         with contextlib.suppress(OSError):
             self.control.send(KILL)
+
+    def kill_worker(self, pid: int) -> None:
+        """Order the end of one worker and of what it started."""
+        with contextlib.suppress(OSError):
+            self.control.send(KILL_ONE + PID.pack(pid))
 
     def hear(self) -> list[dict[str, Any]] | None:
         """What it said since the last call; None when it has died."""

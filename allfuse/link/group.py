@@ -184,9 +184,14 @@ class GroupLink(Link):
         member = None if awaited is None else self.members[awaited]
         peer, why = self.lookout.who_is_lost(self.members, operation, self.step, member)
         reason = f"{why} ({first_line(error)})" if peer is None else why
-        me = self.members[self.rank]
+        names = self.lookout.names
         return PeerLost(
-            reason, rank=me, peer=peer, operation=operation, step=self.step, seconds=seconds
+            reason,
+            rank=names[self.members[self.rank]],
+            peer=None if peer is None else names[peer],
+            operation=operation,
+            step=self.step,
+            seconds=seconds,
         )
 
     def _start(self, operation: str, begin: Callable[[], Any], peer: int | None = None) -> Work:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,10 +28,19 @@ class Lookout:
 
     Args:
         host: the rank that dies with the board, if there is one.
+        names: what errors call each rank; None: its number.
     """
 
-    def __init__(self, board: Board, rank: int, size: int, host: int | None = None) -> None:
+    def __init__(
+        self,
+        board: Board,
+        rank: int,
+        size: int,
+        host: int | None = None,
+        names: Sequence[int] | None = None,
+    ) -> None:
         self.board, self.rank, self.host = board, rank, host
+        self.names = tuple(names or range(size))
         self.alarmed = threading.Event()
         self.doing: dict[str, str | int | None] = {}
         self._closed = threading.Event()

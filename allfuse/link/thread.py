@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -51,10 +52,21 @@ class Hub:
     """What the threads of one world share: meetings, mail, and who is lost.
 
     Also the board of such a world.
+
+    Args:
+        names: what errors and scripts call each rank; None: its number.
+        before: the hub that these ranks met at before; its script goes on.
     """
 
-    def __init__(self, size: int, script: Script | None = None) -> None:
+    def __init__(
+        self,
+        size: int,
+        script: Script | None = None,
+        names: Sequence[int] | None = None,
+        before: Hub | None = None,
+    ) -> None:
         self.size = size
+        self.names = tuple(names or range(size))
         self.script = script or Script()
         self.changed = threading.Condition()
         self.meetings: dict[tuple[str, tuple[int, ...], int], Meeting] = {}
@@ -63,10 +75,13 @@ class Hub:
         self.victims: set[int] = set()  # of the lost: those that ended because they lost a peer
         self._stalled: set[int] = set()
         self._values: dict[str, bytes] = {}
-        self._counts = [0] * size
+        self._counts: Counter[int] = Counter()
+        if before is not None:
+            self.script, self._counts = before.script, before._counts
 
-    def count_operation(self, rank: int) -> bool:
+    def count_operation(self, member: int) -> bool:
         """Plays the script for the next operation of a rank; whether it is to send garbage."""
+        rank = self.names[member]
         count = self._counts[rank]
         self._counts[rank] += 1
         if delay := self.script.delay_s(rank, count):
@@ -75,8 +90,8 @@ class Hub:
             raise Killed(f"rank {rank} at operation {count}")
         if (rank, count) in self.script.stall:
             with self.changed:
-                self._stalled.add(rank)
-                self.changed.wait_for(lambda: len(self.lost) + len(self._stalled) == self.size)
+                self._stalled.add(member)
+                self.changed.wait_for(lambda: len(self.lost) + len(self._stalled) >= self.size)
             raise Killed(f"rank {rank} stalled at operation {count}")
         return (rank, count) in self.script.garble
 
@@ -139,8 +154,8 @@ class ThreadWork(Work):
             peer, reason = hub.blame(self.wanted())
         raise PeerLost(
             reason,
-            rank=link.members[link.rank],
-            peer=peer,
+            rank=hub.names[link.members[link.rank]],
+            peer=None if peer is None else hub.names[peer],
             operation=self.operation,
             step=link.step,
             seconds=time.monotonic() - start,
@@ -206,11 +221,12 @@ class ThreadLink(Link):
             raise self._bad_message(f"came with {theirs}", peer, operation, tensor)
 
     def _bad_message(self, what: str, peer: int, operation: str, tensor: Tensor) -> BadMessage:
+        names = self.hub.names
         return BadMessage(
-            f"rank {peer} {what}, this rank with {operation} of {_kind(tensor)}; all must call the "
-            "same",
-            rank=self.members[self.rank],
-            peer=peer,
+            f"rank {names[peer]} {what}, this rank with {operation} of {_kind(tensor)}; all must "
+            "call the same",
+            rank=names[self.members[self.rank]],
+            peer=names[peer],
             operation=operation,
             step=self.step,
             seconds=0.0,

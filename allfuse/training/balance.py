@@ -142,6 +142,16 @@ class Balance:
         self._decided += [each for each in record if each.speeds]
         self._known = record[-1].at if len(record) > 1 else self._known
 
+    def go_on(self, folder: Path | None, here: Moment) -> None:
+        """After a loss, on the batch `here`: the first of those that are left keeps the record.
+
+        Raises:
+            RunError: it cannot be read or written.
+        """
+        if folder is not None and self.link.rank == 0:
+            self._path = folder / RECORD
+            _write(self._path, _take_up(self._path, Decision(here, workers=self.link.size)))
+
     def _spread(self, record: list[Decision]) -> list[Decision]:
         """The first rank's record, since its last change of workers."""
         first = max(place for place, each in enumerate(record) if each.workers)

@@ -14,7 +14,7 @@ from allfuse.training.wishes import INTERRUPT
 
 if TYPE_CHECKING:
     from allfuse.base.events import Bus
-    from allfuse.split.data import IterableLoader, Loader
+    from allfuse.split.data import IterableLoader
     from allfuse.training.place import Place
     from allfuse.training.rounds import Rounds
     from allfuse.training.state import State
@@ -31,6 +31,8 @@ class Course:
         cursor: where training is.
         learned: what of later batches of the first loop was learned from already.
         last: this rank's part of the last batch that counted.
+        fetched, fuse_weights, agree: how it takes a portion, fuses weights after a step on so many
+            samples, and finds the strongest wish of all.
         told: called with every step that counts.
         interrupted: called when all ranks have heard of an interrupt; raises.
     """
@@ -43,8 +45,14 @@ class Course:
         self.cursor = Cursor()
         self.learned = Learned()
         self.last: Portion | None = None
+        self.fetched: Callable[[], Portion | None] = self.next_portion
+        self.fuse_weights: Callable[[float, int], None] = self._fuse_weights
+        self.agree: Callable[[int], int] = rounds.agree
         self.told: Callable[[Step], None] = lambda step: None
         self.interrupted: Callable[[], None] = lambda: None
+        self.loader: Loader | IterableLoader | None = None
+        self._reading: Iterator[Portion] | None = None  # what it gives, from the cursor on
+        self._turn: tuple[int, Loader | IterableLoader] | None = None
         self._seed = seed
         self._loops = 0
         self._in_loop = False
@@ -94,9 +102,10 @@ class Course:
         if number > self.cursor.loop:
             self.close_step()
             self.cursor = self.cursor.after_loop()
+        self.loader = self.loader or loader  # another one, after a loss before the first step
         while not self._has_ended(epochs, steps):
-            begin = self.cursor
-            for portion in loader.epoch(begin.epoch, begin.step_in_epoch):
+            begin, self._reading = self.cursor, None
+            while (portion := self.fetched()) is not None:
                 self._open_step(portion)
                 yield portion
                 self.close_step()
@@ -106,9 +115,21 @@ class Course:
                 self.cursor = begin.after_epoch()
         self.stepper.current = None
 
+    def next_portion(self) -> Portion | None:
+        """What comes at the cursor; None at the end of an epoch."""
+        assert self.loader is not None
+        if self._reading is None:
+            if isinstance(self.loader, Loader) and self.cursor.loop == 0:
+                self.loader.learned = self.learned
+            self._reading = self.loader.epoch(self.cursor.epoch, self.cursor.step_in_epoch)
+        return next(self._reading, None)
+
     def leave_loop(self) -> None:
         """However it ended. A batch that was left without learning from it is not used up."""
-        self._in_loop = False
+        self._in_loop, self._turn = False, None
+        if self.loader is not None:
+            self.loader.close()
+        self.loader = self._reading = None
         step = self.stepper.current
         if step is not None and not step.learned and not step.counted:
             self.stepper.current = None
@@ -155,18 +176,18 @@ class Course:
             return
         portion = self.last = step.portion
         self.cursor = self.cursor.after(portion)
+        self._take_turn()
         self.tell_step_number()
         ends_epoch = portion is not None and portion.last
         is_void = portion is not None and not any(portion.shares)  # it was learned from before
         stepped = self.state.learners if is_void else step.stepped
         for scheduler in self.state.schedulers:
-            scheduler.after_step(step.stepped, ends_epoch)
+            scheduler.after_step(stepped, ends_epoch)
         if step.figures is not None:
             self.wishes.hear(step.figures.stops)
         if self.rounds.active:
-            samples = self.stepper.reference(portion) if step.learned else 0.0
-            models = self.state.models.values()
-            self.rounds.after_step(samples, self.cursor.steps, models, self.wishes.heard)
+            samples = step.reference if step.learned else 0.0
+            self.fuse_weights(samples, self.cursor.steps)
         self.told(step)
         self._maybe_stop(ends_epoch)
 
@@ -177,11 +198,55 @@ class Course:
         if self.rounds.active:
             heard = self.rounds.wish
             if ends_epoch or self.rounds.due(self.cursor.steps):
-                heard = self.rounds.agree(max(self.wishes.heard, self.wishes.own))
+                heard = self.agree(max(self.wishes.heard, self.wishes.own))
         if heard >= INTERRUPT:
             self.interrupted()
         if heard:
             self.end(self.wishes.reason)
+
+    def _fuse_weights(self, samples: float, steps: int) -> None:
+        self.rounds.after_step(samples, steps, self.state.models.values(), self.wishes.heard)
+
+    # After a loss.
+
+    def cut_anew(self, loader: Loader | IterableLoader, step: int) -> None:
+        """Have another loader cut the batches, from a step on that no rank has done yet."""
+        if self._turn is not None:
+            self._turn[1].close()
+        self._turn = (step, loader)
+        self._take_turn()
+
+    def _take_turn(self) -> None:
+        if self._turn is None or self.cursor.steps < self._turn[0]:
+            return
+        if self.loader is not None:
+            self.loader.close()
+        self.loader, self._reading, self._turn = self._turn[1], None, None
+        self.stepper.meet_peers()
+
+    def open_again(self, batch: Any) -> Portion | None:
+        """The open step from its beginning, without the learner that was under way.
+
+        Where the script works on the `batch` that it was handed, and batches are cut anew from
+        this step on, it is on this rank's new part, which is returned.
+        """
+        before = self.stepper.current
+        assert before is not None
+        portion = before.portion
+        if portion is not None and batch is before.handed and self._reading is None:
+            portion = self.next_portion()
+        if portion is None:
+            self.stepper.open(None)
+        else:
+            self._open_step(portion)
+        step = self.stepper.current
+        assert step is not None
+        if portion is before.portion:
+            step.group = before.group
+        step.begin, step.handed, step.figures = before.begin, before.handed, before.figures
+        step.stepped = before.stepped
+        step.differentiated = list(before.stepped)
+        return None if portion is before.portion else portion
 
     def tell_step_number(self) -> None:
         """To all that name the step: events, errors of links, reports of failures."""
@@ -193,7 +258,8 @@ class Course:
     # State.
 
     def capture(self) -> dict[str, Any]:
-        return {"cursor": list(self.cursor), "rounds": self.rounds.capture()}
+        learned = self.learned.after(self.cursor.steps).plain()
+        return {"cursor": list(self.cursor), "rounds": self.rounds.capture(), "learned": learned}
 
     def is_in(self, state: dict[str, Any]) -> bool:
         """Whether the loop under way is the one that a state was captured in."""

@@ -9,11 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from allfuse.base.errors import CheckpointError, RunError, UserError
 from allfuse.base.tensors import leaves
+from allfuse.launcher.base import BEGAN
 from allfuse.plan import Plan, as_plan
 from allfuse.store.checkpoint import Checkpoints, NotSaved
 from allfuse.store.run import RunFolder, is_run, versions
@@ -53,7 +53,7 @@ class Keeper:
     def __init__(
         self, place: Place, out: str | Path | None, resume: Resume, keep: int, bus: Bus
     ) -> None:
-        resume = decide_resume(resume, out)
+        resume = decide_resume("auto" if place.world.resumes else resume, out)
         if resume and out is None:
             raise RunError("resume: no run folder was given; next: out='runs/x' with resume=True")
         self.place, self.bus, self.keep, self.resume = place, bus, keep, resume
@@ -64,7 +64,10 @@ class Keeper:
         self.job_file: Path | None = None
         self.facts: dict[str, Any] = {}
         self.fingerprints: dict[str, str] = {}
-        self._asked: int | None = None
+        self.asked = NONE_YET  # the step of the last save
+        self._holds = False
+        self._was_lost = False  # rank 0, which may have made the folder
+        self._record: dict[str, Any] = {}
         self._is_gone = False
         self._refuse_early()
 
@@ -98,17 +101,47 @@ class Keeper:
             refuse_other(self.folder, fingerprints, facts)
             if self.place.rank == 0 and self.folder.record.get("plan") != record["plan"]:
                 self.folder.update(plan=record["plan"], command=record["command"])
-        elif self.place.rank == 0:
-            self.folder = RunFolder.create(self.path, record, self.job_file)
+        else:
+            self._record = record
+            if self.place.rank == 0:
+                self.folder = self._make_folder(self.path)
+        if self.place.rank == 0:
+            self.place.world.board.set(BEGAN, b"")
+        self._holds = self.place.rank == 0
+        self.checkpoints = self._make_checkpoints(self.path)
+
+    def _make_checkpoints(self, path: Path) -> Checkpoints:
         several = len(self.writers) > 1
-        self.checkpoints = Checkpoints(
-            self.path / "checkpoints",
+        return Checkpoints(
+            path / "checkpoints",
             rank=self.place.rank,
             writers=self.writers,
             board=self.place.world.board if several else None,
             keep=self.keep,
             timeout_s=self.place.world.timeout_s,
         )
+
+    def _make_folder(self, path: Path) -> RunFolder:
+        """The run folder, which a rank that was lost may have made."""
+        if self._was_lost and is_run(path):
+            return RunFolder.open(path, lock=True)
+        return RunFolder.create(path, self._record, self.job_file)
+
+    def meet_peers(self) -> None:
+        """After a loss: the first of those that are left holds the folder, and writers agree anew.
+
+        What was being saved by several, or by a rank that is lost, does not count.
+        """
+        self._was_lost = True
+        if self.path is None or self.checkpoints is None:
+            return
+        leads = self.place.rank == 0
+        if leads and self._holds and len(self.writers) == 1:
+            return
+        self.checkpoints.close(abandon=True)
+        if leads and not self._holds:
+            self.folder, self._holds = self._make_folder(self.path), True
+        self.checkpoints = self._make_checkpoints(self.path)
 
     def describe(
         self, facts: Mapping[str, Any], fingerprints: Mapping[str, str], plan: Plan
@@ -134,28 +167,26 @@ class Keeper:
         if self.folder is not None and self.place.rank == 0:
             self.folder.update(**entries)
 
-    def newest(self) -> int | None:
+    def newest(self, agree: Callable[[Callable[[], int]], int]) -> int | None:
         """The step of the newest usable checkpoint, as rank 0 finds it; None before the first.
 
-        `troubles` says then what is wrong with newer ones.
+        `agree` gives all what a function finds on rank 0. `troubles` says then what is wrong with
+        newer ones.
 
         Raises:
             CheckpointError: there are checkpoints, and none can be used.
         """
         if not self.resume or self.checkpoints is None:
             return None
-        found = torch.full((1,), NONE_YET, dtype=torch.int64, device=self.place.device)
-        if self.place.rank == 0:
-            found.fill_(self._find_usable(self.checkpoints))
-        self.place.replicas.broadcast(found, "agree on the checkpoint").wait()
-        step = int(found)
+        checkpoints = self.checkpoints
+        step = agree(lambda: self._find_usable(checkpoints))
         if step == NONE_USABLE:
             raise CheckpointError(
                 f"resume {self.path}: none of its checkpoints can be used"
                 f"{''.join(f'; {trouble}' for trouble in self.troubles)}; next: a new run folder"
             )
         if step != NONE_YET:
-            self._asked = step
+            self.asked = step
             return step
         return None
 
@@ -193,9 +224,9 @@ class Keeper:
 
         `capture` gives the state, and those of its tensors that change before the weights do.
         """
-        if self.checkpoints is None or step == self._asked:
+        if self.checkpoints is None or step == self.asked:
             return
-        self._asked = step
+        self.asked = step
         if self.place.rank in self.writers:
             state, sooner = capture()
             if not is_lead(self.place.plan, self.place.rank):

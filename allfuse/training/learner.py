@@ -99,6 +99,24 @@ class Learner:
         if self.fusion.buckets:
             self.split.watch(self.parameters, self.fusion.final)
 
+    def meet_peers(self, fuser: Fuser, kept: Mapping[str, Any] | None) -> None:
+        """Fuse with other peers from now on, by a fuser of the same kind; codecs go on from what is
+        `kept`. What was begun and not finished is undone."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        for parameter, before in self._aside:
+            parameter.grad = before
+        self._aside.clear()
+        self._unfinished = False
+        rounds = self.fusion.rounds
+        self.fusion.buckets.clear()  # hooks of the parameters still hold on to it
+        self.link, self._fuser = fuser.link, fuser
+        self.fusion = GradientFusion(self.names, self.parameters, fuser)
+        self.fusion.rounds = rounds
+        self.fusion.restore(kept)
+        if self.fusion.buckets:
+            self.split.watch(self.parameters, self.fusion.final)
+
     def _has_changed(self) -> bool:
         """Whether parameters were added or thawed since they were taken."""
         held = sum(len(group["params"]) for group in self.optimizer.param_groups)
@@ -231,6 +249,15 @@ class Learner:
     def stepped(self) -> None:
         """The optimizer has stepped: the next step needs gradients of its own."""
         self._fused = False
+
+    def take_step(self, state: Mapping[Any, Any]) -> None:
+        """Take the optimizer's state after a step that another rank has done. Rates and the like
+        stay, which schedulers step everywhere."""
+        optimizer = self.optimizer
+        optimizer.load_state_dict(
+            {"state": dict(state), "param_groups": optimizer.state_dict()["param_groups"]}
+        )
+        vars(optimizer)["_opt_called"] = True  # what schedulers of torch look for
 
     @property
     def learning_rate(self) -> float:

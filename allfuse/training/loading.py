@@ -32,9 +32,17 @@ class Order:
 
 
 def make_loader(
-    source: Source | Stream, order: Order, place: Place, balance: Balance | None = None
+    source: Source | Stream,
+    order: Order,
+    place: Place,
+    balance: Balance | None = None,
+    *,
+    agrees: bool = True,
 ) -> Loader | IterableLoader:
     """This rank's loader; with `balance` it decides the shares of each batch.
+
+    Args:
+        agrees: find out how far ahead the loaders of other ranks read; else that is known.
 
     Raises:
         UserError: more replicas than samples in a batch.
@@ -85,7 +93,7 @@ def make_loader(
         cut=None if balance is None else balance.cut,
         pin_memory=pin,
     )
-    if balance is not None:  # hosts may have other numbers of loader processes
+    if balance is not None and agrees:  # hosts may have other numbers of loader processes
         balance.ahead = max(agree_on_rows(loader.ahead, place))
     return loader
 

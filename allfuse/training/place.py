@@ -11,10 +11,13 @@ from allfuse.fusion.auto import Auto, Notice, candidates, settled
 from allfuse.launcher import World, current_world
 from allfuse.launcher.base import await_word
 from allfuse.plan import Data, Plan, Site, as_plan, check_workers
+from allfuse.plan.loss import without_lost
 from allfuse.topology import Layout
 from allfuse.training.device import choose_device
 
 if TYPE_CHECKING:
+    from allfuse.base.errors import PeerLost
+    from allfuse.launcher.generation import Lost
     from allfuse.link import Link
 
 
@@ -80,10 +83,19 @@ class Place:
         check_workers(self.plan, world.size)
         if world.size > 1 and world.crew is None:
             self._refuse_other_plan()
-        self.device = choose_device(device, world)
+        self.device, self._seed = choose_device(device, world), seed
+        self.choices: dict[str, str] = {}
+        self._sent_before = 0  # over links that were closed after a loss
+        self._meet_peers()
+        if world.has_process_groups and world.size > 1:
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            world.form_replica(self.plan.replica(self.rank), backend)
+
+    def _meet_peers(self) -> None:
+        """Take a rank's place in the plan, and links to its peers."""
+        world, seed = self.world, self._seed
         self.rank, self.coordinates = world.rank, self.plan.coordinates(world.rank)
         self.index, self.parts = self.plan.replica_index(world.rank), self.plan.replicas
-        self.choices: dict[str, str] = {}
         self.data = self._link("data", "data")
         self.site = self._link("site", "site")
         self.data_fuser = self._fuser("data", self.data, seed)
@@ -91,9 +103,27 @@ class Place:
         both = self.data.size > 1 and self.site.size > 1
         only = self.data if self.data.size > 1 else self.site
         self.replicas = self._link_of_replicas() if both else only
-        if world.has_process_groups and world.size > 1:
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            world.form_replica(self.plan.replica(self.rank), backend)
+
+    def regroup(self, error: PeerLost | None) -> tuple[Lost, ...]:
+        """Take a place among those that are left after a loss; who was lost. The links that were
+        are closed; `meet_again` makes those to come.
+
+        Raises:
+            PeerLost: the others do not go on, or did not come.
+        """
+        self._sent_before += sum(link.sent_bytes for link in self.links)
+        self._let_go()
+        lost = self.world.regroup(error)
+        self.whole = self.plan = without_lost(self.plan, self.world.size)
+        self.world.plan = str(self.whole)
+        return lost
+
+    def meet_again(self) -> None:
+        """Make links to those that are left. All do. Raises PeerLost."""
+        had_statistics = vars(self).pop("statistics", None) is not None
+        self._meet_peers()
+        if had_statistics:
+            assert self.statistics.size
 
     def _refuse_other_plan(self) -> None:
         """Scripts may differ from host to host, and codecs or rules that differ would not be felt.
@@ -195,13 +225,16 @@ class Place:
     @property
     def sent_bytes(self) -> int:
         """What this rank has sent to its peers so far."""
-        return sum(link.sent_bytes for link in self.links)
+        return self._sent_before + sum(link.sent_bytes for link in self.links)
 
     def close(self, error: BaseException | None = None) -> None:
         """Give links and a world of its own back; peers that wait are told of an error."""
+        self._let_go()
+        if self._owns_world:
+            self.world.close(error)
+
+    def _let_go(self) -> None:
         for fuser in self.fusers:
             fuser.close()
         for link in self.links:
             link.close()
-        if self._owns_world:
-            self.world.close(error)

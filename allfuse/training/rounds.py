@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from allfuse.base.errors import PlanError
+from allfuse.base.errors import PeerLost, PlanError
+from allfuse.base.tensors import map_nest
 from allfuse.base.torch_private import foreach_copy
 from allfuse.codec import Identity
 from allfuse.fusion import Fuser, choose
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from allfuse.base.events import Bus
     from allfuse.link import Link, Work
     from allfuse.training.place import Place
+    from allfuse.training.recovery import Handed
+    from allfuse.training.survival import Survive
 
 OWN_SHARE = 0.5
 """What a site keeps of its own weights where a fusion that took some steps comes in: alpha of
@@ -69,9 +72,11 @@ class Rounds:
 
     def __init__(self, place: Place, bus: Bus, settle: Callable[[], None]) -> None:
         self.place, self.bus, self._settle = place, bus, settle
-        axis = place.plan.axis("site")
-        self.axis = axis if isinstance(axis, Site) and place.site.size > 1 else Site(1)
+        self.active = place.site.size > 1  # also when later only one is left
+        self.survive: Survive | None = None
+        self._take_axis()
         self.steps_since = 0
+        self.quiet_until = 0  # up to this step no rounds start
         self.wish = NOTHING  # heard with what landed after the last step
         self.samples = [0.0] * self.axis.fragments  # since the last round of each
         self._is_mean = False  # the weights here, since the last step
@@ -80,6 +85,12 @@ class Rounds:
         self._exact = self._exact_fuser()
         self._runner = Runner(f"allfuse-rounds-{place.rank}")
         self._departed: list[Departure] = []
+        self._last: tuple[Flight, int | None] | None = None  # that was carried: for `outcome`
+        self._undone: dict[str, Any] | None = None  # what codecs kept before one that was not
+
+    def _take_axis(self) -> None:
+        axis = self.place.plan.axis("site")
+        self.axis = axis if isinstance(axis, Site) and self.place.site.size > 1 else Site(1)
 
     def _exact_fuser(self) -> Fuser:
         """Fuses as the plan says, but exactly and while the caller waits."""
@@ -93,10 +104,6 @@ class Rounds:
         """Waits for nobody."""
         self._runner.close()
         self._exact.close()
-
-    @property
-    def active(self) -> bool:
-        return self.place.site.size > 1
 
     @property
     def mixes(self) -> bool:
@@ -130,7 +137,7 @@ class Rounds:
         self.samples = [own + samples for own in self.samples]
         self.steps_since += 1
         self._is_mean, self.wish = False, NOTHING
-        for fragment, number in self.starting(steps):
+        for fragment, number in self.starting(steps) if steps > self.quiet_until else ():
             self._start(fragment, number, steps, models, wish)
         while self._departed and self._departed[0].due <= steps:
             self._land()
@@ -141,20 +148,67 @@ class Rounds:
         begin = time.perf_counter()
         self._settle()
         self._build(models)
-        flight = self._fusion.read(fragment, number, late=self.axis.delay > 0)
+        if self.axis.delay:
+            departure = self._depart(fragment, number, steps, wish)
+        else:
+            carried = self._carry_or_survive(
+                lambda: self._fusion.read(fragment, number), self.samples[fragment], wish, fragment
+            )
+            if carried is None:
+                return
+            departure = Departure(carried[0], fragment, steps, wish=carried[1])
+        self.samples[fragment] = 0.0
+        self._departed.append(departure)
+        departure.seconds = time.perf_counter() - begin
+
+    def _depart(self, fragment: int, number: int, steps: int, wish: int) -> Departure:
+        """Start a round in the background."""
+        flight = self._fusion.read(fragment, number, late=True)
         departure = Departure(flight, fragment, steps + self.axis.delay)
-        samples, self.samples[fragment] = self.samples[fragment], 0.0
+        samples = self.samples[fragment]
 
         def carry() -> None:
             weights, departure.wish = self._tell(self._way, samples, wish)
             flight.carry(weights)
 
-        if self.axis.delay:
-            departure.work = self._runner.start(carry)
-        else:
-            carry()
-        self._departed.append(departure)
-        departure.seconds = time.perf_counter() - begin
+        departure.work = self._runner.start(carry)
+        return departure
+
+    def _carry(
+        self, read: Callable[[], Flight], samples: float, wish: int, fragment: int | None = None
+    ) -> tuple[Flight, int]:
+        """A round of all sites at once, carried, and the strongest wish of any."""
+        survives = self.survive is not None
+        lossy = not self.place.site_fuser.fusion.codec.lossless
+        before = map_nest(_copied, self._fusion.capture()) if survives and lossy else None
+        flight = read()
+        try:
+            weights, heard = self._tell(self.place.site, samples, wish)
+            flight.carry(weights)
+        except PeerLost:
+            self._undone = before
+            raise
+        self._last = (flight, fragment) if survives else None
+        return flight, heard
+
+    def _carry_or_survive(
+        self, read: Callable[[], Flight], samples: float, wish: int, fragment: int | None = None
+    ) -> tuple[Flight, int] | None:
+        """The same, by those that are left where some are lost; None where nothing was fused."""
+        if self.survive is None:
+            return self._carry(read, samples, wish, fragment)
+
+        def hear(handed: Handed) -> tuple[Flight, int]:
+            flight = self._fusion.revive(fragment, handed.state["values"], {})
+            assert flight is not None
+            return flight, int(handed.result)
+
+        return self.survive(
+            lambda: self._carry(read, samples, wish, fragment),
+            tell=lambda made: made[1],
+            hear=hear,
+            mixes=self.mixes and fragment is not None,
+        )
 
     def _land(self) -> None:
         """Take in the oldest round under way."""
@@ -179,21 +233,52 @@ class Rounds:
         begin = time.perf_counter()
         while self._departed:
             self._land()
-        flight = self._fuse_exactly(models, keep=True)
+        self._settle()
+        self._build(models)
+        carried = self._carry_or_survive(
+            lambda: self._fusion.read(exact=self._exact), max(self.samples), NOTHING
+        )
+        if carried is None:  # one is left, and it holds what it holds
+            return
+        flight = carried[0]
+        self._land_exactly(flight, keep=True)
         if self.axis.every != "end":
             self._fusion.agree()
         self.samples, self.steps_since, self._is_mean = [0.0] * self.axis.fragments, 0, True
         self._tell_round(flight, time.perf_counter() - begin)
 
-    def _fuse_exactly(self, models: Iterable[nn.Module], keep: bool) -> Flight:
+    def _fuse_exactly(self, models: Iterable[nn.Module]) -> None:
         """The exact mean of what the sites hold by now, or what their rule makes of it."""
         self._settle()
         self._build(models)
-        flight = self._fusion.read(exact=self._exact)
-        flight.carry(self._tell(self.place.site, max(self.samples))[0])
+        flight, _ = self._carry(
+            lambda: self._fusion.read(exact=self._exact), max(self.samples), NOTHING
+        )
+        self._land_exactly(flight, keep=False)
+
+    def _land_exactly(self, flight: Flight, keep: bool) -> None:
         steps = self.axis.every == "end"
         flight.land(self.axis.outer if steps else Average(), keep=keep and steps)
-        return flight
+
+    # After a loss.
+
+    def outcome(self) -> dict[str, Any]:
+        """What the last round came to, for a site that has missed its end."""
+        return {} if self._last is None else {"values": self._last[0].values()}
+
+    def meet_peers(self, quiet_until: int) -> None:
+        """Fuse with those that are left. A round that was not carried to its end begins again, or
+        is left out: of what only mixes up to the step that the first of all sites has done."""
+        self.quiet_until = quiet_until if self.mixes else 0
+        kept = self._undone or self._fusion.capture()
+        tensors, self._undone = self._fusion.tensors, None
+        self._exact.close()
+        axis = self.place.plan.axis("site")
+        self.axis = axis if isinstance(axis, Site) else self.axis
+        self._fusion = self._make(tensors, self.axis.fragments)
+        if kept is not None:
+            self._fusion.restore(kept)
+        self._exact = self._exact_fuser()
 
     def begin(self, models: Iterable[nn.Module]) -> None:
         """Before the first step: all sites hold the same weights."""
@@ -320,11 +405,11 @@ class Rounds:
         models = list(models)
         held = [t for m in models for t in (*m.parameters(), *m.buffers()) if t.is_floating_point()]
         own = [tensor.detach().clone() for tensor in held]
-        for departure in self._departed:
-            departure.wait()
-            departure.flight.land(self.axis.outer, OWN_SHARE, keep=False)
-        self._fuse_exactly(models, keep=False)
         try:
+            for departure in self._departed:
+                departure.wait()
+                departure.flight.land(self.axis.outer, OWN_SHARE, keep=False)
+            self._fuse_exactly(models)
             yield
         finally:
             with torch.no_grad():
@@ -336,3 +421,7 @@ class Rounds:
         slots[self.place.replicas.rank] = wish
         self.place.replicas.all_reduce(slots, "agree whether to stop").wait()
         return int(slots.max())
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf

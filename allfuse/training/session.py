@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from allfuse.base.errors import DataError, Interrupted, UserError
+from allfuse.base.errors import DataError, Interrupted, PeerLost, UserError
 from allfuse.base.events import Bus
 from allfuse.fusion.statistics import globalize_batch_norm
 from allfuse.job import Hook, Metric, MetricFunction, check_whole, default_forward, on
 from allfuse.plan import Plan
-from allfuse.split.data import Loader, Source, Stream, as_source
+from allfuse.split.data import IterableLoader, Loader, Portion, Source, Stream, as_source
 from allfuse.split.whole import Whole
 from allfuse.training.balance import make_balance
 from allfuse.training.choosing import record_of, settle
 from allfuse.training.course import Course
+from allfuse.training.exchange import Figures
 from allfuse.training.keeper import SAME, Keeper, Resume
 from allfuse.training.learner import Learner, Precision, needs_closure
 from allfuse.training.loading import (
@@ -37,11 +38,13 @@ from allfuse.training.loading import (
 )
 from allfuse.training.measure import measure, to_device
 from allfuse.training.place import Place
+from allfuse.training.recovery import Handed
 from allfuse.training.rounds import Rounds
 from allfuse.training.settings import Settings
-from allfuse.training.start import build_model, refuse_lazy, shape_of, spread
+from allfuse.training.start import build_model, refuse_lazy, shape_of, spread, take_over
 from allfuse.training.state import Scheduler, State
 from allfuse.training.stepper import Step, Stepper
+from allfuse.training.survival import Survival
 from allfuse.training.telling import Teller
 from allfuse.training.wishes import Wishes
 
@@ -113,6 +116,9 @@ class Session:
             how_to_go_on=keep.how_to_go_on if apart is None else lambda _: apart.how_to_go_on(),
         )
         self.rounds = Rounds(self.place, self.bus, self.keeper.settle)
+        self.survival = Survival(self)
+        self.when_main: list[Callable[[Bus], None]] = []
+        self._make_loader: Callable[[bool], Any] | None = None
         about = (self.place, self.bus, self.state, self.stepper, self.rounds, self.settings.seed)
         self.course = Course(*about) if self.apart is None else self.apart.course(*about)
         if self.apart is not None:
@@ -120,6 +126,8 @@ class Session:
             self.apart.facts["keep"] = self.settings.keep
             self.apart.capture = lambda: self._capture()[0]
         self.course.told, self.course.interrupted = self._after_step, self._interrupt
+        if self.survival.active:
+            self._survive_losses()
         self.teller = Teller(self)
         self.choices: dict[str, str] = dict(self.place.choices)
         self._resume_at: int | None = None
@@ -196,8 +204,14 @@ class Session:
         module = build_model(build, self.settings.seed + number).to(self.device)
         refuse_lazy(module)
         if self.place.plan.workers > 1:
-            refuse_unequal(shape_of(module), self.place, MODEL_DIFFERS)
-        spread([*module.parameters(), *module.buffers()], self.place.replicas)
+            self._refuse_unequal(shape_of(module), MODEL_DIFFERS)
+        held = dict(enumerate((*module.parameters(), *module.buffers())))
+        self.survival.together(
+            "all",
+            lambda: spread(held.values(), self.place.replicas),
+            hear=lambda handed: take_over(held, handed.state),
+            give=lambda: held,
+        )
         shared = self.place.data.size > 1 and self.settings.batch_statistics == "global"
         has_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
         if self.apart is not None:
@@ -317,19 +331,32 @@ class Session:
                 drop_last=drop_last,
                 loaders=loaders,
             )
-            loader = make_loader(source, order, self.place, self.balance)
+
+            def make(agrees: bool = True) -> Loader | IterableLoader:
+                return make_loader(source, order, self.place, self.balance, agrees=agrees)
+
+            loader = make() if self.balance is None else self.survival.together("all", make)
+            self._make_loader = make
             self._begin(source, loader, order, epochs, steps)
             if self.course.was_done(number):
                 return
             if self._resume_at is not None:
                 self._restore(self._resume_at)
             for portion in self.course.portions(number, loader, epochs, steps):
-                yield to_device(portion.batch, self.device)
+                yield self._hand_out(portion)
             self._finish_loop()
         finally:
+            self._make_loader = None
             self.course.leave_loop()
             if loader is not None:
                 loader.close()
+
+    def _hand_out(self, portion: Portion) -> Any:
+        """A portion's batch on the device, as a script gets it."""
+        batch = to_device(portion.batch, self.device)
+        if self.stepper.current is not None:
+            self.stepper.current.handed = batch
+        return batch
 
     def _finish_loop(self) -> None:
         """The last round, so that all sites end equal.
@@ -364,10 +391,20 @@ class Session:
             with self.precision.autocast():
                 return loss(run(model, piece), piece)
 
-        self.course.open_step_for(learner)
-        figures = self.stepper.learn(learner, batch, compute)
-        if figures is not None:
-            learner.step()
+        def attempt() -> Figures | None:
+            self.course.open_step_for(learner)
+            found = self.stepper.learn(learner, batch, compute)
+            if found is not None:
+                learner.step()
+            return found
+
+        def again() -> None:
+            nonlocal batch
+            portion = self.course.open_again(batch)
+            if portion is not None:
+                batch = self._hand_out(portion)
+
+        figures = self.survival.step(learner, attempt, again)
         if len(self.learners) == 1:
             self.close_step()
         return math.nan if figures is None else figures.loss
@@ -409,8 +446,14 @@ class Session:
             count = 1.0 if step.portion is None else float(max(step.portion.rows, 1))
         if self.stepper.passes(learner):
             return math.nan
-        self.stepper.differentiate(learner, loss.reshape(()), float(count), float(count), last=last)
-        return self.stepper.finish(learner).loss if last else math.nan
+        try:
+            self.stepper.differentiate(
+                learner, loss.reshape(()), float(count), float(count), last=last
+            )
+            return self.stepper.finish(learner).loss if last else math.nan
+        except PeerLost as error:
+            self.survival.refuse_own_loops(error)
+            raise
 
     def close_step(self) -> None:
         """Count the open step, fuse weights where a round is due, and tell what happened.
@@ -425,7 +468,8 @@ class Session:
 
     def _after_step(self, step: Step) -> None:
         if self.balance is not None:
-            self.balance.hear(step.portion, step.figures)
+            others = step.portion is not None and len(step.portion.shares) != self.place.parts
+            self.balance.hear(*((None, None) if others else (step.portion, step.figures)))
         self.teller.step(step)
         self.keeper.tell_outcomes()
 
@@ -455,7 +499,7 @@ class Session:
             return
         if self.plan.workers > 1 or self.keeper.path is not None:
             data = source.fingerprint()
-            refuse_unequal(data, self.place, DATA_DIFFERS)
+            self._refuse_unequal(data, DATA_DIFFERS)
         if self.keeper.path is not None:
             facts = {
                 "batch_size": size,
@@ -467,7 +511,7 @@ class Session:
                 **self.state.kinds(),
             }
             self.keeper.begin(facts, {"data": data, "model": self.state.fingerprint()})
-        found = self.keeper.newest()
+        found = self.keeper.newest(self.survival.agree)
         if found is not None:
             self._restore(found)
         else:
@@ -479,6 +523,7 @@ class Session:
         self._choose_topologies()
         self.course.tell_step_number()
         self.teller.start(source, size, loader.steps_per_epoch, epochs, steps)
+        self.survival.tell_of_restarts()
         for trouble in self.keeper.troubles:
             self.bus.emit("warning", text=trouble)
         if self.keeper.resume and found is None:
@@ -522,6 +567,10 @@ class Session:
             epochs=epochs,
             fingerprints={**prints, "same": json.dumps(same, sort_keys=True, default=str)},
         )
+
+    def _refuse_unequal(self, fingerprint: str, message: str) -> None:
+        """Refuse what differs from rank to rank. Raises DataError, on all alike."""
+        self.survival.together("all", lambda: refuse_unequal(fingerprint, self.place, message))
 
     def _choose_topologies(self) -> None:
         """Where the plan leaves them open and there is something to choose."""
@@ -572,17 +621,26 @@ class Session:
         begin = time.perf_counter()
         model = model if model is not None else self.state.only_model()
         source = as_source(data, collate=collate)
-        loader = make_loader(source, order_of_all(source, batch_size, self.place), self.place)
-        with contextlib.closing(loader), self.rounds.fused_for_a_moment(self.models.values()):
-            figures, samples = measure(
-                model,
-                loader,
-                metrics,
-                forward=forward or default_forward,
-                link=self.place.replicas,
-                device=self.device,
-                autocast=self.precision.autocast,
-            )
+
+        def attempt() -> tuple[dict[str, float], int]:
+            loader = make_loader(source, order_of_all(source, batch_size, self.place), self.place)
+            with contextlib.closing(loader), self.rounds.fused_for_a_moment(self.models.values()):
+                return measure(
+                    model,
+                    loader,
+                    metrics,
+                    forward=forward or default_forward,
+                    link=self.place.replicas,
+                    device=self.device,
+                    autocast=self.precision.autocast,
+                )
+
+        def hear(handed: Handed) -> tuple[dict[str, float], int]:
+            figures, samples = handed.result
+            return dict(figures), int(samples)
+
+        meets = bool(metrics)  # else nothing is added up over the ranks
+        figures, samples = self.survival.together("all", attempt, hear=hear) if meets else attempt()
         self.bus.emit(
             "evaluated",
             split=name,
@@ -618,6 +676,44 @@ class Session:
         if block:
             self.keeper.wait()
 
+    # After a loss.
+
+    def _survive_losses(self) -> None:
+        """Have what ranks do together go through losses."""
+        course, survival = self.course, self.survival
+        agree, fetch = course.agree, course.next_portion
+        course.agree = lambda wish: survival.together("all", lambda: agree(wish))
+        course.fetched = lambda: survival.fetch(fetch)
+        self.rounds.survive = survival.round
+
+    def cut_anew(self, step: int) -> None:
+        """From a step on batches are cut for the replicas that are left, at first evenly."""
+        before = self.balance
+        self.balance = make_balance(self.place, self.settings.accumulate, self._warn)
+        if self.balance is not None and before is not None:
+            self.balance.ahead = before.ahead
+            cursor = self.course.cursor
+            self.balance.go_on(self.keeper.path, (cursor.epoch, cursor.step_in_epoch))
+        if self._make_loader is None:
+            self.stepper.meet_peers()
+        else:
+            self.course.cut_anew(self._make_loader(False), step)
+
+    def promote(self) -> None:
+        """Take over the displays and files of the run, where this is the first rank by now."""
+        if not (self.is_main and self.when_main):
+            return
+        begun = self.teller.began is not None
+        shown = Bus(0) if begun else self.bus
+        for subscribe in self.when_main:
+            subscribe(shown)
+        self.when_main.clear()
+        if not begun:
+            return
+        shown.step = self.steps
+        shown.emit("start", **{**self.teller.about, "resumed_step": self.steps})
+        self.bus.subscribe(shown.forward)
+
     def _finish(self) -> None:
         """What a session does at its end when nothing went wrong."""
         self.course.close_learned_step()
@@ -628,8 +724,12 @@ class Session:
                 self.keeper.export(self.models, self.apart.folder)
                 self.apart.save()
             return
-        with self.rounds.fused_for_a_moment(self.models.values()):
-            self.keeper.export(self.models)
+
+        def export() -> None:
+            with self.rounds.fused_for_a_moment(self.models.values()):
+                self.keeper.export(self.models)
+
+        self.survival.leave_together(export)
         self.save(block=True)
 
     def __enter__(self) -> Session:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -64,6 +64,13 @@ def spread(tensors: Iterable[Tensor], link: Link) -> None:
         link.broadcast(as_bytes, "spread the first weights").wait()
         for tensor, piece in zip(group, flat.split([t.numel() for t in group]), strict=True):
             tensor.detach().copy_(piece.view_as(tensor))
+
+
+@torch.no_grad()
+def take_over(held: Mapping[int, Tensor], told: Mapping[int, Tensor]) -> None:
+    """Take tensors that another rank has handed over, in place."""
+    for key, tensor in held.items():
+        tensor.detach().copy_(told[key])
 
 
 def refuse_lazy(module: nn.Module) -> None:

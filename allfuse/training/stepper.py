@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -28,15 +28,18 @@ NORM_EVERY_S = 0.25  # of work: how often the gradient's norm is taken only to b
 class Step:
     """A step under way, or the one done last.
 
-    portion: this rank's samples; None when the script brings its own. idle: this rank's site has no
+    portion: this rank's samples; None when the script brings its own. group: the shares of the
+    ranks of its data axis, by their places in `portion.shares`. handed: what a script got for it.
+    idle: this rank's site has no
     sample of the batch. counted: it counts as done already, though losses of the same batch may
     still come. busy_s: seconds of its own work on the batch, without those in which it waited for
     others. stepped: the learners whose optimizers have stepped. left_open: those that had
     gradients and had not stepped when it was counted.
     """
 
-    def __init__(self, portion: Portion | None, idle: bool) -> None:
-        self.portion, self.idle = portion, idle
+    def __init__(self, portion: Portion | None, group: Sequence[int], size: int) -> None:
+        self.portion, self.group, self._size = portion, list(group), size
+        self.handed: Any = None
         self.begin = time.perf_counter()
         self.waited_s = 0.0
         self.busy_s = 0.0
@@ -50,6 +53,30 @@ class Step:
         self.left_open: list[Learner] = []
         self.passed = False
         self.counted = False
+
+    @property
+    def idle(self) -> bool:
+        return self.portion is not None and self.reference == 0
+
+    @property
+    def reference(self) -> float:
+        """Samples of the whole batch in this rank's data axis; 1 a rank when nobody knows.
+
+        0 where a site has no sample of a batch: then it is idle and learns nothing.
+        """
+        if self.portion is None:
+            return float(self._size)
+        return float(sum([self.portion.shares[index] for index in self.group]))
+
+    @property
+    def weights(self) -> list[float]:
+        """How much each rank of the data axis counts: its samples, all alike when nobody knows."""
+        if self.portion is None:
+            return [1.0] * self._size
+        return [float(self.portion.shares[index]) for index in self.group]
+
+    def keep_peers(self, places: Sequence[int]) -> None:
+        self.group, self._size = [self.group[place] for place in places], len(places)
 
     @property
     def takes_part(self) -> bool:
@@ -86,8 +113,8 @@ class Stepper:
         how_to_go_on: Callable[[bool], str],
     ) -> None:
         self.place, self.wishes, self.clip, self.accumulate = place, wishes, clip, accumulate
-        self.group = [place.plan.replica_index(member) for member in place.data.members]
-        self.exchange = Exchange(place.data, place.device)
+        self.group: list[int] = []
+        self.meet_peers()
         self.norms: list[GlobalBatchNorm] = []
         self.always_norm = False
         self.outflow: Outflow | None = None
@@ -101,23 +128,28 @@ class Stepper:
         for norm in self.norms:
             norm.weight_of_rows = 1.0 if portion is None or portion.rows else 0.0
             norm.waited_s = 0.0
-        idle = portion is not None and self.reference(portion) == 0
-        self.current = Step(portion, idle)
+        self.current = Step(portion, self.group, self.place.data.size)
 
-    def reference(self, portion: Portion | None) -> float:
-        """Samples of the whole batch in this rank's data axis; 1 a rank when nobody knows.
+    def meet_peers(self) -> None:
+        """Take the places of the peers in the plan, and the link to them, as they are now."""
+        place = self.place
+        self.group = [place.plan.replica_index(member) for member in place.data.members]
+        self.exchange = Exchange(place.data, place.device)
 
-        0 where a site has no sample of a batch: then it is idle and learns nothing.
-        """
-        if portion is None:
-            return float(self.place.data.size)
-        return float(sum([portion.shares[index] for index in self.group]))
+    def keep_peers(self, places: Sequence[int]) -> None:
+        """Go on with some of the peers, which keep their shares until batches are cut anew."""
+        self.group = [self.group[place] for place in places]
+        self.exchange = Exchange(self.place.data, self.place.device)
+        if self.current is not None:
+            self.current.keep_peers(places)
 
-    def _weights(self, portion: Portion | None) -> list[float]:
-        """How much each rank of the data axis counts: its samples, all alike when nobody knows."""
-        if portion is None:
-            return [1.0] * self.place.data.size
-        return [float(portion.shares[index]) for index in self.group]
+    def hear_of(self, learner: Learner, figures: Figures | None) -> None:
+        """Another rank has told what this step came to, which this one has missed."""
+        step = self.current
+        assert step is not None
+        step.figures, step.pending, step.losses, step.count = figures, None, [], 0.0
+        step.passed = figures is None
+        self.after_step_of(learner)
 
     def passes(self, learner: Learner) -> bool:
         """Whether this site has no sample of the batch: then the step is done without learning."""
@@ -139,7 +171,7 @@ class Stepper:
             loss, factor, count = sum_and_count(compute(piece), rows, "the loss")
             is_last = number == len(pieces)
             if is_last and step.count + count > 0 and self.outflow is not None:
-                self.outflow.open(self.reference(step.portion) / (step.count + count))
+                self.outflow.open(step.reference / (step.count + count))
             self.differentiate(learner, loss, factor, count, last=is_last)
         if self.outflow is not None:
             self.outflow.close()
@@ -156,7 +188,7 @@ class Stepper:
             return [(batch, rows)]
         count = min(self.accumulate, rows)
         if self.norms and step.portion is not None:
-            shares = [step.portion.shares[index] for index in self.group]
+            shares = [step.portion.shares[index] for index in step.group]
             count = min(self.accumulate, *(size for size in shares if size > 0))
         if count == 1 or not step.takes_part:
             return [(batch, rows)] * count
@@ -188,13 +220,11 @@ class Stepper:
             step.differentiated.append(learner)
         learner.refresh()
         if last:
-            learner.fusion.weigh(
-                self.reference(step.portion), step.count, self._weights(step.portion)
-            )
+            learner.fusion.weigh(step.reference, step.count, step.weights)
             step.pending = self.exchange.start(
                 step.losses, step.count, self._busy_s, self.wishes.own, learner.fusion
             )
-        weight = factor / self.reference(step.portion)
+        weight = factor / step.reference
         learner.backward(loss if weight == 1.0 else loss * weight, last)
 
     def finish(self, learner: Learner) -> Figures:
@@ -220,7 +250,7 @@ class Stepper:
             return figures
         if not 0 < total < math.inf:
             raise self._refusal(learner, "the count that the loss is a mean over", total)
-        learner.finish(self.reference(step.portion) / total if learner.fusion.is_mean else 1.0)
+        learner.finish(step.reference / total if learner.fusion.is_mean else 1.0)
         step.figures, step.pending, step.losses, step.count = figures, None, [], 0.0
         step.waited_s += time.perf_counter() - begin
         self._since_norm_s += max(figures.busy_s)  # not a rank's own clock: all must agree
@@ -233,7 +263,7 @@ class Stepper:
 
     def _place_of(self, member: int) -> str:
         """Which rank of the data axis it is; of a group that a scheduler knows, of which worker."""
-        rank = f" on rank {self.place.data.members[member]}"
+        rank = f" on rank {self.place.world.ids[self.place.data.members[member]]}"
         crew = self.place.world.crew
         if crew is None or self.place.whole.outer is None:
             return rank

@@ -25,6 +25,7 @@ class Teller:
         self._samples = 0
         self._sent_before = 0
         self.loss = math.nan
+        self.about: dict[str, Any] = {}
 
     def start(
         self,
@@ -57,6 +58,7 @@ class Teller:
             "choices": session.choices,
             "data": source.promise,
         }
+        self.about = about
         session.bus.emit("start", **about)
         return about
 

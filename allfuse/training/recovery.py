@@ -1,0 +1,208 @@
+"""What a rank does after a loss: meets those that are left, agrees where all are, and goes on.
+
+Nothing here is done by one rank alone: all that are left come, whatever they were in the midst of.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from allfuse.base.errors import PeerLost, WorkerFailed
+from allfuse.launcher.generation import Lost
+from allfuse.training.handover import hand_over
+
+if TYPE_CHECKING:
+    from allfuse.link import Link
+    from allfuse.training.session import Session
+
+Among = Literal["data", "all"]
+"""Whose a section is: of the ranks of a data axis, or of all."""
+
+
+@dataclass
+class Handed:
+    """What a section came to, from a rank that has ended it: plain values, and a state."""
+
+    among: Among
+    result: Any
+    state: Any
+
+
+@dataclass
+class Ended:
+    """The last section of its kind that this rank has ended: how many there were, what it came to,
+    and what gives the state that goes with it."""
+
+    count: int = 0
+    result: Any = None
+    give: Callable[[], Any] = lambda: None
+
+
+@dataclass(frozen=True)
+class Where:
+    """How far a rank is: sections ended, steps done, the step of its last save."""
+
+    data: int
+    all: int
+    steps: int
+    asked: int
+
+
+class Recovery:
+    """Takes a session from the ranks that were to those that are left.
+
+    Phases: (1) links are closed, the world is formed anew and links are made; (2) each tells how
+    far it is, one sum of (n, 4) numbers; (3) those that have missed the end of a section get what
+    it came to from one that has not. A loss meanwhile begins all of them again. Then, without any
+    transfer, all parts of the session take the new links.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session, self.place = session, session.place
+        self.ended: dict[Among, Ended] = {"data": Ended(), "all": Ended()}
+
+    def run(
+        self, error: PeerLost | None, among: Among | None, undo: Callable[[], list[Any]]
+    ) -> Handed | None:
+        """Go on with those that are left.
+
+        Args:
+            error: what was noticed, None where the launcher has told of a loss.
+            among: the section that was under way. undo: takes back what it changed, and gives what
+                codecs kept before.
+
+        Returns:
+            What the section came to, where this rank has missed its end; None: it is to be done
+            again.
+
+        Raises:
+            PeerLost: the others do not go on.
+        """
+        begin, kept = time.monotonic(), undo()
+        before, old_data = self.place.world.ids, self._data_ids()
+        lost: list[Lost] = []
+        while True:
+            lost += self.place.regroup(error)
+            try:
+                self.place.meet_again()
+                told = self._tell_where()
+                handed = self._settle(told, among)
+                break
+            except PeerLost as failure:
+                error = failure
+        if handed is not None:
+            kept = self.capture_fusions()
+        first = max(where.steps for where in told)
+        self._link_up(kept, [old_data.index(each) for each in self._data_ids()], first)
+        self._take(handed, first, max(where.asked for where in told))
+        is_again = among if handed is None else None
+        self.session.survival.tell(lost, len(before), is_again, time.monotonic() - begin)
+        return handed
+
+    def capture_fusions(self) -> list[Any]:
+        """What codecs keep of the gradients of each optimizer."""
+        return [learner.fusion.capture() for learner in self.session.learners]
+
+    def capture_learned(self) -> dict[str, Any]:
+        """What steps change. Rates and the like are each rank's own: schedulers step them between
+        sections."""
+        session, scaler = self.session, self.session.precision.scaler
+        return {
+            "models": {name: module.state_dict() for name, module in session.models.items()},
+            "optimizers": [each.optimizer.state_dict()["state"] for each in session.learners],
+            "rounds": [each.fusion.rounds for each in session.learners],
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+
+    def _data_ids(self) -> list[int]:
+        ids = self.place.world.ids
+        return [ids[member] for member in self.place.data.members]
+
+    def _tell_where(self) -> list[Where]:
+        link, session = self.place.replicas, self.session
+        counts = self.ended["data"].count, self.ended["all"].count
+        own = [*counts, session.steps, session.keeper.asked]
+        rows = torch.zeros(link.size, len(own), dtype=torch.int64, device=self.place.device)
+        rows[link.rank] = torch.tensor(own)
+        link.all_reduce(rows, "agree where all are").wait()
+        return [Where(*row) for row in rows.tolist()]
+
+    def _settle(self, told: list[Where], among: Among | None) -> Handed | None:
+        """Hand over what those have missed that are behind."""
+        data, everybody = self.place.data, self.place.replicas
+        in_data = [told[everybody.members.index(member)].data for member in data.members]
+        ways: list[tuple[Among, Link, list[int]]] = [
+            ("data", data, in_data),
+            ("all", everybody, [where.all for where in told]),
+        ]
+        found = None
+        for name, link, counts in ways:
+            most = max(counts)
+            if min(counts) == most:
+                continue
+            ahead, own = counts.index(most), counts[link.rank]
+            last = self.ended[name]
+            mine = [json.dumps(last.result), last.give()] if link.rank == ahead else None
+            result, state = hand_over(link, ahead, mine, self.place.device)
+            if own == most:
+                continue
+            if own < most - 1 or name != among:
+                raise WorkerFailed(
+                    f"rank {self.place.world.ids[self.place.rank]} is more than one fusion behind "
+                    "the others after a loss, so that it cannot go on",
+                    rank=self.place.world.ids[self.place.rank],
+                )
+            found = Handed(name, json.loads(result), state)
+        return found
+
+    def _link_up(self, kept: list[Any], same_data: list[int], first_step: int) -> None:
+        """Have all parts of the session use the links to those that are left.
+
+        Args:
+            same_data: the places that the ranks of this data axis had in it before.
+            first_step: that no rank has done yet.
+        """
+        session, place = self.session, self.place
+        session.bus.rank = place.rank
+        for learner, own in zip(session.learners, kept, strict=True):
+            learner.meet_peers(place.data_fuser, own)
+        for norm in session.stepper.norms:
+            norm.link = place.statistics
+        session.stepper.keep_peers(same_data)
+        session.rounds.meet_peers(first_step)
+        session.keeper.meet_peers()
+
+    def _take(self, handed: Handed | None, first_step: int, asked: int) -> None:
+        """Go on from what was handed over, on batches that are cut for those that are left."""
+        session = self.session
+        session.keeper.asked = asked
+        if handed is not None and handed.among == "data":
+            self._take_learned(handed.state)
+        session.cut_anew(first_step)
+        session.course.tell_step_number()
+
+    def _take_learned(self, state: dict[str, Any]) -> None:
+        session, scaler = self.session, self.session.precision.scaler
+        for name, module in session.models.items():
+            module.load_state_dict(state["models"][name])
+        for number, learner in enumerate(session.learners):
+            learner.take_step(state["optimizers"][number])
+            learner.fusion.rounds = state["rounds"][number]
+        if scaler is not None and state["scaler"] is not None:
+            scaler.load_state_dict(state["scaler"])
+
+
+def describe(lost: list[Lost]) -> str:
+    """Who was lost, in words."""
+    return ", ".join(map(str, lost)) or "a worker is lost"
+
+
+def entries(lost: list[Lost], **more: Any) -> list[dict[str, Any]]:
+    """What a run's record keeps of losses."""
+    return [{**asdict(each), **more} for each in lost]
