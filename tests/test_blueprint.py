@@ -14,8 +14,19 @@ from torch.optim import Optimizer
 from allfuse.base.errors import PlanError, UserError
 from allfuse.link.post import Malformed
 from allfuse.roles.blueprint import Blueprint
-from allfuse.roles.cutting import cut, cut_pieces, cut_shards, find_places, overlaps, view_all
+from allfuse.roles.cutting import (
+    FINE_BYTES,
+    GRAIN,
+    cut,
+    cut_at_grains,
+    cut_pieces,
+    cut_shards,
+    find_places,
+    overlaps,
+    view_all,
+)
 from allfuse.roles.elementwise import PER_ELEMENT
+from allfuse.roles.shard import Shard
 
 REFUSED = ["Adafactor", "LBFGS", "Muon", "SparseAdam"]
 
@@ -212,3 +223,56 @@ def test_changed_options_are_those_that_a_schedule_changed() -> None:
     optimizer.add_param_group({"params": [Parameter(torch.zeros(1))]})
     with pytest.raises(UserError, match="2 groups, servers hold 1"):
         blueprint.changed_options(optimizer)
+
+
+BITS = {
+    "AdamW": {"lr": 0.01},
+    "Adam": {"lr": 0.01, "weight_decay": 0.1},
+    "SGD": {"lr": 0.1, "momentum": 0.9, "nesterov": True},
+    "Adagrad": {"lr": 0.1},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", BITS)
+@pytest.mark.parametrize(("elements", "servers"), [(100_003, 3), (33_333, 2), (1001, 4)])
+def test_shards_step_to_the_same_bits_as_the_whole(
+    name: str, dtype: torch.dtype, elements: int, servers: int
+) -> None:
+    chance = torch.Generator().manual_seed(elements)
+    start, *gradients = torch.randn(6, elements, generator=chance).to(dtype)
+    model = nn.ParameterDict({"weight": Parameter(start.clone())})
+    made = getattr(torch.optim, name)(model.parameters(), **BITS[name])
+    blueprint = Blueprint.of_gradients(made, model.named_parameters())
+    shards = [Shard(blueprint, index, servers) for index in range(servers)]
+    fused = all(cut_at_grains(blueprint.blocks, servers))
+    whole = Parameter(start.clone())
+    optimizer = getattr(torch.optim, name)([whole], **BITS[name], fused=fused)
+    for shard in shards:
+        for number, (span,) in enumerate(shard.pieces):
+            shard.put(number, (start[span.start : span.stop],))
+    for gradient in gradients:
+        whole.grad = gradient.clone()
+        optimizer.step()
+        for shard in shards:
+            for number, (span,) in enumerate(shard.pieces):
+                shard.update(number, [(1.0, (gradient[span.start : span.stop],))], [])
+    held = [shard.read(number)[0] for shard in shards for number in range(len(shard.pieces))]
+    assert torch.equal(torch.cat(held), whole.detach())
+    assert fused == (elements * dtype.itemsize // servers >= FINE_BYTES)
+
+
+@pytest.mark.parametrize("servers", [1, 2, 3, 7])
+def test_large_blocks_are_cut_at_grains_and_shards_differ_by_two_of_them(servers: int) -> None:
+    model = nn.Sequential(nn.Linear(331, 317), nn.Linear(317, 503))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    blocks = Blueprint.of_gradients(optimizer, model.named_parameters()).blocks
+    shards = cut_shards(blocks, servers)
+    sizes = [sum(span.elements for span in spans) for spans in shards]
+    assert sum(sizes) == sum(block.elements for block in blocks)
+    assert max(sizes) - min(sizes) < 2 * GRAIN
+    for spans in shards:
+        for piece in cut_pieces(blocks, spans, FINE_BYTES):
+            for span in piece:
+                assert span.stop % GRAIN == 0 or span.stop == blocks[span.block].elements
+    assert cut_at_grains(blocks, servers) == [True] * len(blocks)

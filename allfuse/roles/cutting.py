@@ -11,6 +11,12 @@ import torch
 from torch import Tensor
 
 PIECE_BYTES = 4_000_000
+GRAIN = 64
+"""Elements. Processors step so many at once, or a divisor of it, and what is left over at the end
+by another path that rounds otherwise. Cut at multiples of it, all but the end of a block come to
+the same bits wherever it is cut."""
+FINE_BYTES = 1 << 16
+"""What is smaller is cut between any two elements."""
 
 
 class Span(NamedTuple):
@@ -70,17 +76,19 @@ def find_places(blocks: Sequence[Block]) -> dict[str, Span]:
 def cut_shards(blocks: Sequence[Block], servers: int) -> list[list[Span]]:
     """The spans of each server: all blocks end to end, cut at equal bytes.
 
-    Shards differ by less than two elements in size. Some are empty where there are more servers
-    than elements.
+    Shards differ by less than two elements in size, or two grains where they are of `FINE_BYTES` or
+    more. Some are empty where there are more servers than elements.
     """
     total = sum(block.bytes for block in blocks)
+    grain = GRAIN if total >= servers * FINE_BYTES else 1
     shards = []
     for index in range(servers):
         low, high = total * index // servers, total * (index + 1) // servers
         spans, at = [], 0
         for number, block in enumerate(blocks):
             first, last = (
-                min(max(edge - at, 0), block.bytes) // block.dtype.itemsize for edge in (low, high)
+                _at_grain(min(max(edge - at, 0), block.bytes) // block.dtype.itemsize, block, grain)
+                for edge in (low, high)
             )
             if last > first:
                 spans.append(Span(number, first, last))
@@ -89,19 +97,28 @@ def cut_shards(blocks: Sequence[Block], servers: int) -> list[list[Span]]:
     return shards
 
 
+def _at_grain(place: int, block: Block, grain: int) -> int:
+    return place if place == block.elements else place - place % grain
+
+
 def cut_pieces(
     blocks: Sequence[Block], spans: Iterable[Span], most_bytes: int = PIECE_BYTES
 ) -> list[Piece]:
     """A shard in pieces of at most so many bytes. There is one at least, which may be empty."""
     pieces: list[list[Span]] = [[]]
     room = most_bytes
+    grain = GRAIN if most_bytes >= FINE_BYTES else 1
     for span in spans:
-        size, start = blocks[span.block].dtype.itemsize, span.start
+        block, start = blocks[span.block], span.start
+        size = block.dtype.itemsize
         while start < span.stop:
-            if room < size:
+            stop = min(span.stop, start + room // size)
+            if stop < span.stop:
+                stop = _at_grain(stop, block, grain)
+            if stop <= start:
                 pieces.append([])
                 room = most_bytes
-            stop = min(span.stop, start + room // size)
+                continue
             pieces[-1].append(Span(span.block, start, stop))
             room -= (stop - start) * size
             start = stop
@@ -111,6 +128,15 @@ def cut_pieces(
 def cut(blocks: Sequence[Block], servers: int) -> list[list[Piece]]:
     """The pieces of each server."""
     return [cut_pieces(blocks, spans) for spans in cut_shards(blocks, servers)]
+
+
+def cut_at_grains(blocks: Sequence[Block], servers: int) -> list[bool]:
+    """Of each block, whether it is cut at multiples of `GRAIN` only."""
+    found = [True] * len(blocks)
+    for pieces in cut(blocks, servers):
+        for number, _, stop in (span for piece in pieces for span in piece):
+            found[number] &= stop == blocks[number].elements or stop % GRAIN == 0
+    return found
 
 
 def view_all(blocks: Sequence[Block], flats: Sequence[Tensor]) -> dict[str, Tensor]:

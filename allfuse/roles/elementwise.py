@@ -17,6 +17,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from allfuse.base.errors import UserError
+from allfuse.roles.cutting import GRAIN
 
 PER_ELEMENT = (
     *("Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "ASGD", "NAdam", "RAdam", "RMSprop"),
@@ -64,16 +65,18 @@ def check_optimizer(cls: type[Optimizer], options: Mapping[str, Any]) -> None:
 def is_per_element(name: str, options: str, dtype: torch.dtype, fused: bool = False) -> bool:
     """Whether a vector of parameters and its slices come to the same bits, measured over 3 steps.
 
-    options: as JSON. fused: by torch's fused step, where there is one.
+    options: as JSON. fused: by torch's fused step, where there is one, on slices that are cut at
+    multiples of `GRAIN`: its last elements are rounded otherwise.
     """
     cls = find_class(name)
     if cls is None or (fused and "fused" not in inspect.signature(cls).parameters):
         return False
     chance = torch.Generator().manual_seed(0)
-    drawn = torch.randn(4, 61, generator=chance).to(dtype)
+    sizes = [GRAIN, 7 * GRAIN, 33 * GRAIN, 20 * GRAIN - 3] if fused else [1, 7, 33, 20]
+    drawn = torch.randn(4, sum(sizes), generator=chance).to(dtype)
     try:
         whole, cut = (
-            _walk(cls, json.loads(options), drawn, sizes, fused) for sizes in ([61], [1, 7, 33, 20])
+            _walk(cls, json.loads(options), drawn, each, fused) for each in ([sum(sizes)], sizes)
         )
     except (TypeError, ValueError, RuntimeError):
         return False
@@ -92,14 +95,16 @@ def _walk(
     return torch.cat([parameter.detach() for parameter in slices])
 
 
-def make_optimizer(cls: type[Optimizer], options: Mapping[str, Any], part: Parameter) -> Optimizer:
-    """An optimizer of a slice: torch's fused step where that gives the same bits however tensors
-    are cut.
+def make_optimizer(
+    cls: type[Optimizer], options: Mapping[str, Any], part: Parameter, *, at_grains: bool
+) -> Optimizer:
+    """An optimizer of a slice, of a block that is cut at multiples of `GRAIN` or not: torch's fused
+    step where that gives the same bits as on the whole.
 
     It goes through memory once: Adam on 20 MB takes 26 ms, 110 to 120 otherwise (one thread, a
-    busy machine). That of SGD rounds its last elements otherwise (seen in torch 2.13).
+    busy machine).
     """
-    fused = is_per_element(cls.__name__, to_text(options), part.dtype, fused=True)
+    fused = at_grains and is_per_element(cls.__name__, to_text(options), part.dtype, fused=True)
     return _make(cls, options, [part], fused)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from allfuse.base.errors import CheckpointError
 from allfuse.roles.blueprint import Blueprint
-from allfuse.roles.cutting import Piece, cut
+from allfuse.roles.cutting import Piece, cut, cut_at_grains
 from allfuse.roles.slices import Options, Slice, Values
 
 __all__ = ["Options", "Shard", "Values"]
@@ -28,7 +28,11 @@ class Shard:
     def __init__(self, blueprint: Blueprint, index: int, servers: int) -> None:
         self.blueprint, self.index, self.servers = blueprint, index, servers
         self.pieces: list[Piece] = cut(blueprint.blocks, servers)[index]
-        self.slices = [[Slice(span, blueprint) for span in piece] for piece in self.pieces]
+        at_grains = cut_at_grains(blueprint.blocks, servers)
+        self.slices = [
+            [Slice(span, blueprint, at_grains=at_grains[span.block]) for span in piece]
+            for piece in self.pieces
+        ]
 
     def put(self, piece: int, values: Values) -> None:
         for each, given in zip(self.slices[piece], values, strict=True):

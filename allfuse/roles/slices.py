@@ -33,7 +33,7 @@ class Slice:
     (copy on write); where nobody has them any more nothing is copied.
     """
 
-    def __init__(self, span: Span, blueprint: Blueprint) -> None:
+    def __init__(self, span: Span, blueprint: Blueprint, *, at_grains: bool) -> None:
         block = blueprint.blocks[span.block]
         self.span, self.group, self.dtype = span, block.group, block.dtype
         self.options = blueprint.groups[block.group].options
@@ -42,7 +42,9 @@ class Slice:
         self._users = storage_users(self.parameter)
         found = find_class(blueprint.groups[block.group].optimizer)
         assert found is not None
-        self.optimizer: Optimizer = make_optimizer(found, self.options, self.parameter)
+        self.optimizer: Optimizer = make_optimizer(
+            found, self.options, self.parameter, at_grains=at_grains
+        )
 
     def put(self, values: Tensor) -> None:
         if storage_users(self.parameter) > self._users:

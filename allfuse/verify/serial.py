@@ -23,7 +23,7 @@ from allfuse.base.tensors import share
 from allfuse.job import Job, default_forward
 from allfuse.plan import Site
 from allfuse.roles.blueprint import Blueprint
-from allfuse.roles.cutting import Block
+from allfuse.roles.cutting import Block, cut_at_grains, view_all
 from allfuse.roles.elementwise import find_class, from_plain, is_per_element, to_plain, to_text
 from allfuse.roles.terms import Terms
 from allfuse.split.data import BatchPlan, Source, as_source, plan_batches
@@ -172,26 +172,31 @@ class Pupil:
 
 
 class Central:
-    """The weights that updates are applied to: whole tensors, an optimizer for each block."""
+    """The weights that updates are applied to: whole tensors, end to end in blocks with an
+    optimizer each, as a plain script would make it.
 
-    def __init__(self, blueprint: Blueprint, model: nn.Module) -> None:
+    It takes torch's fused steps where servers do. They round the last elements of what they are
+    given otherwise, so that blocks are stepped whole.
+    """
+
+    def __init__(self, blueprint: Blueprint, model: nn.Module, servers: int) -> None:
         self.blueprint = blueprint
         named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        self.weights = {
-            held.name: Parameter(named[held.name].detach().clone()) for held in blueprint.tensors
-        }
-        self._optimizers = [self._optimizer(block) for block in blueprint.blocks]
+        self._flats = [
+            Parameter(torch.cat([named[name].detach().reshape(-1) for name in block.names]))
+            for block in blueprint.blocks
+        ]
+        self.weights = view_all(blueprint.blocks, [flat.detach() for flat in self._flats])
+        fused = cut_at_grains(blueprint.blocks, servers)
+        self._optimizers = list(map(self._optimizer, blueprint.blocks, self._flats, fused))
 
-    def _optimizer(self, block: Block) -> torch.optim.Optimizer:
-        """As a plain script makes it; by torch's fused step where servers use that one."""
+    def _optimizer(self, block: Block, flat: Parameter, at_grains: bool) -> torch.optim.Optimizer:
         group = self.blueprint.groups[block.group]
         made: Any = find_class(group.optimizer)
         text = to_text(group.options)
-        fused = is_per_element(group.optimizer, text, block.dtype, fused=True)
+        fused = at_grains and is_per_element(group.optimizer, text, block.dtype, fused=True)
         how = {"fused": True} if fused else {}
-        optimizer: torch.optim.Optimizer = made(
-            [self.weights[name] for name in block.names], **from_plain(group.options), **how
-        )
+        optimizer: torch.optim.Optimizer = made([flat], **from_plain(group.options), **how)
         return optimizer
 
     @torch.no_grad()
@@ -207,14 +212,17 @@ class Central:
             options: of each group whose gradients are pushed; the others' never change.
             factor: of gradients.
         """
-        for block, optimizer in zip(self.blueprint.blocks, self._optimizers, strict=True):
+        each = zip(self.blueprint.blocks, self._flats, self._optimizers, strict=True)
+        for block, flat, optimizer in each:
             scale = 1.0
             if self.blueprint.groups[block.group].pushed == "gradient":
                 optimizer.param_groups[0].update(from_plain(options[block.group]))
                 scale = factor
-            for name in block.names:
-                summed = add_up([(weight * scale, values[name]) for weight, values in updates])
-                self.weights[name].grad = summed.to(block.dtype)
+            summed = [
+                add_up([(weight * scale, values[name]) for weight, values in updates])
+                for name in block.names
+            ]
+            flat.grad = torch.cat([values.reshape(-1).to(block.dtype) for values in summed])
             optimizer.step()
 
     def norm(self, updates: Sequence[tuple[float, Named]]) -> float:
@@ -229,7 +237,7 @@ class Central:
         return float(torch.nn.utils.get_total_norm(summed))
 
     def copy(self) -> Named:
-        return {name: weight.detach().clone() for name, weight in self.weights.items()}
+        return {name: weight.clone() for name, weight in self.weights.items()}
 
 
 def add_up(parts: Sequence[tuple[float, Tensor]]) -> Tensor:
@@ -258,7 +266,7 @@ class Serial:
         self.job, self.outer, self.terms = job, outer, terms
         self.model = build_model(job.model, job.seed).to(device)
         self.blueprint = make_blueprint(job, self.model, outer, terms)
-        self.central = Central(self.blueprint, self.model)
+        self.central = Central(self.blueprint, self.model, terms.servers)
         self.samples = Samples(job, terms.parts, ranks)
         self.outward = Outward(self.blueprint, terms.servers)
         self.inward: dict[str, Inward] = {}
