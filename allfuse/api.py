@@ -11,8 +11,10 @@ from typing import Any
 from allfuse.base.errors import UserError, nearest
 from allfuse.job import Job, as_job
 from allfuse.launcher import World, current_world, entered
+from allfuse.launcher.generation import check_on_loss
 from allfuse.launcher.torchrun import started_by_torchrun
 from allfuse.plan import Plan, as_plan, check_workers
+from allfuse.plan.loss import loss_policy
 from allfuse.plan.plan import PlanLike
 from allfuse.training.keeper import Resume
 from allfuse.training.loop import Result, train_job
@@ -81,6 +83,7 @@ def train(
     device: str | None = None,
     quiet: bool = False,
     settings: Mapping[str, Any] | None = None,
+    on_loss: str | None = None,
 ) -> Result:
     """Train a job under a plan and return what it came to, the weights included.
 
@@ -90,6 +93,8 @@ def train(
             processes of this machine, unless this process was itself started as one of them.
         out, resume: as for `session`.
         settings: arguments for the job function.
+        on_loss: what becomes of the others when a worker process is killed: "stop", "restart",
+            "continue"; by default they stop, under plans with servers they continue.
     """
     chosen = as_plan(plan) if plan is not None else None
     work = functools.partial(
@@ -110,7 +115,7 @@ def train(
     if chosen is None or (chosen.workers == 1 and chosen.outer is None):
         return work()
     chosen.validate_executable()
-    result = launch(work, workers=chosen.workers, plan=chosen)
+    result = launch(work, workers=chosen.workers, plan=chosen, on_loss=on_loss)
     assert isinstance(result, Result)
     return result
 
@@ -141,12 +146,13 @@ def launch(
     workers: int,
     plan: PlanLike | None = None,
     threads: int | None = None,
+    on_loss: str | None = None,
     **kwargs: Any,
 ) -> Any:
     """Run `function(*args, **kwargs)` in fresh local worker processes; what rank 0 returned.
 
     Sessions inside take their plan from here (`data(workers)` unless given). Works from notebooks
-    and scripts alike: nothing of the caller's `__main__` is run again.
+    and scripts alike: nothing of the caller's `__main__` is run again. `on_loss` as for `train`.
 
     Raises:
         UserError, WorkerFailed, Interrupted: as `launch_local` says.
@@ -159,5 +165,12 @@ def launch(
     if chosen.outer is not None:
         from allfuse.hosting import launch_with_roles
 
-        return launch_with_roles(call, chosen, threads=threads)
-    return launch_local(call, workers, plan=str(chosen), threads=threads)
+        policy = check_on_loss(on_loss or "continue")
+        return launch_with_roles(call, chosen, threads=threads, on_loss=policy)
+    return launch_local(
+        call,
+        workers,
+        plan=str(chosen),
+        threads=threads,
+        policy=loss_policy(chosen, on_loss),
+    )

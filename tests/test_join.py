@@ -10,7 +10,7 @@ import pytest
 from allfuse.base.errors import UserError
 from allfuse.cli.options import refuse_without_roles
 from allfuse.hosting import ask_about
-from allfuse.launcher.crew import check_on_loss
+from allfuse.launcher.generation import check_on_loss
 from allfuse.launcher.token import VARIABLE, find_token
 from allfuse.link.endpoint import Endpoint
 from allfuse.link.wire import Wire

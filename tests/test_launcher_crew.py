@@ -10,8 +10,9 @@ import pytest
 
 from allfuse.base.errors import WorkerFailed
 from allfuse.launcher import current_world
-from allfuse.launcher.crew import Crew, OnLoss, launch_crew
+from allfuse.launcher.crew import Crew, launch_crew
 from allfuse.launcher.crewmate import Crewmate
+from allfuse.launcher.generation import OnLoss
 from allfuse.launcher.store import StoreWorld
 
 

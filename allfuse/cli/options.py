@@ -151,7 +151,7 @@ def run_under(
     warm_up(PRELOAD)
     if plan.outer is not None:
         from allfuse.hosting import launch_with_roles
-        from allfuse.launcher.crew import check_on_loss
+        from allfuse.launcher.generation import check_on_loss
         from allfuse.launcher.token import find_token
 
         token = find_token(token_file, make=listen is not None)

@@ -11,13 +11,12 @@ import sys
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import cloudpickle
-
-from allfuse.base.errors import Interrupted, UserError, WorkerFailed
+from allfuse.base.errors import Interrupted, WorkerFailed
 from allfuse.launcher.channel import Channel
 from allfuse.launcher.crewmate import SCHEDULER, SERVER, WORKER, CrewRequest
+from allfuse.launcher.generation import RESTARTS, OnLoss
 from allfuse.launcher.local import (
     count_cores,
     current_folder,
@@ -26,7 +25,7 @@ from allfuse.launcher.local import (
     pack_function,
     rank_facts,
 )
-from allfuse.launcher.outcome import Outcome, judge
+from allfuse.launcher.outcome import Outcome, is_nothing, judge
 from allfuse.launcher.signals import asked_to_stop
 from allfuse.launcher.store import LOOPBACK
 from allfuse.launcher.watch import Watch
@@ -34,9 +33,6 @@ from allfuse.launcher.zygotes import Zygote, borrowed, warm_up
 
 if TYPE_CHECKING:
     from allfuse.base.torch_private import Store
-
-OnLoss = Literal["stop", "restart", "continue"]
-RESTARTS = 5  # of one process, before its end counts as a failure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,7 +295,7 @@ def judge_crew(workers: Sequence[Outcome], roles: Sequence[Outcome], interrupted
     if failed:
         return judge(failed, interrupted)
     for outcome in workers:
-        if outcome.result is not None and not _is_none(outcome.result):
+        if outcome.result is not None and not is_nothing(outcome.result):
             return judge([outcome], interrupted)
     if interrupted:
         raise Interrupted("interrupted; the workers were killed")
@@ -309,20 +305,3 @@ def judge_crew(workers: Sequence[Outcome], roles: Sequence[Outcome], interrupted
     if lost:
         return judge(lost, interrupted)
     raise WorkerFailed("no worker returned a result", rank=-1)
-
-
-def _is_none(packed: bytes) -> bool:
-    """Whether a result is None, which workers pack in one of two ways."""
-    return packed in (pickle.dumps(None), cloudpickle.dumps(None))
-
-
-def check_on_loss(value: str) -> OnLoss:
-    """The policy of that name.
-
-    Raises:
-        UserError: there is none.
-    """
-    for policy in ("stop", "restart", "continue"):
-        if value == policy:
-            return policy
-    raise UserError(f"--on-loss {value}: allowed: stop, restart, continue")

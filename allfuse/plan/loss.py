@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from allfuse.base.errors import UserError
+from allfuse.base.errors import PlanError, UserError
 from allfuse.launcher.generation import LossPolicy, check_on_loss
 from allfuse.plan.axes import Axis, Data, Site
 from allfuse.plan.plan import Plan
@@ -41,6 +41,20 @@ def without_lost(plan: Plan, workers: int) -> Plan:
     others = math.prod(each.n for each in plan.axes if each is not axis)
     left = tuple(replace(e, n=workers // others) if e is axis else e for e in plan.axes)
     return Plan(left)
+
+
+def refuse_survival(plan: Plan, device: str) -> None:
+    """Refuse to go on after losses where that was never seen to work.
+
+    Raises:
+        PlanError: ranks are on GPUs.
+    """
+    if device != "cpu" and plan.workers > 1:
+        why = (
+            f"--on-loss continue: ranks run on {device}, where it is not known yet whether those "
+            "that are left can meet again; next: --on-loss restart"
+        )
+        raise PlanError(str(plan), why, "the same with --device cpu")
 
 
 def loss_policy(plan: Plan, on_loss: str | None) -> LossPolicy:

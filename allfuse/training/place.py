@@ -11,7 +11,7 @@ from allfuse.fusion.auto import Auto, Notice, candidates, settled
 from allfuse.launcher import World, current_world
 from allfuse.launcher.base import await_word
 from allfuse.plan import Data, Plan, Site, as_plan, check_workers
-from allfuse.plan.loss import without_lost
+from allfuse.plan.loss import refuse_survival, without_lost
 from allfuse.topology import Layout
 from allfuse.training.device import choose_device
 
@@ -84,6 +84,8 @@ class Place:
         if world.size > 1 and world.crew is None:
             self._refuse_other_plan()
         self.device, self._seed = choose_device(device, world), seed
+        if world.goes_on:
+            refuse_survival(self.plan, self.device.type)
         self.choices: dict[str, str] = {}
         self._sent_before = 0  # over links that were closed after a loss
         self._meet_peers()

@@ -494,6 +494,7 @@ class Session:
         if self.teller.began is not None:
             return
         size = batch_size_of(loader)
+        self.survival.refuse_streams(source)
         if self.apart is not None:
             self._join(source, loader, order, epochs, steps)
             return

@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from allfuse.base.errors import PeerLost
+from allfuse.base.errors import DataError, PeerLost
 from allfuse.base.tensors import map_nest
 from allfuse.launcher.generation import Lost
+from allfuse.split.data import Stream
 from allfuse.training.exchange import Figures
 from allfuse.training.recovery import Among, Ended, Handed, Recovery, describe, entries
 
 if TYPE_CHECKING:
-    from allfuse.split.data import Portion
+    from allfuse.split.data import Portion, Source
     from allfuse.training.learner import Learner
     from allfuse.training.session import Session
 
@@ -164,6 +165,19 @@ class Survival:
                 return work()
             except PeerLost as error:
                 self.recovery.run(error, None, self.recovery.capture_fusions)
+
+    def refuse_streams(self, source: Source | Stream) -> None:
+        """Refuse streams where sites are at different steps when one is lost.
+
+        Raises:
+            DataError: says what can be.
+        """
+        if self.active and self.session.rounds.active and isinstance(source, Stream):
+            raise DataError(
+                f"--on-loss continue: under {self.place.whole} the data is a stream, whose samples "
+                "sites take in turns, step by step; allowed: data with a length, or a plan of data "
+                "alone; next: --on-loss restart"
+            )
 
     def refuse_own_loops(self, error: PeerLost) -> None:
         """A loop that computes its loss itself cannot be had to do so again.
