@@ -279,6 +279,33 @@ def test_a_run_that_is_resumed_uses_the_shares_that_it_had_and_measures_on(tmp_p
     assert rest[0][-1][2] < rest[0][-1][0]
 
 
+SITES = "site(2, every=4) * data(2, balance=speed)"
+
+
+def test_each_site_shares_out_its_own_part_by_the_speed_of_its_own_workers() -> None:
+    _, shares = go(balanced(), SITES)
+    assert all(sum(rows) == 32 and sum(rows[:2]) == 16 for own in shares for rows in own)
+    ends = [own[-1] for own in shares]
+    assert ends[0] == ends[1]
+    assert ends[2] == ends[3]
+    assert ends[0][0] <= 5  # rank 0 is slow
+    assert abs(ends[2][2] - ends[2][3]) <= 4
+    assert ends[0][2:] == ends[2][:2] == (8, 8)  # of another site it is known what it is in sum
+
+
+def test_sites_that_are_resumed_use_the_shares_that_each_had(tmp_path: Path) -> None:
+    out, whole = tmp_path / "run", Stop(steps=43)
+    results, shares = go(balanced(save_every=20, stop=whole), SITES, out=out)
+    assert len(set(shares[0])) > 1
+    set_back(out, 20)
+    other = balanced(save_every=20, stop=whole, loss=slept(slow(2)))  # what it would measure now
+    again, replayed = go(other, SITES, out=out, resume=True)
+    for rank in range(4):
+        assert replayed[rank] == shares[rank][20:]
+    assert_equal(again[0].weights, results[0].weights, exact=True)
+    assert (out / "shares-1.jsonl").exists()
+
+
 def test_other_workers_begin_evenly_and_a_spoilt_end_of_the_record_is_cut_off(
     tmp_path: Path,
 ) -> None:
@@ -319,13 +346,14 @@ def test_a_record_counts_up_to_its_first_line_that_says_nothing(line: str) -> No
         "data(3, balance=speed)",
         "data(2, balance=speed, codec=int8)",
         "data(3, balance=speed, rule=median)",
+        "site(2, every=2) * data(2, balance=speed)",
     ],
 )
 @pytest.mark.parametrize("made", ["plain", "pieces"])
 def test_verify_proves_a_plan_at_changing_shares(plan: str, made: str) -> None:
     changes = {"accumulate": 2, "model": normed_network} if made == "pieces" else {}
     report = verify_job(
-        job(train=points(50), batch_size=16, **changes), plan, threads=True, steps=6
+        job(train=points(56), batch_size=16, **changes), plan, threads=True, steps=6
     )
     assert report.ok, report.lines()
 
@@ -343,7 +371,10 @@ def test_a_stream_cannot_be_balanced() -> None:
         ("data(4, balance=5)", "allowed: even, speed"),
         ("site(4, balance=speed)", "data has one"),
         ("data(4, sync=asp, balance=speed)", r"scheduler .*nearest.* data\(4, balance=speed\)"),
-        ("site(2) * data(2, balance=speed)", r"nearest.* site\(2\) \* data\(2\)"),
+        (
+            "site(2, sync=asp) * data(2, balance=speed)",
+            r"scheduler .*nearest.* site\(2, sync=asp\) \* data\(2\)",
+        ),
     ],
 )
 def test_plans_in_which_balance_means_nothing_are_refused(text: str, words: str) -> None:

@@ -71,9 +71,12 @@ class Plan:
         """Groups are in step inside, and may be out of step between each other."""
         shared = [axis for axis in self.axes if isinstance(axis, Data | Site)]
         for inner in shared[1:]:
-            if isinstance(inner, Data) and inner.balance != "even":
+            if isinstance(inner, Data) and inner.balance != "even" and shared[0].has_roles:
                 even: dict[Axis, Axis] = {inner: replace(inner, balance="even")}
-                why = "no site knows how fast the workers of another are: shares are even beside it"
+                why = (
+                    "a scheduler hands out the work in equal parts, and what is handed out is cut "
+                    "evenly; balance=speed is for replicas in step, without servers"
+                )
                 nearest = [even.get(axis, axis) for axis in self.axes]
                 raise PlanError(_join(self.axes), why, _join(nearest))
             if inner.has_roles:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 
 from allfuse.base.errors import PlanError, RunError
+from allfuse.base.tensors import share
 from allfuse.plan import Data
 from allfuse.store.durable import explain, parse_json, replace_bytes
 
@@ -59,42 +60,64 @@ class Balance:
         link: to the replicas, whose ranks are on CPUs.
         least: rows for each, where the batch has as many.
         warn: is told in words why a decision could not be written.
+        sites: how many groups of such replicas share each batch, evenly; each measures by itself,
+            and keeps a record of its own. site: which of them this is.
+        everybody: a link to the replicas of all sites.
     """
 
-    def __init__(self, link: Link, least: int, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        link: Link,
+        least: int,
+        warn: Callable[[str], None],
+        sites: int = 1,
+        site: int = 0,
+        everybody: Link | None = None,
+    ) -> None:
         self.link, self.least, self.ahead = link, least, 0
+        self.sites, self.site, self._everybody = sites, site, everybody
         self.script: Cut | None = None  # decides instead, where shares are to be known beforehand
         self._warn = warn
         self._decided = [Decision((0, 0), (0, 0), (1.0,) * link.size)]  # in force, and those to be
         self._known: Moment = (-1, -1)  # up to where the record of a resumed run goes
         self._seen: deque[list[float]] = deque(maxlen=EVERY)
         self._rows: tuple[int, ...] = ()  # of the step before
-        self._batch = 0  # rows of the largest batch
+        self._batch = 0  # rows of the largest batch, or this site's part of it
         self._steps = 0
         self._last: tuple[tuple[int, tuple[float, ...]], tuple[int, ...]] = (0, ()), ()
         self._path: Path | None = None
 
     def cut(self, total: int, epoch: int, step: int) -> tuple[int, ...]:
-        """The rows of each replica in a batch."""
+        """The rows of each replica in a batch; those of other sites as if they were even, which
+        in sum they are."""
         if self.script is not None:
             return self.script(total, epoch, step)
         here = [each for each in self._decided if each.start <= (epoch, step)][-1]
         asked = (total, here.speeds)
         if self._last[0] != asked:
-            self._last = asked, apportion(total, here.speeds, self.least)
+            rows: list[int] = []
+            for site in range(self.sites):
+                start, stop = share(total, self.sites, site)
+                speeds = here.speeds if site == self.site else (1.0,) * self.link.size
+                rows += apportion(stop - start, speeds, self.least)
+            self._last = asked, tuple(rows)
         return self._last[1]
+
+    def _own(self, shares: Sequence[int]) -> tuple[int, ...]:
+        first = self.site * self.link.size
+        return tuple(shares[first : first + self.link.size])
 
     def hear(self, portion: Portion | None, figures: Figures | None) -> None:
         """Take in a step that is done; its figures are of the rows of the step before."""
         if figures is not None and self._rows:
             self._measure(self._rows, figures.busy_s)
-        self._rows = () if portion is None else portion.shares
+        self._rows = () if portion is None else self._own(portion.shares)
         if portion is None:
             return
         at = (portion.epoch, portion.step)
         while len(self._decided) > 1 and self._decided[1].start <= at:
             self._decided.pop(0)
-        self._batch = max(self._batch, sum(portion.shares))
+        self._batch = max(self._batch, sum(self._rows))
         self._steps += 1
         if self._steps % EVERY == 0 and at > self._known:
             self._decide(at)
@@ -125,7 +148,8 @@ class Balance:
     def begin(self, folder: Path | None, here: Moment, resumes: bool) -> None:
         """Before the first step, on the batch `here`: keep a record, and go on as one says.
 
-        Phases: where a run is resumed the first rank sends its record, in two broadcasts.
+        Phases: sites wait until the folder is there, which the first one makes. Where a run is
+        resumed the first rank of each sends its record, in two broadcasts.
 
         Raises:
             RunError: it cannot be read or written.
@@ -133,8 +157,11 @@ class Balance:
         if folder is None:
             return
         record = [Decision(here, workers=self.link.size)]
+        if self._everybody is not None:
+            self._everybody.all_reduce(torch.zeros(1), "wait for the run folder").wait()
         if self.link.rank == 0:
-            self._path = folder / RECORD
+            self._path = self._record_in(folder)
+        if self._path is not None:
             record = _take_up(self._path, record[0]) if resumes else record
             _write(self._path, record)
         if resumes:
@@ -149,8 +176,21 @@ class Balance:
             RunError: it cannot be read or written.
         """
         if folder is not None and self.link.rank == 0:
-            self._path = folder / RECORD
-            _write(self._path, _take_up(self._path, Decision(here, workers=self.link.size)))
+            self._path = self._record_in(folder)
+        if self._path is not None:
+            began = Decision(here, workers=self.link.size)
+            record = _take_up(self._path, began) if self.sites == 1 else [began]
+            _write(self._path, record)
+
+    def _record_in(self, folder: Path) -> Path | None:
+        """Where this site keeps its record; None where its host has no such folder."""
+        if folder.is_dir():
+            return folder / (RECORD if self.site == 0 else f"shares-{self.site}.jsonl")
+        self._warn(
+            f"the shares of site {self.site} are not recorded, so that resuming may decide others: "
+            f"its host has no folder {folder}"
+        )
+        return None
 
     def _spread(self, record: list[Decision]) -> list[Decision]:
         """The first rank's record, since its last change of workers."""
@@ -182,7 +222,8 @@ def make_balance(place: Place, least: int, warn: Callable[[str], None]) -> Balan
     """What shares out batches where a plan says balance=speed; None where shares are even.
 
     Raises:
-        PlanError: on a GPU, whose time for a step is not known to the process that queues it.
+        PlanError: on a GPU: the process that queues a step's work does not see when it is done, and
+        what waits for others (global BatchNorm, a fusion) is queued in between.
     """
     axis = place.plan.axis("data")
     if not isinstance(axis, Data) or axis.balance == "even" or axis.n == 1:
@@ -190,7 +231,11 @@ def make_balance(place: Place, least: int, warn: Callable[[str], None]) -> Balan
     if place.device.type != "cpu":
         why = f"speeds are measured on CPUs in this version, and this rank runs on {place.device}"
         raise PlanError(str(place.plan), why, str(replace(axis, balance="even")))
-    return Balance(place.data, least, warn)
+    site = place.plan.axis("site")
+    if site is None or site.n == 1:
+        return Balance(place.data, least, warn)
+    number = place.coordinates["site"]
+    return Balance(place.data, least, warn, site.n, number, place.replicas)
 
 
 def apportion(total: int, speeds: Sequence[float], least: int = 1) -> tuple[int, ...]:
