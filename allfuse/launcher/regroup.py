@@ -12,7 +12,7 @@ from allfuse.launcher.generation import Generation
 if TYPE_CHECKING:
     from allfuse.link.base import Board
 
-SOON_S = 1.0  # within which the launcher tells of a death that it sees itself
+SOON_S = 3.0  # within which the launcher tells of a death that it sees itself
 POLL_S = 0.005
 
 
