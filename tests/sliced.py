@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from allfuse.launcher.base import current_world
 from allfuse.launcher.thread import first_failure, launch_threads
-from allfuse.split.tensor.attention import unfold_attention
 from allfuse.split.record import record
+from allfuse.split.tensor.attention import unfold_attention
 from allfuse.split.tensor.search import TensorPlan, find_cuts
 from allfuse.split.tensor.slicing import slice_model
 from allfuse.split.tensor.traffic import Slice
@@ -61,6 +61,21 @@ class GroupedAttention(nn.Module):
         v = v.view(batch, length, self.groups, self.size).transpose(1, 2)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         result: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        return result
+
+
+class Unpacked(nn.Module):
+    """Queries, keys and values packed into one weight and taken apart by a dim of their own."""
+
+    def __init__(self, width: int = 16, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:  # B S W
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        result: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         return result
 
 
@@ -187,6 +202,7 @@ CASES = {
         (2, 5, 16),
         ("inner.1.qkv.weight", "inner.1.out.weight"),
     ),
+    "unpacked": Case(Unpacked, (2, 5, 16), ("qkv.weight", "out.weight"), n=4),
     "plain weights": Case(PlainWeights, (5, 12), ("up", "shift", "down")),
     "tied words": Case(TiedWords, (2, 6), ("unit.both.weight", "table.weight"), words=24),
     "cross attention": Case(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -199,6 +200,28 @@ def test_a_call_that_mixes_channels_is_found_out(function: Callable[[Tensor], Te
     model = nn.Sequential(nn.Linear(8, 16), Between(), nn.Linear(16, 8)).double()
     plan = assert_slices_equal_the_whole(model, run_on(5, 8), 2)
     assert not plan.regions
+
+
+class Doubled(torch.autograd.Function):
+    """Computes where it cannot be seen."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> Tensor:
+        return torch.from_numpy(2 * x.detach().numpy()) if x.device.type == "nowhere" else 2 * x
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        return 2 * gradients[0]
+
+
+def test_what_cannot_be_followed_is_not_cut_in_silence() -> None:
+    class Hidden(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = Doubled.apply(x)  # type: ignore[no-untyped-call]
+            return y
+
+    model = nn.Sequential(nn.Linear(8, 16), Hidden(), nn.Linear(16, 8)).double()
+    assert_slices_equal_the_whole(model, run_on(5, 8), 2)
 
 
 class Mute(LoneLink):

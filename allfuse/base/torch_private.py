@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store, TCPStore
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 __all__ = [
     "PrefixStore",
@@ -26,6 +26,7 @@ __all__ = [
     "foreach_copy",
     "foreach_multiply",
     "gloo_group",
+    "is_fake",
     "nccl_group",
     "start_together",
     "storage_users",
@@ -41,6 +42,11 @@ def clone_store(store: Any) -> Store:
 def fake_tensors() -> AbstractContextManager[object]:
     """Within it calls of torch compute shapes and types, and no numbers."""
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and a type, and no numbers."""
+    return isinstance(tensor, FakeTensor)
 
 
 def foreach_copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +21,12 @@ from allfuse.cli.options import (
 from allfuse.codec import Codec, LossyCodec
 from allfuse.plan import Data, Plan, Site, as_plan, describe, layout
 from allfuse.topology import Layout
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from allfuse.job import Job
+    from allfuse.split.data import Source, Stream
 
 
 def plan(
@@ -206,4 +213,26 @@ def tell_job(
             facts[f"{axis.name}_bytes_per_fusion"] = sent
             leaving = leaving_hosts(plan, axis, fusion.topology, encoded, hosts)
             lines += tell_hosts(axis, leaving, facts)
-    return lines, facts
+    told, found = tell_splits(job, source, model, plan)
+    return lines + told, {**facts, **found}
+
+
+def tell_splits(
+    job: Job, source: Source | Stream, model: nn.Module, plan: Plan
+) -> tuple[list[str], dict[str, object]]:
+    """How the axes of a plan that cut a model cut this one."""
+    import numpy as np
+
+    from allfuse.job import default_forward
+    from allfuse.split.data import Source
+    from allfuse.split.describe import describe_splits
+
+    if not isinstance(source, Source) or job.batch_size is None or source.size < 3:
+        return [], {}
+
+    def run(rows: int) -> tuple[int, Callable[[nn.Module], Any]]:
+        batch = source.fetch(np.arange(rows))
+        return rows, lambda made: (job.forward or default_forward)(made, batch)
+
+    rows = -(-job.batch_size // plan.replicas)
+    return describe_splits(plan, model, (run(2), run(3)), rows)

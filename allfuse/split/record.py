@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from allfuse.base.errors import UserError
 from allfuse.base.tensors import leaves, map_nest
-from allfuse.base.torch_private import fake_tensors
+from allfuse.base.torch_private import fake_tensors, is_fake
 
 RANDOM = ("dropout", "bernoulli", "rand", "scaled_dot_product_attention", "multinomial", "normal")
 """How the names of functions begin that draw at random."""
@@ -81,6 +81,7 @@ class Recording:
         visits: passes through modules, in the order of their ends.
         shapes, dtypes: of each value, by its number.
         parameters, buffers: names of the values that are these.
+        strange: values that came from no call that could be followed.
         makers: the call that gave a value.
         outputs: numbers of the values that the forward pass returned.
     """
@@ -91,6 +92,7 @@ class Recording:
     dtypes: list[torch.dtype] = field(default_factory=list)
     parameters: dict[int, str] = field(default_factory=dict)
     buffers: dict[int, str] = field(default_factory=dict)
+    strange: set[int] = field(default_factory=set)
     makers: dict[int, Call] = field(default_factory=dict)
     outputs: list[int] = field(default_factory=list)
 
@@ -108,8 +110,8 @@ class Recording:
         return found
 
     def learned(self) -> set[int]:
-        """The values that depend on a parameter, parameters included."""
-        found = set(self.parameters)
+        """The values that depend on a parameter, or may do; parameters included."""
+        found = self.parameters.keys() | self.strange
         for call in self.calls:
             if found.intersection(call.inputs):
                 found.update(call.outputs)
@@ -141,6 +143,8 @@ class Recorder(TorchFunctionMode):
                 recording.parameters[number] = self._parameters[key]
             elif key in self._buffers:
                 recording.buffers[number] = self._buffers[key]
+            elif is_fake(tensor):
+                recording.strange.add(number)
         return self._numbers[key]
 
     def enter(self, module: str, arguments: Any) -> None:
@@ -159,6 +163,8 @@ class Recorder(TorchFunctionMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         named = dict(kwargs or {})
+        if function is Tensor.__iter__:  # gives no tensors that could be seen, but a promise
+            return iter(self.__torch_function__(Tensor.unbind, types, args, named))
         before = map_arguments(self._as_ref, (tuple(args), named))
         try:
             result = function(*args, **named)
@@ -185,6 +191,7 @@ class Recorder(TorchFunctionMode):
                 in_place=bool(changes),
             )
             self.recording.calls.append(call)
+            self.recording.strange.difference_update(outputs)
             self.recording.makers |= dict.fromkeys(outputs, call)
         return result
 

@@ -146,9 +146,7 @@ class Search:
         elif not begins:
             reason = "no map stands before it"
         elif any(each.kind == "embedding" or each.call.index in self._taken for each in begins):
-            names = ", ".join(dict.fromkeys(_owner(name) for name in weights[:3]))
-            more = "" if len(begins) <= 3 else f" and {len(begins) - 3} more"
-            reason = f"what it takes is needed whole: it comes from {names}{more}"
+            reason = "what it takes is needed whole"
         reasons = [] if reason is None else [NoCut(reason)]
         for parts in self._packings(begins) if reason is None else ():
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -224,6 +225,7 @@ class Care:
         """The forward of a module, with its own calls taken care of."""
         inner = module.forward
 
+        @functools.wraps(inner)
         def forward(*args: Any, **kwargs: Any) -> Any:
             mode = Following(self)
             with mode, _entered(mode):
@@ -247,6 +249,7 @@ def _shield(module: nn.Module) -> Function:
     """The forward of a module, kept from those who follow the calls of its parent."""
     inner = module.forward
 
+    @functools.wraps(inner)
     def forward(*args: Any, **kwargs: Any) -> Any:
         with _entered(None):
             return inner(*args, **kwargs)

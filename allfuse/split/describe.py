@@ -1,0 +1,169 @@
+"""Says in words how a model is cut, module by module."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from allfuse.base.units import format_bytes, format_count
+from allfuse.plan import Pipe, Plan, Tensor
+from allfuse.split.pipe.boundary import cut_stages
+from allfuse.split.record import Recording, record
+from allfuse.split.shapes import Shapes
+from allfuse.split.tensor.attention import unfold_attention
+from allfuse.split.tensor.maps import find_map
+from allfuse.split.tensor.search import TensorPlan, Use, find_cuts
+
+Run = Callable[[nn.Module], Any]
+
+
+def describe_splits(
+    plan: Plan, model: nn.Module, runs: Sequence[tuple[int, Run]], rows: int
+) -> tuple[list[str], dict[str, object]]:
+    """Lines for people, and the same as facts, for the axes of a plan that cut a model.
+
+    Args:
+        runs: two forward passes over batches of different numbers of rows.
+        rows: of the share of a batch that one replica has.
+
+    Raises:
+        UserError, PlanError: the model cannot be followed, or not be cut so.
+    """
+    lines: list[str] = []
+    facts: dict[str, object] = {}
+    if not any(isinstance(axis, Tensor | Pipe) for axis in plan.axes):
+        return lines, facts
+    unfold_attention(model)
+    (few, run), (more, run_more) = runs
+    shapes = Shapes(record(model, run), few, record(model, run_more), more)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    for axis in plan.axes:
+        if isinstance(axis, Tensor) and axis.n > 1:
+            cuts = find_cuts(shapes.one, axis.n)
+            lines += _tell_tensor(cuts, shapes, sizes, rows)
+            cut = sum(sizes[name] for name in cuts.cuts if name in sizes)
+            facts["tensor"] = {
+                "cut_share": cut / max(sum(sizes.values()), 1),
+                "bytes_per_step": _sent(cuts, shapes, rows),
+                "modules": {use.map.weight: use.way for use in cuts.uses.values()},
+                "whole": cuts.whole,
+            }
+        elif isinstance(axis, Pipe) and axis.n > 1:
+            told, stages = _tell_pipe(axis.n, shapes, sizes, rows)
+            lines += told
+            facts["pipe"] = {"stages": stages}
+    return lines, facts
+
+
+def _tell_tensor(plan: TensorPlan, shapes: Shapes, sizes: dict[str, int], rows: int) -> list[str]:
+    total = sum(sizes.values())
+    cut = sum(sizes[name] for name in plan.cuts if name in sizes)
+    lines = [
+        f"  tensor      {plan.n} slices: {cut / max(total, 1):.1%} of {format_count(total)} "
+        f"parameters are cut; each rank sends {format_bytes(_sent(plan, shapes, rows))} a step"
+    ]
+    uses = {use.map.weight: use for use in plan.uses.values()}
+    told: dict[str, int] = {}
+    for columns, ends in plan.regions:
+        text = f"{_names(columns, uses)} by columns, {_names(ends, uses)} by rows"
+        told[text] = told.get(text, 0) + 1
+    for use in plan.uses.values():
+        if use.way in ("gathered", "vocabulary"):
+            how = "by its rows" if use.way == "vocabulary" else "by columns, gathered"
+            text = f"{_pattern(use.map.weight)} {how}"
+            reason = plan.reasons.get(use.map.weight.rpartition(".")[0])
+            if reason is not None and use.way == "gathered":
+                text += f", since {_starred(reason)}"
+            told[text] = told.get(text, 0) + 1
+    lines += [f"    {text}" + (f"  x{n}" if n > 1 else "") for text, n in told.items()]
+    whole: dict[tuple[str, str], int] = {}
+    for module, reason in plan.whole.items():
+        key = _pattern(module), _starred(reason)
+        whole[key] = whole.get(key, 0) + 1
+    lines += [
+        f"    {module} whole: {reason}" + (f"  x{n}" if n > 1 else "")
+        for (module, reason), n in whole.items()
+    ]
+    return lines
+
+
+def _names(weights: Sequence[str], uses: dict[str, Use]) -> str:
+    """Weights of one region, numbers of blocks left out."""
+    found = []
+    for weight in weights:
+        use = uses[weight]
+        parts = f" ({len(use.cut.parts)} parts)" if len(use.cut.parts) > 1 else ""
+        found.append(_pattern(weight) + parts)
+    return ", ".join(dict.fromkeys(found))
+
+
+def _pattern(weight: str) -> str:
+    return _starred(weight.removesuffix(".weight"))
+
+
+def _starred(text: str) -> str:
+    """Text with the numbers of blocks replaced, so that equal blocks read alike."""
+    return re.sub(r"(?<![\w.])\d+(?=\.[A-Za-z_])|(?<=[A-Za-z_]\.)\d+\b", "*", text)
+
+
+def _sent(plan: TensorPlan, shapes: Shapes, rows: int) -> int:
+    """Bytes that each rank sends in a step: sums of 2 (n - 1) / n of what is summed, gathers of
+    (n - 1) / n, forward and backward."""
+    summed = 0
+    entered: set[int] = set()
+    for use in plan.uses.values():
+        if use.way != "columns":
+            summed += shapes.bytes(use.map.output, rows)
+        if use.way in ("columns", "gathered") and use.map.x not in entered:
+            entered.add(use.map.x)
+            summed += shapes.bytes(use.map.x, rows)
+    return round(2 * (plan.n - 1) / plan.n * summed)
+
+
+def _tell_pipe(
+    n: int, shapes: Shapes, sizes: dict[str, int], rows: int
+) -> tuple[list[str], list[dict[str, object]]]:
+    costs = count_operations(shapes.one)
+    lines, stages = [f"  pipe        {n} stages"], list[dict[str, object]]()
+    for number, stage in enumerate(cut_stages(shapes.one, n, costs)):
+        first, last = stage.first, stage.last
+        begin = 0 if first is None else first.call
+        end = len(costs) if last is None else last.call
+        share = sum(costs[begin:end]) / max(sum(costs), 1)
+        held = sum(sizes[name] for name in stage.parameters)
+        text = f"from {first.module}" if first else "from the batch"
+        text += f" to before {last.module}" if last else " to the end"
+        passed = (
+            "" if last is None else f", passes on {format_bytes(shapes.bytes(last.value, rows))}"
+        )
+        lines.append(
+            f"    stage {number}: {text}: {format_count(held)} parameters, {share:.0%} of the "
+            f"arithmetic{passed}"
+        )
+        stages.append({"begins": first and first.module, "parameters": held, "share": share})
+    return lines, stages
+
+
+def count_operations(recording: Recording) -> list[float]:
+    """Multiplications of each call, by the shapes: what maps take, and one for each number that
+    comes out of others."""
+    costs = []
+    for call in recording.calls:
+        numbers = sum(math.prod(recording.shapes[number]) for number in call.outputs)
+        found = find_map(recording, call)
+        if found is not None and found.kind != "embedding":
+            shape = next(
+                recording.shapes[i]
+                for i, name in recording.parameters.items()
+                if name == found.weight
+            )
+            numbers *= math.prod(shape) // max(shape[found.out_of], 1) // found.packs
+        elif "attention" in call.name:
+            q, k = (recording.shapes[number] for number in call.inputs[:2])
+            numbers = 2 * math.prod(q) * k[-2]
+        costs.append(float(numbers))
+    return costs

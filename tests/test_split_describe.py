@@ -1,0 +1,58 @@
+"""What `allfuse plan` says of a model that is cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sliced import GatedUnit, Residual
+from torch import nn
+
+from allfuse.plan import as_plan
+from allfuse.split.describe import describe_splits
+
+WIDTH, HIDDEN, ROWS = 12, 16, 40
+
+
+def told(plan: str, model: nn.Module) -> tuple[list[str], Any]:
+    runs = [(rows, lambda made, rows=rows: made(torch.randn(rows, WIDTH))) for rows in (2, 3)]
+    return describe_splits(as_plan(plan), model, runs, ROWS)
+
+
+def blocks(count: int) -> nn.Module:
+    return nn.Sequential(
+        *(Residual(nn.LayerNorm(WIDTH), GatedUnit(WIDTH, HIDDEN)) for _ in range(count))
+    )
+
+
+def test_bytes_of_slices_are_two_sums_of_activations_for_each_region() -> None:
+    _, facts = told("tensor(2)", blocks(3))
+    sums = 3 * 2 * ROWS * WIDTH * 4
+    assert facts["tensor"]["bytes_per_step"] == sums * 2 * (2 - 1) / 2
+    assert facts["tensor"]["cut_share"] > 0.9
+
+
+def test_equal_blocks_are_told_once() -> None:
+    lines, _ = told("tensor(2)", blocks(3))
+    assert lines[1:] == ["    *.inner.*.both (2 parts) by columns, *.inner.*.down by rows  x3"]
+
+
+def test_what_is_left_whole_is_told_with_the_reason() -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, 7), nn.ReLU(), nn.Linear(7, 2))
+    lines, facts = told("tensor(2)", model)
+    assert "7 channels of 0 are not divisible by 2" in " ".join(lines)
+    assert "0" in facts["tensor"]["whole"]
+
+
+def test_stages_are_told_with_what_they_hold_and_pass_on() -> None:
+    lines, facts = told("pipe(2)", blocks(4))
+    stages = facts["pipe"]["stages"]
+    assert [stage["begins"] for stage in stages] == [None, "2"]
+    assert sum(stage["parameters"] for stage in stages) == sum(
+        p.numel() for p in blocks(4).parameters()
+    )
+    assert f"passes on {ROWS * WIDTH * 4 / 1e3:.3g} kB" in lines[1]
+
+
+def test_plans_that_cut_no_model_say_nothing() -> None:
+    assert told("data(2)", blocks(1)) == ([], {})
