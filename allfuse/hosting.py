@@ -20,9 +20,14 @@ from allfuse.launcher.crew import Crew, OnLoss, launch_crew
 from allfuse.launcher.crewmate import Crewmate
 from allfuse.launcher.joined_crew import join_crew
 from allfuse.launcher.token import find_token
-from allfuse.launcher.torchrun import JoinedWorld, environment_number, join_torchrun
+from allfuse.launcher.torchrun import (
+    JoinedWorld,
+    environment_number,
+    join_torchrun,
+    own_address,
+)
 from allfuse.link.endpoint import Endpoint
-from allfuse.link.wire import Wire
+from allfuse.link.wire import Wire, split_place
 from allfuse.plan import Plan, as_plan, check_workers
 from allfuse.roles.blueprint import Blueprint
 from allfuse.roles.messages import About as AboutJob
@@ -194,6 +199,7 @@ def join_job(
         on_loss="stop",
         token=token,
         place=place,
+        address=own_address(split_place(place)[0]) if plan.gossips else None,  # others call there
     )
     launch_crew(crew, threads=threads, timeout_s=timeout_s)
 
