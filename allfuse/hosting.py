@@ -227,6 +227,7 @@ class RunAudience:
         self.folder: RunFolder | None = None
         self._closing = ExitStack()
         self._binder: Binder | None = None
+        self._silent: set[str] = set()  # workers that were lost, and may hang
         self._began: float | None = None
         self._run: dict[str, Any] = {}
         self._held: list[tuple[str, dict[str, Any]]] = []  # until the course begins
@@ -343,9 +344,15 @@ class RunAudience:
                 self._reason, self._done = data["reason"], data["done"]
             case "hold" | "checkpoint":
                 self._bind(name, data)
+            case "silent":
+                self._silent.add(data["worker"])
+            case "expelled":
+                self.crew.end_process(data["worker"])
             case _:
                 if name == "snapshot" and self._binder is not None:
                     self._binder.written(data["sequence"])
+                if name == "join":  # again, where it was only slow
+                    self._silent.discard(data["worker"])
                 self.bus.emit(name, **data)
         if self._binder is not None:
             self._tell_saved(self._binder.poll())
@@ -386,6 +393,8 @@ class RunAudience:
     def close(self, error: BaseException | None) -> None:
         """The end of the job, and of all that was opened."""
         with self._closing:
+            for name in self._silent:
+                self.crew.end_process(name)
             if self._binder is not None:
                 self._tell_saved(self._binder.close())
             if self._began is not None:

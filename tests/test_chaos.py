@@ -26,7 +26,7 @@ from allfuse.launcher import current_world
 
 SAMPLES = 1024
 
-def job(pids="", pause=0.02, epochs=4):
+def job(pids="", pause=0.02, epochs=4, save_every=0):
     world = current_world()
     Path(pids, f"{os.getpid()}").touch()
     generator = torch.Generator().manual_seed(0)
@@ -46,7 +46,7 @@ def job(pids="", pause=0.02, epochs=4):
         loss=loss,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.5),
         batch_size=32,
-        save_every=None,
+        save_every=save_every or None,
         stop=af.Stop(epochs=epochs),
     )
 """
@@ -191,6 +191,39 @@ def test_a_killed_server_and_a_killed_scheduler_are_started_again(start: Any) ->
     assert_every_sample_was_used_once(run, 12)
     (restored,) = run.events("server_restored")
     assert restored["lost"] >= 0
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_does_not_hold_up_the_end(start: Any) -> None:
+    run = start("data(2, topology=central(servers=1), sync=asp, min=1)", 4)
+    run.until(30)
+    hung = run.workers()[1]
+    os.kill(hung, signal.SIGSTOP)
+    run.finish()
+    assert len(run.events("lost")) == 1
+    assert_every_sample_was_used_once(run, 4)
+    assert not is_alive(hung)
+
+
+@pytest.mark.slow
+def test_a_run_of_which_everything_was_killed_goes_on_under_another_plan(start: Any) -> None:
+    run = start("data(2, topology=central(servers=2), sync=asp)", 6, "--set", "save_every=8")
+    while not run.events("saved"):
+        assert run.process.poll() is None, run.process.communicate()[0]
+        time.sleep(0.1)
+    for pid in [run.process.pid, *run.workers(), *run.roles()]:
+        kill(pid)
+    run.process.communicate()
+    saved = run.events("saved")[-1]["step"]
+    run.process = run.allfuse(
+        "train", str(run.job), "--resume", str(run.out), "--plan", "data(2)", "--timeout", "60",
+        "--set", "epochs=6", "--set", f"pids={run.pids}", "--set", "save_every=8",
+    )  # fmt: skip
+    run.finish()
+    assert run.events("start")[-1]["resumed_step"] == saved
+    assert run.events("end")[-1]["steps"] == 6 * SAMPLES // 32
+    told = run.allfuse("evaluate", str(run.out), "--data", "validation", "--json")
+    assert json.loads(told.communicate(timeout=120)[0])["metrics"]["accuracy"] > 0.9
 
 
 @pytest.mark.slow

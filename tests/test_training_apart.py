@@ -215,7 +215,7 @@ def test_an_interrupted_run_says_how_it_goes_on(tmp_path: Path) -> None:
 
     job = small_job(loss=loss, stop=af.Stop(epochs=50))
     told = train_crew_into(tmp_path / "run", job, "data(2, sync=asp)")
-    with pytest.raises(Interrupted, match=f"held is in {tmp_path / 'run'}: go on with"):
+    with pytest.raises(Interrupted, match=f"held is in a checkpoint in {tmp_path / 'run'}: go on with"):
         _ = told.result
 
 
@@ -282,7 +282,7 @@ def test_a_loss_that_is_no_number_names_the_worker_and_the_run_and_leaves_nothin
     told = train_crew_into(tmp_path / "run", job, plan, timeout_s=3.0)
     (error,) = [each for each in told.results if isinstance(each, NonFiniteLoss)]
     assert "the loss is nan in worker 1 at step 4" in str(error)
-    assert f"held is in {tmp_path / 'run'}" in str(error)
+    assert f"held is in a checkpoint in {tmp_path / 'run'}" in str(error)
     again = train_crew_into(tmp_path / "run", small_job(stop=af.Stop(steps=6)), plan, resume=True)
     expected = weights_of(small_job(stop=af.Stop(steps=6)), "data(1)")
     assert_close(again.result.weights, expected)

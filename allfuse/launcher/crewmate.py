@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
+import socket
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -107,6 +111,20 @@ class Crewmate:
         except TimeoutError:
             return None
         return None if found is None else dict(json.loads(found))
+
+    def tell_process(self, name: str) -> None:
+        """Let the crew know which process a worker is that has this name."""
+        told = {"host": socket.gethostname(), "pid": os.getpid()}
+        self.board.set(f"process/{name}", json.dumps(told).encode())
+
+    def end_process(self, name: str) -> None:
+        """Kill the process of a worker on this host, whatever it is doing; else nobody would know
+        that it will not come to an end. Others, and a thread of this process, are left alone."""
+        found = self.board.get(f"process/{name}")
+        told = {} if found is None else json.loads(found)
+        if told.get("host") == socket.gethostname() and told["pid"] != os.getpid():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(told["pid"], signal.SIGKILL)
 
     def tell_end(self, failure: AllfuseError | None) -> None:
         """Let the crew know that the scheduler has ended, or why it or a server failed."""

@@ -63,6 +63,7 @@ class Agent:
         except TimeoutError:
             raise self._lost("did not say where it is", "find the scheduler", timeout_s) from None
         self._scheduler = self._post.call(place, self.name)
+        crew.tell_process(self.name)
         self._servers: dict[str, Caller] = {}
         self.client: Client | None = None
         self._heard_s = time.monotonic()

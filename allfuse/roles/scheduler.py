@@ -33,6 +33,7 @@ class Scheduler:
     it is in the book, and another scheduler is to be made from that.
 
     Events, by `emit`: join, loss, leave (worker, number, ...), group (workers: all that are here),
+    silent and expelled (worker: that is lost, whose process may still be there),
     commit (for each lease that is ordered), server_lost, server_restored (shard, lost: updates that
     its shard is without), snapshot (sequence that all servers have on disk), told (worker, event,
     data: from a worker), staleness (missed, lag: histograms) and done (reason, failed).
@@ -367,6 +368,7 @@ class Scheduler:
         for worker in self._members.silent():
             why = f"it said nothing for {now_s - worker.heard_s:.1f} s"
             self._dismiss(leases, worker, Presence.LOST, why)
+            self._outbox.tell("silent", worker=worker.name)
         self._ordering.tick()
         late = self._ordering.overdue()
         if self.outcome is not None:
@@ -387,6 +389,7 @@ class Scheduler:
         self._expelled[worker.name] = why
         self._refuse(worker.name, why)
         self._dismiss(leases, worker, Presence.LOST, why)
+        self._outbox.tell("expelled", worker=worker.name)
 
     def _stop(self, reason: str) -> None:
         if self.outcome is None and not self._course.stop:
