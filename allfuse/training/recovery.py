@@ -184,8 +184,22 @@ class Recovery:
         session.keeper.asked = asked
         if handed is not None and handed.among == "data":
             self._take_learned(handed.state)
-        session.cut_anew(first_step)
+        self._cut_anew(first_step)
         session.course.tell_step_number()
+
+    def _cut_anew(self, step: int) -> None:
+        """From a step on batches are cut for those that are left, at first evenly."""
+        session, before = self.session, self.session.balance
+        session.balance = session.make_balance()
+        if session.balance is not None and before is not None:
+            session.balance.ahead = before.ahead
+            cursor = session.course.cursor
+            here = (cursor.epoch, cursor.step_in_epoch)
+            session.balance.go_on(session.keeper.path, here)
+        if session.make_loader is None:
+            session.stepper.meet_peers()
+        else:
+            session.course.cut_anew(session.make_loader(False), step)
 
     def _take_learned(self, state: dict[str, Any]) -> None:
         session, scaler = self.session, self.session.precision.scaler

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,31 +13,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from allfuse.base.errors import DataError, Interrupted, PeerLost, UserError
+from allfuse.base.errors import Interrupted, PeerLost, UserError
 from allfuse.base.events import Bus
 from allfuse.fusion.statistics import globalize_batch_norm
 from allfuse.job import Hook, Metric, MetricFunction, check_whole, default_forward, on
 from allfuse.plan import Plan
-from allfuse.split.data import IterableLoader, Loader, Portion, Source, Stream, as_source
+from allfuse.split.data import IterableLoader, Loader, Portion, as_source
 from allfuse.split.whole import Whole
-from allfuse.training.balance import make_balance
-from allfuse.training.choosing import record_of, settle
+from allfuse.training.balance import Balance, make_balance
+from allfuse.training.beginning import begin
 from allfuse.training.course import Course
+from allfuse.training.evaluation import measure_together
 from allfuse.training.exchange import Figures
-from allfuse.training.keeper import SAME, Keeper, Resume
+from allfuse.training.keeper import Keeper, Resume
 from allfuse.training.learner import Learner, Precision, needs_closure
 from allfuse.training.loading import (
-    DATA_DIFFERS,
     MODEL_DIFFERS,
     Order,
-    batch_size_of,
     make_loader,
-    order_of_all,
-    refuse_unequal,
 )
-from allfuse.training.measure import measure, to_device
+from allfuse.training.measure import to_device
 from allfuse.training.place import Place
-from allfuse.training.recovery import Handed
 from allfuse.training.rounds import Rounds
 from allfuse.training.settings import Settings
 from allfuse.training.start import build_model, refuse_lazy, shape_of, spread, take_over
@@ -99,7 +94,7 @@ class Session:
             self.apart = make_apart(self.place, self.bus) if is_apart else None
             kept = (None, False) if is_apart else (out, resume)  # the scheduler keeps the run
             self.keeper = Keeper(self.place, *kept, self.settings.keep, self.bus)
-            self.balance = make_balance(self.place, self.settings.accumulate, self._warn)
+            self.balance = self.make_balance()
         except BaseException as error:
             self.place.close(error)
             raise
@@ -118,7 +113,7 @@ class Session:
         self.rounds = Rounds(self.place, self.bus, self.keeper.settle)
         self.survival = Survival(self)
         self.when_main: list[Callable[[Bus], None]] = []
-        self._make_loader: Callable[[bool], Any] | None = None
+        self.make_loader: Callable[[bool], Any] | None = None
         about = (self.place, self.bus, self.state, self.stepper, self.rounds, self.settings.seed)
         self.course = Course(*about) if self.apart is None else self.apart.course(*about)
         if self.apart is not None:
@@ -127,7 +122,7 @@ class Session:
             self.apart.capture = lambda: self._capture()[0]
         self.course.told, self.course.interrupted = self._after_step, self._interrupt
         if self.survival.active:
-            self._survive_losses()
+            self.survival.take_part()
         self.teller = Teller(self)
         self.choices: dict[str, str] = dict(self.place.choices)
         self._resume_at: int | None = None
@@ -204,7 +199,7 @@ class Session:
         module = build_model(build, self.settings.seed + number).to(self.device)
         refuse_lazy(module)
         if self.place.plan.workers > 1:
-            self._refuse_unequal(shape_of(module), MODEL_DIFFERS)
+            self.survival.compare(shape_of(module), MODEL_DIFFERS)
         held = dict(enumerate((*module.parameters(), *module.buffers())))
         self.survival.together(
             "all",
@@ -336,17 +331,17 @@ class Session:
                 return make_loader(source, order, self.place, self.balance, agrees=agrees)
 
             loader = make() if self.balance is None else self.survival.together("all", make)
-            self._make_loader = make
-            self._begin(source, loader, order, epochs, steps)
+            self.make_loader = make
+            begin(self, source, loader, order, epochs, steps)
             if self.course.was_done(number):
                 return
             if self._resume_at is not None:
-                self._restore(self._resume_at)
+                self.restore(self._resume_at)
             for portion in self.course.portions(number, loader, epochs, steps):
                 yield self._hand_out(portion)
             self._finish_loop()
         finally:
-            self._make_loader = None
+            self.make_loader = None
             self.course.leave_loop()
             if loader is not None:
                 loader.close()
@@ -473,6 +468,10 @@ class Session:
         self.teller.step(step)
         self.keeper.tell_outcomes()
 
+    def make_balance(self) -> Balance | None:
+        """What shares out batches by speed, where the plan says so."""
+        return make_balance(self.place, self.settings.accumulate, self._warn)
+
     def _warn(self, text: str) -> None:
         self.bus.emit("warning", text=text)
 
@@ -482,117 +481,11 @@ class Session:
 
     # Begin, measure, save, end.
 
-    def _begin(
-        self,
-        source: Source | Stream,
-        loader: Any,
-        order: Order,
-        epochs: int | None,
-        steps: int | None,
-    ) -> None:
-        """Once, before the first step: the run folder, the state to go on from, the first event."""
-        if self.teller.began is not None:
-            return
-        size = batch_size_of(loader)
-        self.survival.refuse_streams(source)
-        if self.apart is not None:
-            self._join(source, loader, order, epochs, steps)
-            return
-        if self.plan.workers > 1 or self.keeper.path is not None:
-            data = source.fingerprint()
-            self._refuse_unequal(data, DATA_DIFFERS)
-        if self.keeper.path is not None:
-            facts = {
-                "batch_size": size,
-                "seed": self.settings.seed,
-                "order": order.record(),
-                "choices": self.choices,
-                "device": str(self.device),
-                "threads": torch.get_num_threads(),
-                **self.state.kinds(),
-            }
-            self.keeper.begin(facts, {"data": data, "model": self.state.fingerprint()})
-        found = self.keeper.newest(self.survival.agree)
-        if found is not None:
-            self._restore(found)
-        else:
-            self.rounds.begin(self.models.values())
-        if self.balance is not None:
-            cursor = self.course.cursor
-            here = (cursor.epoch, cursor.step_in_epoch)
-            self.balance.begin(self.keeper.path, here, self.keeper.resume)
-        self._choose_topologies()
-        self.course.tell_step_number()
-        self.teller.start(source, size, loader.steps_per_epoch, epochs, steps)
-        self.survival.tell_of_restarts()
-        for trouble in self.keeper.troubles:
-            self.bus.emit("warning", text=trouble)
-        if self.keeper.resume and found is None:
-            text = "there is no checkpoint yet: training starts at the beginning"
-            self.bus.emit("note", text=text)
-
-    def _join(
-        self, source: Source | Stream, loader: Any, order: Order, epochs: int | None,
-        steps: int | None,
-    ) -> None:  # fmt: skip
-        """`_begin` where a scheduler hands out the work: it keeps the run folder, too."""
-        apart, size = self.apart, batch_size_of(loader)
-        assert apart is not None
-        if not isinstance(loader, Loader) or size is None or loader.steps_per_epoch is None:
-            raise DataError(
-                f"{self.plan}: a scheduler hands out samples by their number, and this data has "
-                "its own order; allowed: data sets with a length, without a sampler; next: a plan "
-                "in step"
-            )
-        data = source.fingerprint()
-        refuse_unequal(data, self.place, DATA_DIFFERS)
-        prints = {"data": data, "model": self.state.fingerprint(), **self.keeper.fingerprints}
-        kept = {
-            "batch_size": size,
-            "seed": self.settings.seed,
-            "order": order.record(),
-            "device": str(self.device),
-            "threads": torch.get_num_threads(),
-            **self.state.kinds(),
-        }
-        job_file = self.keeper.job_file
-        apart.facts["job_file"] = None if job_file is None else str(job_file)
-        apart.facts["record"] = self.keeper.describe(kept, prints, self.plan)
-        same = {name: apart.facts["record"].get(name) for name in SAME}
-        about = self.teller.start(source, size, loader.steps_per_epoch, epochs, steps)
-        apart.facts["start"] = {**about, "out": apart.facts["out"], "link": apart.link}
-        apart.begin(
-            self.state,
-            steps_per_epoch=loader.steps_per_epoch,
-            steps=steps,
-            epochs=epochs,
-            fingerprints={**prints, "same": json.dumps(same, sort_keys=True, default=str)},
-        )
-
-    def _refuse_unequal(self, fingerprint: str, message: str) -> None:
-        """Refuse what differs from rank to rank. Raises DataError, on all alike."""
-        self.survival.together("all", lambda: refuse_unequal(fingerprint, self.place, message))
-
-    def _choose_topologies(self) -> None:
-        """Where the plan leaves them open and there is something to choose."""
-        links = self.keeper.recorded("links")
-        for name, fuser in self.place.fusers_by_axis.items():
-            if fuser.auto is not None:
-                if name == "site":
-                    blocks = self.rounds.blocks(self.models.values())
-                else:
-                    blocks = [b.values for each in self.learners for b in each.fusion.buckets]
-                text = settle(fuser.auto, blocks, links.get(name, {}))
-                self.choices[f"topology of {name}"] = text
-                links[name] = record_of(fuser.auto)
-        if links:
-            self.keeper.record(choices=self.choices, links=links)
-
     def _capture(self) -> tuple[dict[str, Any], list[Tensor]]:
         state, sooner = self.state.capture()
         return {**state, **self.course.capture(), "loss": self.loss}, sooner
 
-    def _restore(self, step: int) -> None:
+    def restore(self, step: int) -> None:
         """Take back the state of a checkpoint: at first what is known by now, and all of it when
         the loop is reached that it was saved in."""
         state = self.keeper.read(step)
@@ -622,26 +515,9 @@ class Session:
         begin = time.perf_counter()
         model = model if model is not None else self.state.only_model()
         source = as_source(data, collate=collate)
-
-        def attempt() -> tuple[dict[str, float], int]:
-            loader = make_loader(source, order_of_all(source, batch_size, self.place), self.place)
-            with contextlib.closing(loader), self.rounds.fused_for_a_moment(self.models.values()):
-                return measure(
-                    model,
-                    loader,
-                    metrics,
-                    forward=forward or default_forward,
-                    link=self.place.replicas,
-                    device=self.device,
-                    autocast=self.precision.autocast,
-                )
-
-        def hear(handed: Handed) -> tuple[dict[str, float], int]:
-            figures, samples = handed.result
-            return dict(figures), int(samples)
-
-        meets = bool(metrics)  # else nothing is added up over the ranks
-        figures, samples = self.survival.together("all", attempt, hear=hear) if meets else attempt()
+        figures, samples = measure_together(
+            self, model, source, metrics, batch_size, forward or default_forward
+        )
         self.bus.emit(
             "evaluated",
             split=name,
@@ -676,44 +552,6 @@ class Session:
         self.keeper.save(self.steps, self._capture, score=score, note=note)
         if block:
             self.keeper.wait()
-
-    # After a loss.
-
-    def _survive_losses(self) -> None:
-        """Have what ranks do together go through losses."""
-        course, survival = self.course, self.survival
-        agree, fetch = course.agree, course.next_portion
-        course.agree = lambda wish: survival.together("all", lambda: agree(wish))
-        course.fetched = lambda: survival.fetch(fetch)
-        self.rounds.survive = survival.round
-
-    def cut_anew(self, step: int) -> None:
-        """From a step on batches are cut for the replicas that are left, at first evenly."""
-        before = self.balance
-        self.balance = make_balance(self.place, self.settings.accumulate, self._warn)
-        if self.balance is not None and before is not None:
-            self.balance.ahead = before.ahead
-            cursor = self.course.cursor
-            self.balance.go_on(self.keeper.path, (cursor.epoch, cursor.step_in_epoch))
-        if self._make_loader is None:
-            self.stepper.meet_peers()
-        else:
-            self.course.cut_anew(self._make_loader(False), step)
-
-    def promote(self) -> None:
-        """Take over the displays and files of the run, where this is the first rank by now."""
-        if not (self.is_main and self.when_main):
-            return
-        begun = self.teller.began is not None
-        shown = Bus(0) if begun else self.bus
-        for subscribe in self.when_main:
-            subscribe(shown)
-        self.when_main.clear()
-        if not begun:
-            return
-        shown.step = self.steps
-        shown.emit("start", **{**self.teller.about, "resumed_step": self.steps})
-        self.bus.subscribe(shown.forward)
 
     def _finish(self) -> None:
         """What a session does at its end when nothing went wrong."""

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from allfuse.base.errors import DataError, PeerLost
+from allfuse.base.events import Bus
 from allfuse.base.tensors import map_nest
 from allfuse.launcher.generation import Lost
 from allfuse.split.data import Stream
 from allfuse.training.exchange import Figures
+from allfuse.training.loading import refuse_unequal
 from allfuse.training.recovery import Among, Ended, Handed, Recovery, describe, entries
 
 if TYPE_CHECKING:
@@ -55,6 +57,14 @@ class Survival:
         self.active = self.place.world.goes_on and session.apart is None
         self.recovery = Recovery(session)
         self.losses: list[dict[str, Any]] = []
+
+    def take_part(self) -> None:
+        """Have what ranks do together go through losses."""
+        course, rounds = self.session.course, self.session.rounds
+        agree, fetch = course.agree, course.next_portion
+        course.agree = lambda wish: self.together("all", lambda: agree(wish))
+        course.fetched = lambda: self.fetch(fetch)
+        rounds.survive = self.round
 
     def together(
         self,
@@ -103,6 +113,10 @@ class Survival:
                 self.place.replicas.all_reduce(nothing, "end together").wait()
 
         self.together("all", work)
+
+    def compare(self, fingerprint: str, message: str) -> None:
+        """Refuse what differs from rank to rank. Raises DataError, on all alike."""
+        self.together("all", lambda: refuse_unequal(fingerprint, self.place, message))
 
     def agree(self, find: Callable[[], int]) -> int:
         """A number that the first rank finds for all."""
@@ -227,7 +241,7 @@ class Survival:
         added = entries(lost, policy="continue", **more)
         self.losses += added
         session.keeper.record(losses=self.losses)
-        session.promote()
+        self._promote()
         again = f"the step under way is done again with all its {rows} samples" if rows else ""
         if session.rounds.active:
             again = "what it had learned since the last round is lost"
@@ -247,6 +261,21 @@ class Survival:
             session.keeper.record(losses=self.losses)
             text = f"{again[-1]}; all workers were started again, after step {session.steps}"
             session.bus.emit("lost", text=text, losses=added)
+
+    def _promote(self) -> None:
+        """Take over the displays and files of the run, where this is the first rank by now."""
+        session = self.session
+        if not (session.is_main and session.when_main):
+            return
+        has_begun = session.teller.began is not None
+        shown = Bus(0) if has_begun else session.bus
+        for subscribe in session.when_main:
+            subscribe(shown)
+        session.when_main.clear()
+        if has_begun:
+            shown.step = session.steps
+            shown.emit("start", **{**session.teller.about, "resumed_step": session.steps})
+            session.bus.subscribe(shown.forward)
 
     def _count_rows(self, among: Among | None) -> int:
         """Samples of the batch that is learned from again."""
