@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import allfuse as af
-from allfuse.hosting import RunAudience
+from allfuse.audience import RunAudience
 from allfuse.job import Job
 from allfuse.launcher.crew import Crew
 from allfuse.launcher.thread_crew import ThreadCrew

@@ -18,7 +18,7 @@ LAYERS = (
     ("roles", "training", "prediction", "merge"),
     ("distill", "judge", "planner", "verify"),
     ("observe",),
-    ("watching", "hosting", "api"),
+    ("watching", "audience", "hosting", "api"),
     ("cli",),
 )
 PLACE = {

@@ -727,6 +727,62 @@ def test_a_note_is_handed_on_and_a_late_one_does_not_replace_it() -> None:
     assert desk.leases["w0"].notes == {"best": {"loss": 0.5}}
 
 
+def handed_in(lease: say.Lease, **changed: Any) -> say.Save:
+    save = say.Save(
+        sequence=lease.sequence, done=lease.done, score=None, piece=0, pieces=1, content=""
+    )
+    return replace(save, **changed)
+
+
+def test_where_a_save_is_due_the_checkpoint_is_of_the_weights_that_were_sent() -> None:
+    facts = {"save_every": 1}
+    desk = Desk(Terms(parts=2, sync=Asp(), snapshot_s=None), "w0", "w1", facts=facts)
+    desk.finish("w0")
+    desk.finish("w0")
+    due = desk.leases["w0"]
+    assert due.due == ["save"], "two halves of batches are one batch"
+    assert desk.auditor.orders[due.sequence][3], "servers write that version"
+    assert [data["sequence"] for data in desk.told("hold")] == [due.sequence]
+    desk.finish("w1")
+    desk.say("w0", handed_in(due, score=0.5))
+    assert not desk.told("checkpoint"), "servers have not written it yet"
+    desk.say("s0", say.Applied(sequence=due.sequence, saved=due.sequence))
+    (told,) = desk.told("checkpoint")
+    (version,) = told["versions"]
+    assert (told["score"], version["sequence"], version["updates"]) == (0.5, due.sequence, 2)
+    assert version["whole"] == 0, "part 1 of step 0 is with w1"
+    assert version["learned"] == [[0, 1, 0, 2], [1, 1, 0, 2]]
+
+
+def test_a_save_that_was_not_due_is_of_the_next_version_and_one_of_each_number_of_batches() -> None:
+    desk = Desk(Terms(parts=2, sync=Asp(), snapshot_s=None), "w0", "w1")
+    desk.finish("w0")
+    mail = desk.say("w0", handed_in(desk.leases["w0"], score=0.5, pieces=2))
+    assert not orders(mail), "half of it is here"
+    mail = desk.say("w0", handed_in(desk.leases["w0"], score=0.5, piece=1, pieces=2))
+    ((_, _, _, saves),) = orders(mail)
+    assert saves
+    assert not orders(desk.say("w1", handed_in(desk.leases["w1"]))), "another group, the same step"
+    last = max(desk.auditor.orders)
+    desk.begin()  # a scheduler that is started again knows the version, and not what was handed in
+    desk.say("w1", handed_in(desk.leases["w1"], sequence=last, done=1))
+    desk.say("s0", say.Applied(sequence=last, saved=last))
+    (told,) = desk.told("checkpoint")
+    assert told["versions"][0]["learned"] == [[0, 1, 0, 2]]
+    assert len(told["messages"]) == 1
+
+
+def test_what_is_there_already_is_not_kept_again_at_the_end_without_its_score() -> None:
+    desk = Desk(Terms(parts=1, sync=Asp()), "w0", epochs=None, steps=1)
+    desk.finish("w0")
+    last = desk.leases["w0"]
+    desk.say("w0", handed_in(last, score=0.5))
+    desk.say("s0", say.Applied(sequence=last.sequence, saved=last.sequence))
+    desk.say("w0", handed_in(last))
+    (told,) = desk.told("checkpoint")
+    assert (told["score"], told["versions"][0]["whole"]) == (0.5, 1)
+
+
 def test_at_the_end_all_get_the_final_weights() -> None:
     world = World(5, Ssp(1))
     world.run()

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import allfuse as af
+from allfuse.audience import RunAudience
 from allfuse.base.errors import Interrupted
-from allfuse.hosting import RunAudience
 from allfuse.job import Job, load_job
 from allfuse.launcher import current_world
 from allfuse.launcher.thread import launch_threads
