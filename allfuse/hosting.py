@@ -15,7 +15,8 @@ from typing import Any
 from allfuse.audience import RunAudience
 from allfuse.base.errors import UserError
 from allfuse.launcher import World
-from allfuse.launcher.crew import Crew, OnLoss, launch_crew
+from allfuse.launcher.crew import Crew, launch_crew
+from allfuse.launcher.generation import OnLoss
 from allfuse.launcher.joined_crew import join_crew
 from allfuse.launcher.token import find_token
 from allfuse.launcher.torchrun import (
