@@ -132,7 +132,7 @@ def test_desks_are_encrypted_where_the_crew_spans_hosts() -> None:
 
 
 def test_a_worker_that_waits_for_others_who_are_gone_heeds_a_request_to_stop() -> None:
-    events = [threading.Event(), threading.Event()]
+    events, asked = [threading.Event()], list[float]()
 
     def work() -> Any:
         world = current_world()
@@ -154,12 +154,12 @@ def test_a_worker_that_waits_for_others_who_are_gone_heeds_a_request_to_stop() -
             return train_job(small_job(), prepare=prepare)
         finally:
             if index == 1:
+                asked.append(time.monotonic())
                 events[0].set()  # as torchrun's SIGTERM does where one has failed
 
-    began = time.monotonic()
-    told = run_crew(work, "data(2, topology=central(servers=1), sync=ssp(1))", timeout_s=25.0)
+    told = run_crew(work, "data(2, topology=central(servers=1), sync=ssp(1))", timeout_s=90.0)
     assert isinstance(told.crew.results[0][0], Interrupted)
-    assert time.monotonic() - began < 20.0
+    assert time.monotonic() - asked[0] < 45.0
 
 
 def under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +276,7 @@ class Torchrun:
             assert self.process.poll() is None, self.process.communicate()
             time.sleep(0.02)
 
-    def end(self, timeout_s: float = 120.0) -> tuple[int, str, str]:
+    def end(self, timeout_s: float = 240.0) -> tuple[int, str, str]:
         """Exit code and output, once nothing is left of it."""
         try:
             out, err = self.process.communicate(timeout=timeout_s)
