@@ -93,6 +93,59 @@ def test_sites_over_servers_equal_sites_in_step() -> None:
     assert_close(told.result.weights, weights_of(job, plan.format("")))
 
 
+def test_with_a_delay_a_site_goes_on_while_its_update_is_under_way() -> None:
+    """All of a lease's steps are done before what came of the first one is here."""
+    came: list[float] = []
+    steps: list[float] = []
+
+    def faults(sender: str, receiver: str, kind: str, nth: int) -> Fault:
+        if kind == "weights":
+            came.append(time.monotonic() + 0.5)
+        return Fault(delay_s=0.5 if kind == "weights" else 0.0)
+
+    def prepare(session: Any) -> None:
+        session.on("step", lambda _, event: steps.append(time.monotonic()))
+
+    plan = "site(1, every=3, delay=2, sync=asp, topology=central(servers=1))"
+    job = small_job(stop=af.Stop(steps=6))
+    run_crew(lambda: train_job(job, prepare=prepare), plan, faults)
+    assert steps[2] < came[1] < steps[3]
+
+
+def test_with_a_delay_servers_measure_what_they_sent() -> None:
+    """And not the mean of that and of what a site has come to."""
+
+    def script() -> tuple[int, int]:
+        data, as_sent, other = torch.utils.data.TensorDataset(*small_job().train), 0, 0
+        with af.session() as s:
+            model = s.model(lambda: torch.nn.Linear(8, 2, bias=False).double())
+            optimizer = s.optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+            assert s.apart is not None
+
+            def look(model: torch.nn.Module, batch: Any) -> Any:
+                nonlocal as_sent
+                (held,) = model.parameters()
+                as_sent += torch.equal(held.reshape(-1), s.apart.replica.read[0])
+                return model(batch[0])
+
+            for x, y in s.batches(data, batch_size=15, epochs=4):
+                s.backward(torch.nn.functional.cross_entropy(model(x), y))
+                optimizer.step()
+                if s.due("epoch"):
+                    (held,) = model.parameters()
+                    other += not torch.equal(held.reshape(-1), s.apart.replica.read[0])
+                    s.evaluate({"zero": lambda outputs, batch: 0.0}, data, forward=look)
+        return as_sent, other
+
+    for as_sent, other in run_crew(script, "site(2, every=2, delay=1, sync=asp)").results:
+        assert as_sent > other >= 1
+
+
+def test_with_a_delay_every_sample_is_told_once() -> None:
+    told = train_crew(small_job(), "site(2, every=4, delay=2, topology=central(servers=2))")
+    assert sum(commit["rows"] for commit in told.all("commit")) == 2 * 97
+
+
 @pytest.mark.parametrize("sync", ["asp", "ssp(2)", "asp(scaled=true)"])
 def test_every_sample_of_an_epoch_is_used_once(sync: str) -> None:
     told = train_crew(small_job(), f"data(3, topology=central(servers=1), sync={sync})")
@@ -215,7 +268,7 @@ def test_an_interrupted_run_says_how_it_goes_on(tmp_path: Path) -> None:
 
     job = small_job(loss=loss, stop=af.Stop(epochs=50))
     told = train_crew_into(tmp_path / "run", job, "data(2, sync=asp)")
-    with pytest.raises(Interrupted, match=f"held is in a checkpoint in {tmp_path / 'run'}: go on with"):
+    with pytest.raises(Interrupted, match=f"in {tmp_path / 'run'}: go on with"):
         _ = told.result
 
 

@@ -75,6 +75,8 @@ def is_equal_bit_for_bit(report: Report) -> bool:
         "site(2, every=2, sync=asp)",
         "site(2, every=3, sync=asp, outer=momentum, codec=int8)",
         "site(3, every=2, topology=central(servers=2))",
+        "site(2, every=3, delay=2, topology=central(servers=2))",
+        "site(2, every=3, delay=1, sync=asp, codec=topk(0.2))",
     ],
 )
 def test_a_run_equals_its_events_executed_serially_bit_for_bit(plan: str) -> None:

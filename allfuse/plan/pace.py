@@ -40,8 +40,8 @@ def refuse_pace(
     elif delay >= every:
         why = f"what is fused is taken in before it is fused again: delay is below every={every}"
         nearest = _say(n, every, fragments, every - 1)
-    elif has_roles:
-        why = "servers take weights whole, and sites that do not wait for each other have no delay"
+    elif has_roles and fragments > 1:
+        why = "servers take what a site has changed as a whole"
         nearest = _say(n, every, fragments, delay)
     else:
         return

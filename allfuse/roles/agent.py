@@ -33,6 +33,7 @@ from allfuse.roles.messages import (
 )
 
 TICK_S = 0.25  # between two looks at what came, while the worker computes
+QUICK_S = 0.01  # the same, while an update is on its way, or weights are
 BEAT_S = 2.5  # between two signs of life, which the scheduler answers
 LOOK_S = 0.5  # between two looks at whether the crew has ended
 PATIENCE_S = 6.0  # with a silent scheduler, once it was asked to stop
@@ -40,7 +41,8 @@ SLICE_S = 0.05  # of a wait, after which others may use the callers
 
 
 class Agent:
-    """What a worker asks for, and waits for; a thread beside it keeps in touch while it computes.
+    """What a worker asks for, and waits for; a thread beside it keeps in touch while it computes:
+    often while `is_awaited`, when weights come meanwhile.
 
     Nothing of the scheduler for `timeout_s` raises PeerLost, in every wait.
 
@@ -69,6 +71,7 @@ class Agent:
         self._heard_s = time.monotonic()
         self._begin_s = self._looked_s = self._heard_s
         self._asked, self._asked_s = asked or threading.Event(), math.inf
+        self.is_awaited = False
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
         self._trouble: BaseException | None = None
@@ -241,7 +244,7 @@ class Agent:
             self._server(place)  # they can only write to whom they know
 
     def _keep_in_touch(self) -> None:
-        while not self._over.wait(TICK_S):
+        while not self._over.wait(QUICK_S if self.is_awaited else TICK_S):
             with self._lock:
                 if self._over.is_set():
                     return

@@ -64,6 +64,7 @@ class Client:
         places: of the servers, in the order of shards.
         options: of the optimizer that are not the blueprint's, by group; see
             `Blueprint.changed_options`.
+        own_share: what is kept, where newer weights come, of those that are worked on.
         refusal: why this worker may not take part; empty where it may.
 
     Example:
@@ -96,6 +97,8 @@ class Client:
         self.number = -1
         self.options: list[dict[str, Any]] = []
         self.refusal = ""
+        self.own_share = 0.0
+        self._begun = -1  # the version that the last lease was begun from
         self._phase = Phase.JOINING
         self._deliveries: dict[int, Delivery] = {}
         self._current: Delivery | None = None  # what belongs to `lease`, from `begin` on
@@ -139,11 +142,15 @@ class Client:
     # What the worker does.
 
     def begin(self, now_s: float) -> Lease:
-        """Work on the lease that is ready; `replica.tensors` hold its weights."""
+        """Work on the lease that is ready; `replica.tensors` hold its weights, or a mean of those
+        and what they have come to."""
         if not self.is_ready or self.lease is None:
             raise RuntimeError("no lease is ready; wait for `is_ready`")
         lease = self.lease
-        self.replica.settle()
+        own = self.own_share if -1 < self._begun < lease.sequence else 0.0
+        self._begun = lease.sequence
+        self.replica.settle(own)
+        self.updates.undo(own)
         self.updates.begin(lease.lease, lease.clock)
         self._phase = Phase.WORKING
         self._current = Delivery(lease.lease, lease.clock, lease.sequence)

@@ -111,11 +111,11 @@ class Replica:
             raise Malformed(f"a difference that cannot be decoded: {error}") from error
 
     @torch.no_grad()
-    def settle(self) -> None:
-        """Go back to the weights as they were read."""
+    def settle(self, own: float = 0.0) -> None:
+        """Go back to the weights as they were read, or keep a share of those worked on."""
         for read, live in zip(self.read, self.live, strict=True):
             if read is not live:
-                live.copy_(read)
+                live.copy_(torch.lerp(read, live, own) if own else read)
 
     def copy(self, server: int, piece: int) -> tuple[Tensor, ...]:
         """A copy of the weights of a piece as they were read, on the CPU."""

@@ -64,7 +64,7 @@ class Updates:
         self._left = self._new = self._zeros()
         if self.codec is not None:
             self._new = self._zeros()
-        self.clock, self.lease, self._has_encoded = 0, -1, False
+        self.clock, self.lease, self._has_encoded, self._was_kept = 0, -1, False, False
 
     def _zeros(self) -> list[Tensor]:
         if self.codec is None:
@@ -161,4 +161,13 @@ class Updates:
         """The update counts: what its encoding lost is added to the next one."""
         if self._has_encoded:
             self._left, self._new = self._new, self._left
-            self._has_encoded = False
+            self._has_encoded, self._was_kept = False, True
+
+    @torch.no_grad()
+    def undo(self, own: float) -> None:
+        """A share of what the last update brought is still in the weights that are worked on, and
+        will be brought again: of what was not sent the same share stays as it was before."""
+        if self._was_kept and own:
+            for left, before in zip(self._left, self._new, strict=True):
+                left.lerp_(before, own)
+        self._was_kept = False

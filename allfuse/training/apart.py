@@ -8,10 +8,14 @@ The course of a lease, for weights of B bytes and a group of m ranks:
   2. the group works through the lease's steps: one, whose gradient goes to the servers instead of
      an optimizer here; or `every` of them, after which what they changed goes there;
   3. the update goes out in pieces (B sent by rank 0), and the group asks for the next lease.
+
+Under `delay=d` a site hands its update in d steps before a lease ends, and goes on: what comes of
+it is mixed with what it has come to when the next lease begins. Those of the last lease are all in.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import socket
@@ -38,6 +42,7 @@ from allfuse.training.course import Course
 from allfuse.training.cursor import Cursor
 from allfuse.training.keeper import decide_resume
 from allfuse.training.outflow import Outflow
+from allfuse.training.rounds import OWN_SHARE
 from allfuse.training.wishes import INTERRUPT, STOP
 from allfuse.training.worker_part import WorkerPart, names_of, restore, unsaved_buffers
 
@@ -96,6 +101,9 @@ class Apart:
         self._rows = self._done_before = 0
         self._clip: float | None = None
         self._clips_here = False
+        self._delay: int = getattr(outer, "delay", 0)
+        self._limit: int | None = None
+        self._is_handed_in = False
         self._outflow: Outflow | None = None
         self.prepare: Callable[[Lease], None] = lambda lease: None
         self._saved: int | None = None
@@ -187,6 +195,8 @@ class Apart:
             )
         learner = state.learners[0]
         self._steps_per_epoch = steps_per_epoch
+        limits = [steps, None if epochs is None else epochs * steps_per_epoch]
+        self._limit = min((limit for limit in limits if limit is not None), default=None)
         out, inner = self.facts.get("out"), not self.pushes_gradients
         resumes = decide_resume(self.facts.get("resume", False), out)
         if out is not None and resumes and is_run(out):
@@ -211,6 +221,7 @@ class Apart:
                 tensors=tuple(buffer.detach().cpu().clone() for buffer in unsaved.values()),
             )
             client = self._agent.join(join, blueprint, self.terms.servers, self.place.device)
+            client.own_share = OWN_SHARE if self._delay else 0.0
             self.replica = client.replica
         else:
             self.replica = Replica(blueprint, self.terms.servers, self.place.device)
@@ -258,8 +269,17 @@ class Apart:
             self._loss += sum(figures.losses)
             self._count += figures.total
 
-    def finish(self) -> None:
-        """The steps of the lease are done: hand the update in, and wait for the next lease."""
+    def after_step(self, done: int) -> None:
+        """So many steps of the lease are done: hand the update in where that is due, and after the
+        last one wait for the next lease."""
+        lease = self.lease
+        assert lease is not None
+        if done == steps_until_handed_in(lease, self._delay, self._limit):
+            self._hand_in()
+        if done == lease.steps:
+            self._next()
+
+    def _hand_in(self) -> None:
         if self._outflow is not None:
             self._outflow.forget()
         if self._agent is not None:
@@ -270,7 +290,9 @@ class Apart:
                 rows=self._rows,
                 seconds=time.monotonic() - self._begin_s,
             )
-        self._next()
+            self._agent.is_awaited = True
+        self._is_handed_in = True
+        self._begin_count()
 
     @property
     def outflow(self) -> Outflow | None:
@@ -300,8 +322,34 @@ class Apart:
     def _begin_lease(self, before: Lease | None) -> None:
         assert self.lease is not None
         self._done_before = self.lease.done if before is None else before.done
-        self._loss = self._count = 0.0
-        self._rows, self._begin_s = 0, time.monotonic()
+        self._begin_s = time.monotonic()
+        if self._agent is not None:
+            self._agent.is_awaited = False
+        if not self._is_handed_in:  # else steps that came after are told with the next update
+            self._begin_count()
+        self._is_handed_in = False
+
+    def _begin_count(self) -> None:
+        self._loss, self._count, self._rows = 0.0, 0.0, 0
+
+    @contextlib.contextmanager
+    def as_sent(self) -> Iterator[None]:
+        """The weights as the servers sent them last, for a moment, where a site has others: not
+        while new ones come in."""
+        replica, link = self.replica, self.place.replicas
+        if not self._delay or replica is None or self.is_over or self._is_handed_in:
+            yield
+            return
+        own = [flat.clone() for flat in replica.live]
+        replica.settle()
+        for flat in replica.live:
+            if link.size > 1 and flat.numel():
+                link.broadcast(flat, "spread the weights as they were sent").wait()
+        try:
+            yield
+        finally:
+            for flat, kept in zip(replica.live, own, strict=True):
+                flat.copy_(kept)
 
     def _shared(self, lease: Lease | None) -> Lease:
         """The lease that rank 0 of the group has."""
@@ -488,14 +536,16 @@ class LeasedCourse(Course):
         self._hear_wishes(step)
         self.told(step)
         self._steps_of_lease += 1
-        if self._steps_of_lease < lease.steps:
-            return
-        if lease.due:
+        if self._steps_of_lease == lease.steps and lease.due:
             for name, part in self.state.parts.items():
                 self.apart.note(name, part.state_dict())
-        self._steps_of_lease = 0
-        self.apart.finish()
-        self._take_lease()
+        self.apart.after_step(self._steps_of_lease)
+        if self._steps_of_lease == lease.steps:
+            self._steps_of_lease = 0
+            self._take_lease()
+
+    def measured(self) -> contextlib.AbstractContextManager[None]:
+        return self.apart.as_sent()
 
     def _hear_wishes(self, step: Step) -> None:
         """Pass on that somebody in this group wishes to stop."""
@@ -511,6 +561,15 @@ class LeasedCourse(Course):
         """Ask that training ends; it does when all leases that are out have come in."""
         self._has_stopped = True
         self.apart.stop(reason)
+
+
+def steps_until_handed_in(lease: Lease, delay: int, limit: int | None) -> int:
+    """After how many of a lease's steps its update is handed in.
+
+    limit: steps of the whole run; those of its last block are all in their update.
+    """
+    is_last = limit is not None and lease.first_step + lease.steps >= limit
+    return lease.steps if is_last else max(1, lease.steps - delay)
 
 
 def _floating_buffers(state: State) -> list[tuple[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -254,6 +255,10 @@ class Course:
         if self.place.world.size > 1:
             for link in self.place.links:
                 link.step = self.cursor.steps
+
+    def measured(self) -> contextlib.AbstractContextManager[None]:
+        """The weights that are measured, for a moment."""
+        return self.rounds.fused_for_a_moment(self.state.models.values())
 
     # State.
 

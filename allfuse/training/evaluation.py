@@ -33,7 +33,7 @@ def measure_together(
 
     def attempt() -> tuple[dict[str, float], int]:
         loader = make_loader(source, order_of_all(source, batch_size, s.place), s.place)
-        with contextlib.closing(loader), s.rounds.fused_for_a_moment(s.models.values()):
+        with contextlib.closing(loader), s.course.measured():
             return measure(
                 model,
                 loader,

@@ -47,6 +47,15 @@ class Inward:
         self.shards = cut(blueprint.blocks, servers)
         self.key = zlib.crc32(worker.encode())
         self._left: list[Tensor] = []
+        self._before: list[Tensor] = []
+
+    def undo(self, own: float) -> None:
+        """A share of the last update is still in the worker's weights: so much of what was not
+        sent stays as it was."""
+        if self._before:
+            pairs = zip(self._left, self._before, strict=True)
+            self._left = [torch.lerp(left, before, own) for left, before in pairs]
+            self._before = []
 
     @torch.no_grad()
     def bring(self, lease: int, clock: int, values: Named) -> Named:
@@ -55,6 +64,7 @@ class Inward:
             return values
         flats = flatten(self.blueprint, values)
         self._left = self._left or [torch.zeros_like(flat) for flat in flats]
+        self._before = [left.clone() for left in self._left]
         for span, number in spans_of(self.shards):
             part = slice(span.start, span.stop)
             whole = self._left[span.block][part] + flats[span.block][part]

@@ -35,6 +35,9 @@ from allfuse.verify.reference import AUTOCAST, cut_into_pieces
 
 Named: TypeAlias = dict[str, Tensor]
 
+OWN_SHARE = 0.5
+"""What a site keeps of its own weights under a delay (Douillard et al. 2025, arXiv:2501.18512)."""
+
 
 @dataclass
 class Lesson:
@@ -99,21 +102,47 @@ class Pupil:
         self.scheduler = None if job.scheduler is None else job.scheduler(self.optimizer)
         vars(self.optimizer)["_opt_called"] = True  # what schedulers of torch look for
         self._advanced = 0
+        self._read_last = -1
+        self._late = Lesson()  # what is told, with the next update, of steps after the last one
         named = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         self.held = {held.name: named[held.name] for held in blueprint.tensors}
         self.device = next(iter(self.held.values())).device
 
-    def learn(self, update: Update, read: Mapping[str, Tensor], steps_here: bool) -> Lesson:
+    def own_share(self, update: Update, share: float) -> float:
+        """What a worker keeps of its own weights, where an update begins from newer ones."""
+        return share if -1 < self._read_last < update.read else 0.0
+
+    def learn(
+        self,
+        update: Update,
+        read: Mapping[str, Tensor],
+        steps_here: bool,
+        own: float = 0.0,
+        late: int = 0,
+    ) -> Lesson:
         """Work on an update's samples from the weights that it was made of.
 
         Args:
             steps_here: the optimizer steps (`site`); else the gradient of the one step is it.
+            own: the share of its own weights that the worker keeps.
+            late: steps that are done after the update was handed in, and are in the next one.
         """
         for name, tensor in self.held.items():
-            tensor.data = read[name].detach().clone()
-        lesson = Lesson()
-        for step in range(update.first_step, update.first_step + update.steps):
+            mixed = torch.lerp(read[name], tensor.detach(), own) if own else read[name].detach()
+            tensor.data = mixed.clone()
+        lesson, after = self._late, Lesson()
+        end = update.first_step + update.steps
+        for step in range(update.first_step, end - late):
             self.step(step, update.part, lesson, steps_here)
+        self._hand_in(read, lesson)
+        for step in range(end - late, end):
+            self.step(step, update.part, after, steps_here)
+        lesson.figures += after.figures
+        self._late = Lesson(total=after.total, count=after.count)
+        self._read_last = update.read
+        return lesson
+
+    def _hand_in(self, read: Mapping[str, Tensor], lesson: Lesson) -> None:
         lesson.options = [to_plain(g, type(self.optimizer)) for g in self.optimizer.param_groups]
         for block in self.blueprint.blocks:
             for name in block.names:
@@ -122,7 +151,6 @@ class Pupil:
                     lesson.values[name] = read[name] - now.detach()
                 else:
                     lesson.values[name] = torch.zeros_like(now) if now.grad is None else now.grad
-        return lesson
 
     def step(self, step: int, part: int, lesson: Lesson, steps_here: bool = True) -> None:
         """One step, from the weights as they are."""
@@ -272,6 +300,7 @@ class Serial:
         self.inward: dict[str, Inward] = {}
         self.pupils: dict[str, Pupil] = {}
         self._versions: dict[tuple[str, int], Named] = {}  # by reader and sequence
+        self._limit: int | None = None
 
     @property
     def _clips_sums(self) -> bool:
@@ -294,6 +323,7 @@ class Serial:
             learned: told of each update. arrived: of each version of the weights, and of what each
                 of its readers then has.
         """
+        self._limit = history.limit
         due: dict[tuple[str, int], int] = {}
         for update in history.updates:
             due[update.worker, update.read] = due.get((update.worker, update.read), 0) + 1
@@ -354,7 +384,13 @@ class Serial:
                 self.job, self.model, self.blueprint, self.samples, clip
             )
             self.inward[update.worker] = Inward(self.blueprint, self.terms.servers, update.worker)
-        return self.pupils[update.worker].learn(update, read, isinstance(self.outer, Site))
+        pupil, delay = self.pupils[update.worker], getattr(self.outer, "delay", 0)
+        own = pupil.own_share(update, OWN_SHARE if delay else 0.0)
+        if own:
+            self.inward[update.worker].undo(own)
+        is_last = self._limit is not None and update.first_step + update.steps >= self._limit
+        late = 0 if is_last else min(delay, update.steps - 1)
+        return pupil.learn(update, read, isinstance(self.outer, Site), own, late)
 
 
 def make_blueprint(job: Job, model: nn.Module, outer: Any, terms: Terms) -> Blueprint:
