@@ -6,7 +6,7 @@ import pytest
 
 from allfuse.cli.plan import tell_hosts
 from allfuse.plan import Data, Site, as_plan
-from allfuse.plan.traffic import leaving_hosts, leaving_to_servers
+from allfuse.plan.traffic import leaving_hosts, leaving_in_pairs, leaving_to_servers
 from allfuse.topology import TOPOLOGIES, Layout, Native, Topology
 from allfuse.topology.hierarchy import Hierarchy
 from allfuse.topology.ring import Ring
@@ -72,3 +72,10 @@ def test_it_is_told_for_a_fusion_and_for_a_step() -> None:
     assert facts["site_bytes_leaving_hosts_per_step"] == [200, 100]
     assert tell_hosts(axis, [4000], {}) == []
     assert "nothing leaves a host" in tell_hosts(axis, [0, 0], {})[0]
+
+
+def test_an_exchange_in_pairs_sends_as_much_there_as_back() -> None:
+    plan = as_plan("site(4, topology=gossip(one_peer), sync=asp) * data(2)")
+    assert leaving_in_pairs(plan, PAYLOAD, 2) == [2 * PAYLOAD] * 2  # 1 asks 2, and 3 asks 0
+    assert leaving_in_pairs(plan, PAYLOAD, 4) == [2 * PAYLOAD] * 4
+    assert leaving_in_pairs(plan, PAYLOAD, 1) == [0]

@@ -146,7 +146,7 @@ def tell_job(
     from allfuse.base.tensors import share
     from allfuse.base.units import format_bytes, format_count
     from allfuse.job import load_job
-    from allfuse.plan.traffic import leaving_hosts, leaving_to_servers
+    from allfuse.plan.traffic import leaving_hosts, leaving_in_pairs, leaving_to_servers
     from allfuse.split.data import as_source
     from allfuse.training.start import build_model
 
@@ -197,6 +197,14 @@ def tell_job(
                     f"  {axis.name:<11} {fusion.codec} makes {format_bytes(encoded)} of "
                     f"{format_bytes(payload)}, {share_of:.1%}{tell_warm(fusion.codec)}"
                 )
+            if axis is plan.outer and plan.gossips:
+                lines.append(
+                    f"  {axis.name:<11} each exchange sends {format_bytes(encoded)} to a partner, "
+                    "and as much back"
+                )
+                facts[f"{axis.name}_bytes_per_exchange"] = 2 * encoded
+                lines += tell_hosts(axis, leaving_in_pairs(plan, encoded, hosts), facts)
+                continue
             if axis.has_roles:
                 lines.append(
                     f"  {axis.name:<11} each update pushes {format_bytes(encoded)} and pulls as "

@@ -6,6 +6,7 @@ from allfuse.charge import host_shares
 from allfuse.plan.axes import Data, Site
 from allfuse.plan.plan import Plan
 from allfuse.topology import Layout, Topology
+from allfuse.topology.gossip import Gossip
 
 
 def leaving_hosts(
@@ -38,6 +39,22 @@ def leaving_to_servers(plan: Plan, payload_bytes: float, hosts: int) -> list[int
         pushed, pulled = here * (1 - servers), (outer.n - here) * servers
         found.append(round((pushed + pulled) * payload_bytes))
     return found
+
+
+def leaving_in_pairs(plan: Plan, payload_bytes: float, hosts: int) -> list[int]:
+    """Bytes that leave each host when every replica of a plan out of step asks its first partner
+    for the mean of both: so many go there, and as many come back."""
+    outer = plan.outer
+    assert outer is not None
+    assert isinstance(outer.topology, Gossip), "a plan whose replicas do not gossip"
+    at = [_host_of(plan, index * plan.inner.workers, hosts) for index in range(outer.n)]
+    found = [0.0] * hosts
+    for index in range(outer.n):
+        other = outer.topology.partner(index, outer.n, 0, 0)
+        if other is not None and at[other] != at[index]:
+            found[at[index]] += payload_bytes
+            found[at[other]] += payload_bytes
+    return [round(count) for count in found]
 
 
 def _host_of(plan: Plan, rank: int, hosts: int) -> int:
