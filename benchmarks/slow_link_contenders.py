@@ -102,7 +102,7 @@ def from_elsewhere(name: str, every: int, lr: float, **options: float) -> Conten
 
 
 def contests() -> list[tuple[Goal, list[Contender]]]:
-    """The tasks of (a), each with its contenders."""
+    """The tasks of (a), each with its contenders: the best of what was tried, see docs/log.md."""
     text = Goal(
         name="characters", task="characters", target=2.45, most=1120, segment=16, clocked=64,
         seeds=(1, 2),
@@ -117,6 +117,7 @@ def contests() -> list[tuple[Goal, list[Contender]]]:
             [
                 ddp(1e-3),
                 by_hand(64, 2e-3, **NESTEROV),
+                by_hand(128, 1e-3, **NESTEROV),
                 by_hand(128, 2e-3, **NESTEROV),
                 from_elsewhere("torchft", 64, 2e-3, **NESTEROV),
                 from_elsewhere("hivemind", 64, 1e-3),
@@ -129,11 +130,11 @@ def contests() -> list[tuple[Goal, list[Contender]]]:
                 ddp(4e-3),
                 by_hand(32, 4e-3),
                 by_hand(96, 4e-3),
-                by_hand(208, 2e-3),
+                by_hand(208, 3e-3),
                 from_elsewhere("torchft", 96, 4e-3, outer_lr=1.0, momentum=0.0),
                 from_elsewhere("hivemind", 96, 4e-3),
-                plan("site(4, every=16, topology=central, codec=int4)", 16, 4e-3),
-                plan("site(4, every=208, topology=central, codec=int4)", 208, 2e-3),
+                plan("site(4, every=32, topology=central, codec=int4)", 32, 3e-3),
+                plan("site(4, every=208, topology=central, codec=int4)", 208, 3e-3),
             ],
         ),
     ]
