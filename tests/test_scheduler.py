@@ -833,6 +833,15 @@ def test_one_finishes_the_job_and_where_it_is_lost_another_one_does() -> None:
     assert desk.scheduler.is_over
 
 
+def test_who_finishes_the_job_is_where_it_was_started() -> None:
+    desk = Desk(Terms(parts=2, sync=Bsp(), max=3), "w1", epochs=None, steps=1)
+    desk.join("w0", host="elsewhere")
+    desk.finish("w1")
+    desk.finish("w0")
+    assert desk.leases["w1"].due == ["finish"]
+    assert desk.leases["w0"].lease != -1
+
+
 def test_who_finished_the_job_has_left_before_the_others_hear_of_the_end() -> None:
     desk = Desk(Terms(parts=2, sync=Bsp()), "w0", "w1", epochs=None, steps=1)
     desk.finish("w0")

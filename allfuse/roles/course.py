@@ -292,6 +292,7 @@ class Course:
         if self.circle is not None and not self.outcome.failed:
             told = self._gather(self.circle, told)
         elif not self.outcome.failed and not self._is_finished:
+            told.sort(key=lambda each: each.host != self._members.home)  # the run folder is there
             told = [] if self._final_due else told[:1]
         for worker in told:
             worker.presence = Presence.FINAL

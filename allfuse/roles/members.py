@@ -94,6 +94,11 @@ class Members:
         return self._workers.get(name)
 
     @property
+    def home(self) -> str:
+        """The host of the first worker that ever came, from where the job was started."""
+        return next((worker.host for worker in self._workers.values()), "")
+
+    @property
     def is_enough(self) -> bool:
         return len(self.alive) >= self._terms.fewest
 
