@@ -17,8 +17,9 @@ from allfuse.roles.blueprint import Blueprint
 from allfuse.roles.book import Book
 from allfuse.roles.client import Client
 from allfuse.roles.messages import SCHEDULER, Join, Lease, Mail, Message, open_letter
+from allfuse.roles.order import Order
 from allfuse.roles.scheduler import Scheduler
-from allfuse.roles.server import Order, Server
+from allfuse.roles.server import Server
 from allfuse.roles.shard import Shard
 from allfuse.roles.terms import Terms
 from allfuse.sync import Asp, Bsp, Ssp, Sync
@@ -169,6 +170,7 @@ class World:
         *,
         parts: int = 3,
         servers: int = 2,
+        replicas: int = 0,
         seed: int = 0,
         faults: Faults | None = None,
         make: Make = MAKES["momentum"],
@@ -190,7 +192,13 @@ class World:
             codec=codec,  # type: ignore[arg-type]
         )
         self.terms = Terms(
-            parts=parts, sync=sync, servers=servers, min=min, max=2 * parts, snapshot_s=3.0
+            parts=parts,
+            sync=sync,
+            servers=servers,
+            replicas=replicas,
+            min=min,
+            max=2 * parts,
+            snapshot_s=3.0,
         )
         self.book = Book(":memory:")
         self.auditor = Auditor(sync.bound)
@@ -211,7 +219,7 @@ class World:
     def add_server(self, index: int) -> Server:
         server = self.server(
             index, self.terms.servers, birth=next(self.births), place=f"s{index}",
-            folder=self.folder,
+            replicas=self.terms.replicas, folder=self.folder,
         )  # fmt: skip
         self.network.add(f"s{index}", server)
         return server

@@ -92,6 +92,9 @@ def _roles(plan: Plan) -> str:
         if outer.sync.bound == 0
         else "and each push is a step of its own"
     )
+    replicas = getattr(outer.topology, "replicas", 0)
+    if replicas:
+        servers += f" (each shard with {replicas} cop{'y' if replicas == 1 else 'ies'} on the next)"
     text = (
         f"{servers} that hold the weights and run the optimizer, and a scheduler that hands out "
         f"the work; each replica pushes {what} to all servers, {step}, then it pulls the weights"

@@ -103,6 +103,18 @@ class Measure(Message):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Partners(Message):
+    """To servers that keep copies of each other's shards: where each was last, by its shard, and
+    its birth; empty and -1 where there was none. whole: those that were made from a copy, as
+    `Serve` says."""
+
+    kind: ClassVar[str] = "partners"
+    places: list[str]
+    births: list[int]
+    whole: list[bool]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Found(Message):
     """To a server, in answer to `Serve`: the blueprint, so that it can make its shard.
 

@@ -34,7 +34,18 @@ from functools import lru_cache
 from typing import Any, TypeAlias
 
 from allfuse.link.post import Letter, Malformed
-from allfuse.roles.decisions import About, Found, Lease, Measure, Orders, Refused, Repush, Welcome
+from allfuse.roles.copying import COPYING, Copied, Copy, Fetch, Part
+from allfuse.roles.decisions import (
+    About,
+    Found,
+    Lease,
+    Measure,
+    Orders,
+    Partners,
+    Refused,
+    Repush,
+    Welcome,
+)
 from allfuse.roles.encounters import ENCOUNTERS
 from allfuse.roles.exchanges import Ask, Give, Push, Staged, Weights
 from allfuse.roles.message import Message
@@ -60,6 +71,9 @@ __all__ = [
     "Applied",
     "Ask",
     "Beat",
+    "Copied",
+    "Copy",
+    "Fetch",
     "Finished",
     "Found",
     "Give",
@@ -74,6 +88,8 @@ __all__ = [
     "Message",
     "Note",
     "Orders",
+    "Part",
+    "Partners",
     "Push",
     "Refused",
     "Repush",
@@ -115,13 +131,14 @@ MESSAGES: dict[str, type[Message]] = {
         Orders,
         Measure,
         Found,
+        Partners,
         Give,
         Push,
         Ask,
         Staged,
         Weights,
     )
-} | {cls.kind: cls for cls in ENCOUNTERS}
+} | {cls.kind: cls for cls in (*COPYING, *ENCOUNTERS)}
 
 Mail: TypeAlias = tuple[str, Message]
 """A receiver and what it is told."""

@@ -15,10 +15,11 @@ from typing import Any, Protocol
 from allfuse.base.errors import UserError, WorkerFailed
 from allfuse.launcher import World, current_world
 from allfuse.launcher.crewmate import Crewmate
-from allfuse.link.post import Caller, Desk, Malformed, wait_any
+from allfuse.link.post import Desk, Malformed
 from allfuse.plan import as_plan
 from allfuse.roles.book import Book
-from allfuse.roles.messages import SCHEDULER, About, Beat, Hello, Join, Message, open_letter
+from allfuse.roles.lines import Lines
+from allfuse.roles.messages import About, Beat, Hello, Join, Message, open_letter
 from allfuse.roles.scheduler import Scheduler
 from allfuse.roles.server import Server
 from allfuse.roles.snapshots import Snapshots
@@ -188,7 +189,9 @@ def run_server(index: int) -> None:
     terms = terms_of(as_plan(crew.plan), world.timeout_s)
     post = crew.post()
     desk = post.desk()
-    scheduler = post.call(crew.scheduler(world.timeout_s), f"server {index}")
+    name = f"server {index}"
+    scheduler = post.call(crew.scheduler(world.timeout_s), name)
+    lines = Lines(post, desk, scheduler, name)
     birth = secrets.randbits(48)
     try:
         run = _await_run(world, crew)
@@ -201,11 +204,13 @@ def run_server(index: int) -> None:
                 terms.servers,
                 birth=birth,
                 place=desk.place,
+                replicas=terms.replicas,
                 folder=folder / SNAPSHOTS if folder else None,
                 executor=executor,
             )
-            _serve(world, server, desk, scheduler)
+            _serve(world, server, lines)
     finally:
+        lines.close()
         scheduler.close()
         desk.close()
 
@@ -228,33 +233,24 @@ def _await_run(world: World, crew: Crewmate) -> dict[str, Any] | None:
     return None
 
 
-def _serve(world: World, server: Server, desk: Desk, scheduler: Caller) -> None:
-    letters, ticked_s = _Letters(desk), float("-inf")
+def _serve(world: World, server: Server, lines: Lines) -> None:
+    ticked_s = float("-inf")
 
     def send(mail: Iterable[tuple[str, Message]]) -> None:
-        for name, message in mail:
-            if name == SCHEDULER:
-                scheduler.send(message.letter())
-            else:
-                desk.send(name, message.letter())
-
-    def hear(sender: str, message: Message) -> None:
-        try:
-            send(server.answer(sender, message))
-        except Malformed:
-            desk.refused["malformed"] += 1
+        lines.send(mail, server.ring.places)
 
     while not world.stop_requested.is_set() or server.is_writing:
         now_s = time.monotonic()
         if now_s - ticked_s >= TICK_S:
             ticked_s = now_s
+            lines.leave(server.ring.places)
             send(server.tick(now_s))
-        wait_any([desk, scheduler], TICK_S)
-        for letter in scheduler.receive(0):
-            hear(SCHEDULER, open_letter(letter))
-        for sender, message in letters.receive(0):
-            hear(sender, message)
-        for name in desk.lost():
+        for sender, message in lines.receive(TICK_S):
+            try:
+                send(server.answer(sender, message))
+            except Malformed:
+                lines.desk.refused["malformed"] += 1
+        for name in lines.desk.lost():
             send(server.lost(name, now_s))
     send(server.tick(time.monotonic()))
 

@@ -18,11 +18,12 @@ ROOM = 1 << 62  # of a number that the book can hold
 
 @dataclass(frozen=True)
 class Arrival:
-    """A new server. lost: updates that its shard is without. is_first: nobody had it before."""
+    """A new server, or the one in whose place another is about to come. lost: updates that its
+    shard is without. is_here: it is part of the job now, and not still asking for copies."""
 
     server: Server
-    lost: int
-    is_first: bool
+    lost: int = 0
+    is_here: bool = True
 
 
 class Ordering:
@@ -73,6 +74,15 @@ class Ordering:
         """All servers carried out all orders, and wrote to disk what they were told to."""
         done = all(server.applied >= self.current for server in self.servers.values())
         return done and (self._ordered_save is None or self.saved >= self._ordered_save)
+
+    @property
+    def _partners(self) -> say.Partners:
+        found = [self.servers.get(shard) for shard in range(self._terms.servers)]
+        return say.Partners(
+            places=["" if server is None else server.place for server in found],
+            births=[-1 if server is None else server.birth for server in found],
+            whole=[server is not None and server.whole for server in found],
+        )
 
     def by_name(self, name: str) -> Server | None:
         return next((each for each in self.servers.values() if each.name == name), None)
@@ -128,6 +138,8 @@ class Ordering:
         if known is not None and known.birth == birth:
             known.is_up, known.name = True, sender
             self._advance(known, message.applied)
+            if self._terms.replicas:
+                self._send(known, self._partners)
             if not message.found:
                 self.welcome(known)
             elif known.applied < self.current:
@@ -141,7 +153,10 @@ class Ordering:
                 sender, f"its weights are of {message.applied}, after the last order {self.current}"
             )
             return None
-        return self._add(sender, message, known)
+        if known is not None and not message.settled:
+            self._outbox.send(sender, self._partners)
+            return Arrival(known, is_here=False)
+        return self._add(sender, message)
 
     def welcome(self, server: Server) -> None:
         """Tell a server what it holds, once that is known."""
@@ -205,9 +220,13 @@ class Ordering:
             server.applied = sequence
             self._moved_s = self._outbox.now_s
 
-    def _add(self, sender: str, message: say.Serve, known: Server | None) -> Arrival:
+    def _add(self, sender: str, message: say.Serve) -> Arrival:
         shard, place = message.index, message.place
-        server = Server(sender, shard, message.birth, place, self.current, self.current)
+        found = message.applied if message.whole else self.current
+        server = Server(sender, shard, message.birth, place, found, found, whole=message.whole)
+        is_like = message.whole and (self.blueprint or {}).get("codec") == "identity"
+        if shard in self.servers and not is_like:  # what it knew of its readers is gone, too
+            self._book.put("rebirths", self._book.get("rebirths", 0) + 1)
         self.servers[shard] = server
         self._births.add((shard, server.birth))
         self._book.put_server(server)
@@ -218,8 +237,12 @@ class Ordering:
             self.lacking.add(shard)
             self._book.put("lacking", sorted(self.lacking))
         self.welcome(server)
-        lost = self.updates - self._book.updates_until(message.applied)
-        return Arrival(server, lost, known is None)
+        if self._terms.replicas:
+            for each in self.servers.values():
+                self._send(each, self._partners)
+        if message.whole:
+            return Arrival(server)
+        return Arrival(server, self.updates - self._book.updates_until(message.applied))
 
     def _refuse(self, sender: str, reason: str) -> None:
         self._outbox.refused["a server that does not fit"] += 1

@@ -54,7 +54,8 @@ class Worker:
 @dataclass
 class Server:
     """A server. found: the version that it was told to count as. applied: that it is known to be
-    of. is_up: its connection stands. asked_s: when it was last sent orders."""
+    of. is_up: its connection stands. asked_s: when it was last sent orders. whole: it was made from
+    a copy of its shard, and is as the one before it."""
 
     name: str
     shard: int
@@ -64,6 +65,7 @@ class Server:
     applied: int = -1
     is_up: bool = True
     asked_s: float = 0.0
+    whole: bool = False
 
 
 class State(StrEnum):

@@ -143,7 +143,8 @@ class Serve(Message):
 
     index: which shard it holds. birth: random, new whenever its process is. applied: the sequence
     that its shard is of; -1 before it has any weights. place: where workers find it. found: it has
-    heard `Found`.
+    heard `Found`. settled: it has asked for copies of its shard (see `Partners`), where there may
+    be some. whole: it has one, with all that was staged: it can carry out every later order.
     """
 
     kind: ClassVar[str] = "serve"
@@ -152,6 +153,8 @@ class Serve(Message):
     applied: int
     place: str
     found: bool = False
+    settled: bool = True
+    whole: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -316,6 +316,9 @@ class Scheduler:
         server = arrival.server
         if before is not None and was_up:
             self._tell_lost(before, "another one has come for its shard")
+        if not arrival.is_here:
+            self._ordering.lose(server)
+            return
         if before is not None or arrival.lost:
             self._outbox.tell(
                 "server_restored",

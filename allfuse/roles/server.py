@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from allfuse.base.errors import AllfuseError
 from allfuse.link.post import Malformed
@@ -14,6 +13,9 @@ from allfuse.roles.messages import (
     SCHEDULER,
     Applied,
     Ask,
+    Copied,
+    Copy,
+    Fetch,
     Found,
     Give,
     Mail,
@@ -21,6 +23,8 @@ from allfuse.roles.messages import (
     Measured,
     Message,
     Orders,
+    Part,
+    Partners,
     Push,
     Refused,
     Serve,
@@ -28,23 +32,15 @@ from allfuse.roles.messages import (
     Weights,
 )
 from allfuse.roles.norms import square_of
+from allfuse.roles.order import Order, carry_out, is_weighted, read_order
 from allfuse.roles.readers import Readers
+from allfuse.roles.ring import Own, Ring
 from allfuse.roles.shard import Shard, Values
 from allfuse.roles.snapshots import Snapshots
 from allfuse.roles.stage import Bundle, Stage
 
 SERVE_S = 2.0
 GIVEN = -1  # in place of a lease: the first weights
-
-
-class Order(NamedTuple):
-    """An entry of `Orders`, checked."""
-
-    leases: list[tuple[int, float]]
-    to: list[str]
-    dropped: list[int]
-    save: bool
-    factor: float = 1.0
 
 
 class Server:
@@ -64,6 +60,7 @@ class Server:
     Args:
         birth: random; of this process.
         place: where workers find it.
+        replicas: on how many other servers there is a copy of each shard.
         folder: for snapshots; None keeps none, and what is to be written counts as written.
         executor: writes them, as `Snapshots` says.
 
@@ -80,10 +77,12 @@ class Server:
         *,
         birth: int,
         place: str,
+        replicas: int = 0,
         folder: Path | None = None,
         executor: Executor | None = None,
     ) -> None:
         self.index, self.servers, self.birth, self.place = index, servers, birth, place
+        self.ring = Ring(index, servers, birth, replicas)
         self.snapshots = Snapshots(folder, index, servers, executor) if folder else None
         self.shard: Shard | None = None
         self.saved = self.snapshots.newest() if self.snapshots else -1
@@ -96,9 +95,11 @@ class Server:
 
     @property
     def applied(self) -> int:
-        """The version of the weights here; before `Found`, that on disk; -1 for none."""
-        found = self.shard is not None
-        return self._sequence if self._has_weights or not found else -1
+        """The version of the weights here; before `Found`, that of a copy, or on disk; -1 for
+        none."""
+        if self.shard is None:
+            return self._sequence if self.ring.rescue is None else self.ring.rescue.sequence
+        return self._sequence if self._has_weights else -1
 
     @property
     def is_writing(self) -> bool:
@@ -113,17 +114,31 @@ class Server:
         if self.refusal or now_s - self._served_s < SERVE_S:
             return mail
         self._served_s = now_s
-        serve = Serve(
+        mail += self.ring.tick(now_s, self.applied)
+        if self.shard is not None:
+            mail += self.ring.remind(self._stage)
+        mail.append((SCHEDULER, self._serve()))
+        if self._has_weights:
+            mail.append((SCHEDULER, self._applied()))  # it may have got lost
+        return mail
+
+    def _serve(self) -> Serve:
+        return Serve(
             index=self.index,
             birth=self.birth,
             applied=self.applied,
             place=self.place,
             found=self.shard is not None,
+            settled=self.ring.is_settled,
+            whole=self.ring.rescue is not None,
         )
-        mail.append((SCHEDULER, serve))
-        if self._has_weights:
-            mail.append((SCHEDULER, self._applied()))  # it may have got lost
-        return mail
+
+    @property
+    def _own(self) -> Own | None:
+        if self.shard is None:
+            return None
+        is_fixed = self._has_weights and not self._takes_weights
+        return Own(self.shard, self._stage, self._sequence, is_fixed)
 
     def _note_saved(self) -> bool:
         """Whether the disk has something new."""
@@ -166,8 +181,20 @@ class Server:
                 yield from self._stage_push(sender, message)
             case Ask():
                 yield from self._tell_missing(sender, message.lease)
+            case Partners() if sender == SCHEDULER:
+                yield from self.ring.meet(message)
+            case Copied(shard=self.index) if self.ring.replicas:
+                yield from self._hear_copied(message)
+            case Copy() | Fetch() | Part() if self.ring.replicas:
+                yield from self._hear_server(sender, message)
             case _:
                 raise Malformed(f"a {message.kind} from {sender}, which servers do not take")
+
+    def _hear_server(self, sender: str, message: Message) -> Iterator[Mail]:
+        was_settled = self.ring.is_settled
+        yield from self.ring.handle(sender, message, self._own)
+        if self.ring.is_settled and not was_settled:
+            yield SCHEDULER, self._serve()
 
     def _found(self, message: Found) -> None:
         """Make the shard. Comes again and again; the first one counts."""
@@ -179,16 +206,21 @@ class Server:
                 raise Malformed("another model than this server holds")
             return
         shard = Shard(blueprint, self.index, self.servers)
+        codec = read_codec(blueprint.codec)
+        stage = Stage(blueprint, shard.pieces, codec)
         if self.snapshots is not None:
             self.snapshots.drop_after(message.sequence)
             self.saved = self.snapshots.newest()
-            if self.saved >= 0:
-                self.snapshots.load(shard, self.saved)
-                self._has_weights, self._takes_weights = True, False
-        self.shard, self._sequence = shard, message.sequence
-        codec = read_codec(blueprint.codec)
-        self._stage = Stage(blueprint, shard.pieces, codec)
+        rescue = self.ring.rescue
+        if rescue is not None and rescue.sequence == message.sequence:
+            rescue.install(shard, stage)
+            self._has_weights, self._takes_weights = True, False
+        elif self.snapshots is not None and self.saved >= 0:
+            self.snapshots.load(shard, self.saved)
+            self._has_weights, self._takes_weights = True, False
+        self.shard, self._sequence, self._stage = shard, message.sequence, stage
         self._readers = Readers(codec, self.index)
+        self.ring.begin(blueprint)
 
     def _step_back(self, reason: str) -> None:
         """The newest snapshot may be of a history that the run has left: offer the one before."""
@@ -212,6 +244,9 @@ class Server:
                 for piece, each in pieces.items():
                     shard.put(piece, each)
                 self._has_weights = True
+                if self.ring.replicas and self._sequence >= 0:
+                    self._takes_weights = False  # copies wait for them, and orders for copies
+                    yield from self.ring.answer_all(self._own)
         if not self._missing_given(sender):
             yield sender, Staged(lease=GIVEN, birth=self.birth)
 
@@ -232,19 +267,45 @@ class Server:
         options = self._stage.read_options(message.options)
         values = self._stage.read(message.piece, message.pieces, message.tensors)
         self._readers.confirm(sender, message.sequence)
-        bundle = Bundle(sender, message.sequence, options)
-        self._stage.add(message.lease, message.piece, values, bundle)
-        if not self._stage.missing(message.lease):
-            yield sender, Staged(lease=message.lease, birth=self.birth)
+        bundle, lease, piece = (
+            Bundle(sender, message.sequence, options),
+            message.lease,
+            message.piece,
+        )
+        if self._stage.add(lease, piece, values, bundle, message.tensors):
+            yield from self.ring.pass_on(lease, piece, self._stage)
+        yield from self._say_staged(lease)
+
+    def _say_staged(self, lease: int) -> Iterator[Mail]:
+        """To who pushed, once all of it is here and with all copies."""
+        if self.shard is None or lease in self._stage.ended or self._stage.missing(lease):
+            return
+        bundle = self._stage.get(lease)
+        if self.ring.keepers.hold(lease, bundle.sequence):
+            yield bundle.sender, Staged(lease=lease, birth=self.birth)
 
     def _tell_missing(self, sender: str, lease: int) -> Iterator[Mail]:
         if self.shard is None or lease in self._stage.ended:
             return
         missing = self._missing_given(sender) if lease == GIVEN else self._stage.missing(lease)
-        yield sender, Staged(lease=lease, birth=self.birth, missing=missing)
+        if lease == GIVEN or missing:
+            yield sender, Staged(lease=lease, birth=self.birth, missing=missing)
+            return
+        yield from self._say_staged(lease)
+
+    def _hear_copied(self, message: Copied) -> Iterator[Mail]:
+        lease = message.lease
+        if self.shard is None or lease in self._stage.ended or self._stage.missing(lease):
+            return
+        for piece in message.missing:
+            if 0 <= piece < len(self._stage.pieces):
+                yield from self.ring.pass_on(lease, piece, self._stage)
+        if not message.missing:
+            self.ring.keepers.confirm(lease, message.sequence, message.birth)
+            yield from self._say_staged(lease)
 
     def _measure(self, message: Measure) -> Iterator[Mail]:
-        shard, pairs = self.shard, [pair for pair in message.leases if _is_weighted(pair)]
+        shard, pairs = self.shard, [pair for pair in message.leases if is_weighted(pair)]
         if len(pairs) < len(message.leases):
             raise Malformed(f"leases {str(message.leases)[:80]}")
         if shard is None or any(self._stage.missing(lease) for lease, _ in pairs):
@@ -261,11 +322,14 @@ class Server:
     def _carry_out(self, message: Orders) -> Iterator[Mail]:
         if self.shard is None or not self._has_weights:
             return
-        orders = [_read_order(entry) for entry in message.entries]
+        orders = [read_order(entry) for entry in message.entries]
         for sequence, order in enumerate(orders, message.first):
             if sequence == self._sequence + 1:
                 yield from self._carry_out_one(sequence, order)
         yield SCHEDULER, self._applied()
+        yield from self.ring.answer_all(self._own)
+        for sequence, order in enumerate(orders, message.first):
+            yield from self.ring.hear(sequence, order)
 
     def _applied(self) -> Applied:
         return Applied(sequence=self._sequence, saved=self.saved)
@@ -280,12 +344,9 @@ class Server:
                     f"{sequence}, which it does not hold; allowed: leases that it said it holds; "
                     "the weights can go no further: start the job again from its last snapshot"
                 )
-        bundles = [(weight, stage.get(lease)) for lease, weight in order.leases]
         self._readers.begin(sequence)
         for piece in range(len(shard.pieces)):
-            if bundles:
-                pushes = [(weight, bundle.pieces[piece]) for weight, bundle in bundles]
-                shard.update(piece, pushes, bundles[0][1].options, order.factor)
+            carry_out(order, piece, shard, stage)
             if order.to:
                 weights = shard.read(piece)
             for worker in order.to:
@@ -301,8 +362,9 @@ class Server:
                     ),
                 )
         self._readers.end()
-        for lease in [*(lease for lease, _ in order.leases), *order.dropped]:
+        for lease in order.ended:
             stage.end(lease)
+            self.ring.keepers.forget(lease)
         self._sequence, self._takes_weights = sequence, False
         self._given.clear()
         if order.save:
@@ -311,27 +373,3 @@ class Server:
                 self._note_saved()
             else:
                 self.saved = sequence
-
-
-def _read_order(entry: list[Any]) -> Order:
-    """
-    Raises:
-        Malformed: it is no order.
-    """
-    match entry:
-        case [list() as leases, list() as to, list() as dropped, bool() as save, *more]:
-            pairs = [pair for pair in leases if _is_weighted(pair)]
-            names = all(isinstance(name, str) for name in to)
-            fits = not more or (len(more) == 1 and isinstance(more[0], float))
-            whole = len(pairs) == len(leases) and names and fits
-            if whole and all(type(n) is int for n in dropped):
-                leases = [(lease, weight) for lease, weight in pairs]
-                return Order(leases, to, dropped, save, *more)
-    raise Malformed(f"an order {str(entry)[:80]}")
-
-
-def _is_weighted(pair: object) -> bool:
-    match pair:
-        case [int(), int() | float()]:
-            return True
-    return False

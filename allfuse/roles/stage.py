@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,12 +20,16 @@ from allfuse.roles.shard import Options, Values
 
 @dataclass
 class Bundle:
-    """The pieces of one lease, or of the first weights, that came so far."""
+    """The pieces of one lease, or of the first weights, that came so far.
+
+    pieces: their values. came: the tensors that they came in, which may be encoded.
+    """
 
     sender: str
     sequence: int = -1
     options: Options = ()
     pieces: dict[int, Values] = field(default_factory=dict)
+    came: dict[int, Values] = field(default_factory=dict)
 
 
 class Numbers:
@@ -38,6 +42,28 @@ class Numbers:
     def __contains__(self, number: int) -> bool:
         at = bisect_right(self._first, number) - 1
         return at >= 0 and number <= self._last[at]
+
+    @property
+    def runs(self) -> list[list[int]]:
+        """The first and the last number of each run."""
+        return [list(run) for run in zip(self._first, self._last, strict=True)]
+
+    def join(self, runs: Iterable[Sequence[int]]) -> None:
+        """Add runs, as `runs` gives them.
+
+        Raises:
+            Malformed: they are none.
+        """
+        for run in runs:
+            if len(run) != 2 or not all(type(number) is int for number in run) or run[1] < run[0]:
+                raise Malformed(f"a run of numbers {str(run)[:40]}")
+            merged = [[run[0], run[1]]]
+            for first, last in self.runs:
+                if last + 1 < merged[0][0] or first > merged[0][1] + 1:
+                    merged.append([first, last])
+                else:
+                    merged[0] = [min(first, merged[0][0]), max(last, merged[0][1])]
+            self._first, self._last = (list(ends) for ends in zip(*sorted(merged), strict=True))
 
     def add(self, number: int) -> None:
         if number in self:
@@ -73,19 +99,37 @@ class Stage:
         held = bundle.pieces if bundle else {}
         return [number for number in range(len(self.pieces)) if number not in held]
 
-    def add(self, lease: int, piece: int, values: Values, bundle: Bundle) -> None:
-        """Take in a piece of a bundle. What comes twice, or from another sender, changes nothing.
+    def add(
+        self,
+        lease: int,
+        piece: int,
+        values: Values,
+        bundle: Bundle,
+        came: Values,
+        *,
+        replaces: bool = False,
+    ) -> bool:
+        """Take in a piece of a bundle; whether it is here now. What comes twice, or from another
+        sender, changes nothing.
 
         Of two that were made from different weights, as by a worker that was started anew, the
-        newer one counts; once one is whole, that does.
+        newer one counts; once one is whole, that does, unless a newer one `replaces` it.
         """
+        if lease in self.ended:
+            return False
         held = self._bundles.setdefault(lease, bundle)
-        if held.sender != bundle.sender or not self.missing(lease):
-            return
-        if held.sequence < bundle.sequence:
+        if held.sender != bundle.sender:
+            return False
+        if held.sequence < bundle.sequence and (replaces or self.missing(lease)):
             held = self._bundles[lease] = bundle
         if held.sequence == bundle.sequence:
             held.pieces.setdefault(piece, values)
+            held.came.setdefault(piece, came)
+        return held.sequence == bundle.sequence
+
+    def held(self) -> Iterator[tuple[int, Bundle]]:
+        """What there is of each lease."""
+        return iter(list(self._bundles.items()))
 
     def get(self, lease: int) -> Bundle:
         return self._bundles[lease]
@@ -94,6 +138,11 @@ class Stage:
         """Forget a lease that was ordered or dropped."""
         self._bundles.pop(lease, None)
         self.ended.add(lease)
+
+    def tidy(self) -> None:
+        """Forget what is held of leases that ended elsewhere."""
+        for lease in [each for each in self._bundles if each in self.ended]:
+            del self._bundles[lease]
 
     def read(self, piece: int, pieces: int, tensors: Values) -> Values:
         """The values of a piece as it was pushed, decoded.

@@ -21,6 +21,7 @@ class Terms:
         every: steps between two updates of a worker.
         sync: how far workers may be apart.
         servers: shards of the weights, a server each; 0 where workers gossip.
+        replicas: copies of each shard, on other servers.
         min, max: workers that are needed, and that may be there; None is `parts`.
         lease_s: silence after which a worker is lost.
         timeout_s: how long fewer than `min` workers, or servers that do not go on, are waited for.
@@ -33,6 +34,7 @@ class Terms:
     every: int = 1
     sync: Sync = BSP
     servers: int = 1
+    replicas: int = 0
     min: int | None = None
     max: int | None = None
     lease_s: float = 10.0
@@ -81,6 +83,7 @@ def terms_of(plan: Plan, timeout_s: float) -> Terms:
         every=every,
         sync=outer.sync,
         servers=plan.servers,
+        replicas=getattr(outer.topology, "replicas", 0),
         min=outer.min,
         max=outer.max,
         timeout_s=timeout_s,

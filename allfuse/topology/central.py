@@ -18,16 +18,26 @@ class Central(Topology):
     2 phases. With a server on every peer (the default) each sends 2 (n-1)/n of the payload, as a
     ring does, in fewer phases and more transfers. With k servers each of them sends (n + k - 2)/k
     of it, and the others send all of it (Li et al. 2014, the parameter server, in lock-step).
+
+    Server processes can keep `replicas` copies of each one's slice on the servers after it, so that
+    one that is killed loses no update.
     """
 
     name: ClassVar[str] = "central"
     exact: ClassVar[bool] = True
     gathers: ClassVar[bool] = True
     servers: int | None = None
+    replicas: int = 0
 
     def __post_init__(self) -> None:
         if self.servers is not None and self.servers < 1:
             raise PlanError(str(self), "there must be a server", "central(servers=1)")
+        if not 0 <= self.replicas < (self.servers or 1):
+            raise PlanError(
+                str(self),
+                "replicas are copies on other servers, of which there must be more than that",
+                f"central(servers={max(self.replicas + 1, self.servers or 2)}, replicas=1)",
+            )
 
     def _count(self, layout: Layout) -> int:
         return layout.size if self.servers is None else min(self.servers, layout.size)

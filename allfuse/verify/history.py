@@ -93,7 +93,8 @@ class History:
     """A run's order of events.
 
     limit: steps that were to be done. taken_back: leases that were handed out and never counted.
-    rebirths: servers that had to be started again. stopped: why before its limit, if it was.
+    rebirths: servers that had to be started again, and were not as before, bit for bit. stopped:
+    why before its limit, if it was.
     begin: the step of the checkpoint that it went on from; what was before is not told.
     gossip: where no servers held the weights.
     """
@@ -131,7 +132,7 @@ class History:
                 ],
                 ledger.limit,
                 sum(count for state, count in tally.items() if state is not State.COMMITTED),
-                len(book.servers()) - terms.servers if orders else 0,
+                book.get("rebirths", 0),
                 book.get("stop") or "",
                 Gossip.read(book, ledger) if terms.gossips else None,
                 begin=book.get("begin", 0),
