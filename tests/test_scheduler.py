@@ -746,8 +746,10 @@ def test_where_a_save_is_due_the_checkpoint_is_of_the_weights_that_were_sent() -
     desk.finish("w1")
     desk.say("w0", handed_in(due, score=0.5))
     assert not desk.told("checkpoint"), "servers have not written it yet"
+    assert desk.scheduler.unsaved == [1]
     desk.say("s0", say.Applied(sequence=due.sequence, saved=due.sequence))
     (told,) = desk.told("checkpoint")
+    assert desk.scheduler.unsaved == []
     (version,) = told["versions"]
     assert (told["score"], version["sequence"], version["updates"]) == (0.5, due.sequence, 2)
     assert version["whole"] == 0, "part 1 of step 0 is with w1"

@@ -55,6 +55,11 @@ class Saves:
         """Whether the next order is to have servers write."""
         return any(asked.target is None for asked in self._asked)
 
+    @property
+    def waiting(self) -> list[int]:
+        """After how many batches checkpoints were asked for that servers have not written yet."""
+        return [asked.done for asked in self._asked]
+
     def placed(self, order: Order, ledger: Ledger, *, hold: bool) -> None:
         """An order by which servers write was placed. hold: somebody may ask for it later."""
         whole = ledger.whole

@@ -82,6 +82,11 @@ class Scheduler:
         return 0 if leases is None else leases.ledger.done
 
     @property
+    def unsaved(self) -> list[int]:
+        """After how many batches checkpoints were asked for that have not come about."""
+        return self._course.saves.waiting
+
+    @property
     def is_over(self) -> bool:
         """The job has ended, no worker is here any more, and the servers are through."""
         if self.outcome is None or self._members.alive:
