@@ -21,6 +21,7 @@ from allfuse.plan import as_plan
 from allfuse.plan.loss import loss_policy
 from allfuse.store.run import RunFolder
 from allfuse.training.loop import Result, train_job
+from allfuse.training.place import Place
 from allfuse.training.session import Session
 
 
@@ -67,6 +68,24 @@ def test_the_others_go_on_after_the_first_and_then_another_are_killed(tmp_path: 
 def test_one_that_stands_still_is_ended_and_left_behind() -> None:
     ends = {1: (5, signal.SIGSTOP)}
     result = launch("data(3)", "continue", functools.partial(work, ends), timeout_s=3.0)
+    assert_equal(result.weights, as_one_process().weights)
+
+
+def dies_while_it_meets() -> Result:
+    """The second time that rank 2 is to make links, after the loss of another."""
+    meet = Place.meet_again
+
+    def die(place: Place) -> None:
+        if place.world.ids[place.world.rank] == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        meet(place)
+
+    Place.meet_again = die  # type: ignore[method-assign]  # a worker's own process
+    return work({0: (4, signal.SIGKILL)})
+
+
+def test_another_is_killed_while_links_are_made_again() -> None:
+    result = launch("data(4)", "continue", dies_while_it_meets, timeout_s=200.0)
     assert_equal(result.weights, as_one_process().weights)
 
 

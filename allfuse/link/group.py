@@ -23,6 +23,7 @@ from allfuse.link.lookout import Lookout, first_line
 
 SLICE_S = 1.0  # how long one uninterrupted wait lasts before the lookout is asked
 POLL_S = 0.01
+LOOK_S = 0.05  # how often whoever forms a link looks for members that are lost
 
 
 class StoreBoard:
@@ -142,12 +143,39 @@ class GroupLink(Link):
             if device.type == "cuda":
                 self.group = self._connect_gpus(store)
             else:
-                self.group = torch_private.gloo_group(
-                    store, self.rank, self.size, timeout_s, address
-                )
+                self.group = self._connect_hosts(store, address)
         except (RuntimeError, TimeoutError) as error:
             raise self.lost(operation, time.monotonic() - begin, error) from None
         lookout.doing["operation"] = None
+
+    def _connect_hosts(self, store: Store, address: str | None) -> dist.ProcessGroup:
+        """A gloo group. Made in a thread of its own, since it waits to the deadline for a member
+        that dies before it has come, also where the launcher has long told of that.
+
+        Raises:
+            RuntimeError: a member did not come, or is lost.
+        """
+        made: list[dist.ProcessGroup | Exception] = []
+
+        def connect() -> None:
+            try:
+                made.append(
+                    torch_private.gloo_group(store, self.rank, self.size, self.timeout_s, address)
+                )
+            except Exception as error:  # raised by whoever waits, below
+                made.append(error)
+
+        thread = threading.Thread(target=connect, name=f"allfuse-form-{self.name}", daemon=True)
+        thread.start()
+        keys = [f"lost/{member}" for member in self.members]
+        while not made:
+            thread.join(LOOK_S)
+            if not made and any(self.lookout.board.get(key) is not None for key in keys):
+                raise RuntimeError("a member was lost before it had come")
+        (found,) = made
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def _connect_gpus(self, store: Store) -> dist.ProcessGroup:
         """An NCCL group, once every member is here: NCCL itself would wait for them for ever.
