@@ -229,7 +229,7 @@ def test_a_learning_rate_that_a_server_keeps_too_long_is_found(
 
 
 def test_a_worker_whose_learning_rate_is_late_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from allfuse.training.apart import LeasedCourse
+    from allfuse.training.leased import LeasedCourse
 
     advance = LeasedCourse._advance_schedulers
 

@@ -36,6 +36,7 @@ from allfuse.roles.parcels import Flats
 from allfuse.store.run import is_run
 from allfuse.topology.gossip import Gossip
 from allfuse.training.apart import Apart
+from allfuse.training.holdings import held_tensors, make_blueprint
 from allfuse.training.keeper import decide_resume
 from allfuse.training.worker_part import WorkerPart, names_of, restore
 
@@ -88,8 +89,8 @@ class Gossiping(Apart):
         if out is not None and resumes and is_run(out):
             restore(state, learner, Path(out), inner=True)
         self.facts["parameters"] = names_of(learner, state.names())
-        held = self._held(state, learner)
-        blueprint = self._make_blueprint(learner, state)
+        held = held_tensors(state, learner)
+        blueprint = make_blueprint(self.outer, state, learner, in_step=self.terms.in_step)
         device = self.place.device
         self.flats = [
             torch.empty(b.elements, dtype=b.dtype, device=device) for b in blueprint.blocks
