@@ -2,8 +2,9 @@
 
 What a worker waits for from a gradient to the next weights: the push to all servers, the
 scheduler's order, the optimizer's step (SGD with momentum) there, the pull. Bare ZeroMQ only moves
-20 MB there and 20 MB back between as many processes (see push_pull.py). Each side is measured in a
-launch of its own, launches take turns.
+20 MB there and 20 MB back between as many processes (see push_pull.py). With a copy of each shard
+on the other server 20 MB travel once more, between servers, and each steps 20 MB. Each side is
+measured in a launch of its own, launches take turns.
 """
 
 from __future__ import annotations
@@ -64,9 +65,10 @@ def work(cycles: int) -> list[float]:
     return times
 
 
-def cycle(servers: int, cycles: int) -> float:
+def cycle(servers: int, cycles: int, replicas: int = 0) -> float:
     """Median seconds of a cycle."""
-    plan = as_plan(f"data(1, topology=central(servers={servers}), sync=asp)")
+    topology = f"central(servers={servers}, replicas={replicas})"
+    plan = as_plan(f"data(1, topology={topology}, sync=asp)")
     times: list[float] = launch_with_roles(functools.partial(work, cycles), plan, threads=1)
     return harness.quartiles(times[WARM:])[1]
 
@@ -99,6 +101,15 @@ def main() -> None:
                 f"{harness.milliseconds([seconds for seconds, _ in pairs])}",
             )
         )
+    kept = [(cycle(2, cycles), cycle(2, cycles, replicas=1)) for _ in range(rounds)]
+    told.append(
+        harness.figure(
+            "an update of 20 MB through 2 servers: time with a copy of each shard over without",
+            [with_copies / plain for plain, with_copies in kept],
+            floor=f"{harness.milliseconds([each for _, each in kept])} and "
+            f"{harness.milliseconds([each for each, _ in kept])}",
+        )
+    )
     harness.report("server_cycle", told, options)
 
 
