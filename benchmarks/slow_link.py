@@ -187,9 +187,9 @@ def figures(goal: Goal, contenders: Sequence[Contender]) -> Iterator[harness.Fig
 def faster(
     goal: Goal, link: str, ours: Contender, other: Contender, bare: Contender, target: float | None
 ) -> harness.Figure:
-    """The other's time over ours, for each seed."""
+    """The other's time over ours, for each seed; 0 where ours does not come there, or it failed."""
     slow, fast = other.times(goal, link, at_least=True), ours.times(goal, link)
-    values = harness.ratios(slow, fast)  # 0 where the plan does not come there
+    values = harness.ratios([0.0] * len(fast) if other.failed else slow, fast)
     name = f"{goal.name} to {goal.unit} {goal.target}, {LINKS[link]}: {other.name} over the plan"
     floor = f"{about(goal, link, ours, bare)} against {about(goal, link, other, bare)}"
     if lost := other.times(goal, link).count(math.inf):
