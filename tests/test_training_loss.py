@@ -7,7 +7,7 @@ Losses are scripted on the thread link, before each of the operations of a run i
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +284,29 @@ def test_two_optimizers_of_a_script_go_through_a_loss() -> None:
         left = left_of("data(3)", work, (2, operation))
         assert_all_equal(left)
         assert_equal(left[0], expected)
+
+
+class Endless(torch.utils.data.IterableDataset):
+    """Rows that can only be read one after the other."""
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from zip(*points(26), strict=True)
+
+
+def stream_job() -> Job:
+    return job(train=Endless(), optimizer=sgd, batch_size=8)
+
+
+def test_a_stream_is_read_on_by_those_that_are_left() -> None:
+    run = functools.partial(train_job, stream_job())
+    for operation in moments("data(3)", run, 1, 8):
+        left = left_of("data(3)", run, (1, operation))
+        assert_as_one_process(left, stream_job)
+
+
+def test_sites_of_a_stream_are_refused_to_go_on() -> None:
+    results = lose("site(2, every=2)", lambda: train_job(stream_job()), Script())
+    assert all("allowed: data with a length" in str(each) for each in results)
 
 
 def test_a_loop_that_steps_itself_is_told_that_it_cannot_do_a_step_again() -> None:
