@@ -262,14 +262,14 @@ def test_a_job_outlives_workers_that_are_killed_and_join_every_few_seconds(
 
 
 def test_a_killed_server_loses_no_update_where_another_keeps_a_copy(start: Any) -> None:
-    run = start("data(2, topology=central(servers=2, replicas=1), sync=asp)", 12)
+    run = start("data(2, topology=central(servers=2, replicas=1), sync=asp)", 6)
     run.until(30)
     _, *servers = run.roles()
     for number, pid in enumerate(servers):
         kill(pid)
         run.until(90 + 60 * number)
     run.finish()
-    assert_every_sample_was_used_once(run, 12)
+    assert_every_sample_was_used_once(run, 6)
     restored = run.events("server_restored")
     assert sorted((event["shard"], event["lost"]) for event in restored) == [(0, 0), (1, 0)]
     verified = run.allfuse("verify", str(run.out))
