@@ -203,7 +203,7 @@ class Session:
         held = dict(enumerate((*module.parameters(), *module.buffers())))
         self.survival.together(
             "all",
-            lambda: spread(held.values(), self.place.replicas),
+            lambda: spread([*held.values()], self.place.replicas),
             hear=lambda handed: take_over(held, handed.state),
             give=lambda: held,
         )
