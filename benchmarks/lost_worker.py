@@ -83,9 +83,7 @@ def measure(plan: str, first: bool) -> tuple[float, float]:
 
         killer = threading.Thread(target=kill)
         killer.start()
-        af.train(
-            functools.partial(job, str(pids)), plan, out=out, quiet=True, on_loss="continue"
-        )
+        af.train(functools.partial(job, str(pids)), plan, out=out, quiet=True, on_loss="continue")
         killer.join()
         times = updates(out / "events.jsonl", kind)
     before = [when for when in times if when <= killed[0]]
