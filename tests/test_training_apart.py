@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 import time
@@ -453,3 +454,17 @@ def test_a_worker_waits_for_a_slow_one_longer_than_for_a_scheduler_that_is_silen
     assert train_crew(small_job(stop=af.Stop(steps=1)), plan).result.steps == 1  # all is loaded
     job = small_job(loss=loss, stop=af.Stop(steps=2))
     assert run_crew(lambda: train_job(job), plan, timeout_s=2.0).result.steps == 2
+
+
+def losses_of_steps(out: Path) -> list[float]:
+    events = map(json.loads, (out / "events.jsonl").read_text().splitlines())
+    return [event["loss"] for event in events if event["event"] == "step"]
+
+
+def test_the_loss_told_of_a_step_is_that_of_its_whole_batch(tmp_path: Path) -> None:
+    job = small_job()
+    af.train(job, out=tmp_path / "alone", quiet=True)
+    train_crew_into(tmp_path / "crew", job, "data(3, topology=central(servers=2))")
+    expected, told = (losses_of_steps(tmp_path / name) for name in ("alone", "crew"))
+    assert len(expected) == 14
+    assert told == pytest.approx(expected, rel=1e-9)

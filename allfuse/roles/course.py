@@ -183,6 +183,7 @@ class Course:
         """One order at most; whether there may be another."""
         ordering, sequence = self._ordering, self._ordering.current + 1
         works, factor = self._ready(leases)
+        before = leases.ledger.done
         commits = leases.commit(works, sequence, ordering.updates)
         self._count(works)
         moves = any(commit.weight for commit in commits)
@@ -204,7 +205,8 @@ class Course:
                 if self.circle is not None:
                     self.saves.written(order.sequence)
         for work, commit in zip(works, commits, strict=True):
-            self._tell_commit(leases, work, commit)
+            is_whole = work is works[-1]  # a step is done with the last of its parts
+            self._tell_commit(work, commit, leases.ledger.done if is_whole else before)
         for worker in told:
             self.remind(worker)
         return bool(self._ready(leases)[0])
@@ -329,7 +331,7 @@ class Course:
         self._final_due = due
         self._book.put("final_due", due)
 
-    def _tell_commit(self, leases: Leases, work: Work, commit: Commit) -> None:
+    def _tell_commit(self, work: Work, commit: Commit, done: int) -> None:
         result = work.result
         assert result is not None
         self._outbox.tell(
@@ -343,5 +345,5 @@ class Course:
             count=result.count,
             rows=result.rows,
             seconds=result.seconds,
-            done=leases.ledger.done,
+            done=done,
         )
