@@ -742,7 +742,7 @@ def test_more_workers_than_gpus_are_refused(tmp_path: Path, job_file: Path) -> N
     out, workers = tmp_path / "run", GPUS + 1
     asked = ("--device", "cuda", "--workers", workers, "--out", out)
     told = allfuse("train", job_file, *asked, code=2).stderr
-    assert f"this host has {GPUS} GPU" in told
+    assert f"sees {GPUS} GPU" in told
     assert "next: fewer workers, or --device cpu" in told
     assert "Traceback" not in told
     assert not out.exists()
