@@ -18,6 +18,7 @@ PRELOADS = {
     "test_docs": (*TRAINING, "sklearn.datasets"),
     "test_examples": (*TRAINING, "sklearn.datasets"),
     "test_fusion_hook": TRAINING,
+    "test_launcher_loss": TRAINING,
     "test_training_killed": TRAINING,
 }
 
@@ -38,3 +39,5 @@ def _workers_have_loaded_what_they_need(request: pytest.FixtureRequest) -> None:
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell: tests send it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
