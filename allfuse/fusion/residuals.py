@@ -59,7 +59,7 @@ class Residuals:
         home = self._homes.get(number)
         if home is not None and home.holds(parameters):
             return home.memory
-        self._gather()
+        self._gather(number, parameters)
         self._welcome(parameters)
         memory = self._make([tuple(p.shape) for p in parameters], buffer.dtype, buffer.device)
         for place, (parameter, residual) in enumerate(
@@ -73,10 +73,19 @@ class Residuals:
         self._homes[number] = Home(list(parameters), memory)
         return memory
 
-    def _gather(self) -> None:
-        """Take what the buckets hold back to the parameters: they are being cut anew."""
+    def _gather(self, number: int, parameters: Sequence[Tensor]) -> None:
+        """Take back to the parameters what the buckets hold that this one takes the place of.
+
+        No others: those of this step are under way, and what they hold changes.
+        """
         known = {id(p) for bucket in self._seen for p in bucket}
-        for home in self._homes.values():
+        wanted = {id(p) for p in parameters}
+        replaced = [
+            each
+            for each, home in self._homes.items()
+            if each == number or any(id(p) in wanted for p in home.parameters)
+        ]
+        for home in map(self._homes.pop, replaced):
             residuals = home.memory.residuals()
             for place, (parameter, residual) in enumerate(
                 zip(home.parameters, residuals, strict=True)
@@ -85,7 +94,6 @@ class Residuals:
                 self._loose[id(parameter)] = Remainder(
                     residual=residual, kept=home.memory.kept.get(place)
                 )
-        self._homes.clear()
 
     def _welcome(self, parameters: Sequence[Tensor]) -> None:
         """Note parameters that were never seen, and give them what was loaded for them."""
