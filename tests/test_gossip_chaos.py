@@ -14,7 +14,7 @@ from test_chaos import SAMPLES, Run, assert_every_sample_was_used_once, is_alive
 
 __all__ = ["start"]  # a fixture
 
-EPOCHS = 4
+EPOCHS = 3
 
 
 def assert_verified(run: Run) -> None:
@@ -27,7 +27,7 @@ def assert_verified(run: Run) -> None:
 
 def test_of_workers_that_gossip_one_is_killed_and_the_run_is_executed_again(start: Any) -> None:
     run = start("site(4, topology=gossip(one_peer), sync=asp, min=1)", EPOCHS)
-    run.until(80)
+    run.until(40)
     pids = [*run.workers(), *run.roles()]
     kill(run.workers()[2])
     run.finish()
