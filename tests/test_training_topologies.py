@@ -98,8 +98,8 @@ def test_a_peer_lost_in_the_middle_of_a_fusion_is_named_by_all(topology: str) ->
 
 
 def test_hosts_are_found_by_what_each_rank_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    def init(self: ThreadWorld, hub: Hub, rank: int, timeout_s: float) -> None:
-        start(self, hub, rank, timeout_s)
+    def init(self: ThreadWorld, hub: Hub, rank: int, *more: Any) -> None:
+        start(self, hub, rank, *more)
         self.local_size = 2
         monkeypatch.setattr(self, "host_identity", lambda: f"host {rank // 2}", raising=False)
 

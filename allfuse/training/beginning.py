@@ -49,7 +49,7 @@ def begin(
         s.keeper.begin(facts, {"data": data, "model": s.state.fingerprint()})
     found = s.keeper.newest(s.survival.agree)
     if found is not None:
-        s.restore(found)
+        s._restore(found)
     else:
         s.rounds.begin(s.models.values())
     if s.balance is not None:

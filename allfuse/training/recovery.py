@@ -190,7 +190,7 @@ class Recovery:
     def _cut_anew(self, step: int) -> None:
         """From a step on batches are cut for those that are left, at first evenly."""
         session, before = self.session, self.session.balance
-        session.balance = session.make_balance()
+        session.balance = session._make_balance()
         if session.balance is not None and before is not None:
             session.balance.ahead = before.ahead
             cursor = session.course.cursor

@@ -94,7 +94,7 @@ class Session:
             self.apart = make_apart(self.place, self.bus) if is_apart else None
             kept = (None, False) if is_apart else (out, resume)  # the scheduler keeps the run
             self.keeper = Keeper(self.place, *kept, self.settings.keep, self.bus)
-            self.balance = self.make_balance()
+            self.balance = self._make_balance()
         except BaseException as error:
             self.place.close(error)
             raise
@@ -336,7 +336,7 @@ class Session:
             if self.course.was_done(number):
                 return
             if self._resume_at is not None:
-                self.restore(self._resume_at)
+                self._restore(self._resume_at)
             for portion in self.course.portions(number, loader, epochs, steps):
                 yield self._hand_out(portion)
             self._finish_loop()
@@ -468,7 +468,7 @@ class Session:
         self.teller.step(step)
         self.keeper.tell_outcomes()
 
-    def make_balance(self) -> Balance | None:
+    def _make_balance(self) -> Balance | None:
         """What shares out batches by speed, where the plan says so."""
         return make_balance(self.place, self.settings.accumulate, self._warn)
 
@@ -485,7 +485,7 @@ class Session:
         state, sooner = self.state.capture()
         return {**state, **self.course.capture(), "loss": self.loss}, sooner
 
-    def restore(self, step: int) -> None:
+    def _restore(self, step: int) -> None:
         """Take back the state of a checkpoint: at first what is known by now, and all of it when
         the loop is reached that it was saved in."""
         state = self.keeper.read(step)
