@@ -26,10 +26,12 @@ def last_loss(name: str, needed: str, *arguments: str) -> float:
     return float(done.stdout.split("loss of rank 0 ")[-1].split()[0])
 
 
+@pytest.mark.slow
 def test_accelerate_learns_from_one_percent_of_its_gradients() -> None:
     assert last_loss("accelerate_hook.py", "sklearn accelerate") < 0.5  # from 2.3
 
 
+@pytest.mark.slow
 def test_lightning_learns_from_gradients_of_low_rank() -> None:
     assert last_loss("lightning_hook.py", "sklearn lightning", "--epochs", "4") < 0.5  # from 2.3
 

@@ -139,7 +139,7 @@ def state_at(run: Path, step: int) -> list[str]:
     [
         # In a step; while a file of a checkpoint is written; before a checkpoint is committed.
         ("data(2)", [("step 5", 4), ("fsync 4", 4), ("rename 2", 6)]),
-        ("site(2, every=3)", [("step 7", 6)]),
+        pytest.param("site(2, every=3)", [("step 7", 6)], marks=pytest.mark.slow),
     ],
 )
 def test_a_run_whose_processes_are_all_killed_ends_with_the_same_bits(
