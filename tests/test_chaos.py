@@ -28,12 +28,13 @@ SAMPLES = 1024
 
 def job(pids="", pause=0.02, epochs=4, save_every=0):
     world = current_world()
+    trains = world is not None and world.crew is not None  # and is not verified
     Path(pids, f"{os.getpid()}").touch()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(SAMPLES + 400, 8, generator=generator)
     y = (x.sum(1) > 0).long()
     def loss(outputs, batch):
-        if torch.is_grad_enabled():
+        if trains and torch.is_grad_enabled():
             time.sleep(pause)
         return torch.nn.functional.cross_entropy(outputs, batch[1])
     return af.Job(
