@@ -99,9 +99,7 @@ def test_loop_runs_alone(
     assert "with plan data(1)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "plan", ["data(2)", pytest.param("site(2, every=4)", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("plan", ["data(2)", "site(2, every=4)"])
 def test_gan_runs(plan: str, capfd: pytest.CaptureFixture[str]) -> None:
     run("gan.py", "--epochs", "1", plan=plan)
     assert "of 8 clusters are found" in capfd.readouterr().out
