@@ -249,8 +249,9 @@ def test_an_interrupted_run_is_measured_and_predicts_from_its_newest_checkpoint(
     tmp_path: Path,
 ) -> None:
     out, told = run_of_a_file(tmp_path, after=2, steps=1000)
-    assert all(isinstance(result, Interrupted) for result in told.results)
-    assert "--resume" in str(told.results[0])
+    asked = [result for result in told.results if isinstance(result, Interrupted)]
+    assert asked, "a worker that was not asked itself may end before it is"
+    assert "--resume" in str(asked[0])
     assert not (out / "model.safetensors").exists()
     state, note = newest(out)
     assert 0 <= note["steps"] < 1000
