@@ -500,6 +500,8 @@ def test_a_frame_beyond_the_limit_ends_its_connection_before_it_is_read(
     monkeypatch.setattr(wired, "MOST_BYTES", 1_000_000)
     with ends(Wire(LOCAL), "worker") as (desk, (good,)), bare(desk, TOKEN) as bad:
         bad.send_multipart([b""])
+        bad.send_multipart(GOOD)
+        assert until(lambda: desk.receive(0.01))  # who is not known yet is not lost
         bad.send_multipart([*GOOD[:1], bytes(2_000_000)])
         found: list[str] = []
         assert until(lambda: desk.receive(0.01) or found.extend(desk.lost()) or found)
