@@ -116,12 +116,7 @@ class Agent:
         client = self._open_client
         self._drive(lambda: client.is_ready or client.is_over, "wait for the next lease")
         with self._lock:
-            if client.refusal:
-                raise UserError(f"the scheduler does not let this worker in: {client.refusal}")
-            lease = client.lease
-            assert lease is not None
-            if lease.failed:
-                raise WorkerFailed(lease.reason, rank=-1)
+            lease = check_lease(client.lease, client.refusal)
             if lease.lease < 0:
                 client.replica.settle()
                 return lease
@@ -274,3 +269,17 @@ class Agent:
                 caller.close()
         if self._thread is not None:
             self._thread.join()
+
+
+def check_lease(lease: Lease | None, refusal: str) -> Lease:
+    """The lease that a worker has waited for.
+
+    Raises:
+        UserError: the scheduler does not let this worker in. WorkerFailed: the job cannot go on.
+    """
+    if refusal:
+        raise UserError(f"the scheduler does not let this worker in: {refusal}")
+    assert lease is not None
+    if lease.failed:
+        raise WorkerFailed(lease.reason, rank=-1)
+    return lease

@@ -12,6 +12,7 @@ from torch import Tensor
 from allfuse.link.post import Malformed
 from allfuse.roles.blueprint import Blueprint
 from allfuse.roles.delivery import Delivery
+from allfuse.roles.insistence import Insistence
 from allfuse.roles.messages import (
     SCHEDULER,
     Again,
@@ -32,8 +33,6 @@ from allfuse.roles.messages import (
 from allfuse.roles.replica import Replica
 from allfuse.roles.server import GIVEN
 from allfuse.roles.updates import Updates
-
-LONGEST = 8  # pauses between two times that the same is said
 
 
 class Phase(Enum):
@@ -91,7 +90,6 @@ class Client:
         self._join, self.servers = join, servers
         self.replica = Replica(blueprint, servers, device)
         self.updates = Updates(self.replica, join.name)
-        self.repeat_s, self.beat_s = repeat_s, beat_s
         self.lease: Lease | None = None
         self.places: list[str] = []
         self.number = -1
@@ -103,8 +101,7 @@ class Client:
         self._deliveries: dict[int, Delivery] = {}
         self._current: Delivery | None = None  # what belongs to `lease`, from `begin` on
         self._waiting: dict[tuple[int, int], tuple[int, Weights]] = {}  # while one works
-        self._moved_s = self._spoke_s = float("-inf")
-        self._pauses = 0
+        self._pace = Insistence(repeat_s, beat_s)
 
     # How it stands.
 
@@ -178,9 +175,9 @@ class Client:
             "options": self.options,
         }
         self._phase = Phase.WAITING
-        self._progress(now_s)
+        self._pace.progress(now_s)
         self._take_waiting()
-        return self._said(mail + self._current.tell(self.places), now_s)
+        return self._pace.said(mail + self._current.tell(self.places), now_s)
 
     def leave(self) -> list[Mail]:
         """Go; what was begun is given to others."""
@@ -212,13 +209,13 @@ class Client:
             Malformed: it is nothing that this sender says to a worker; nothing has changed.
         """
         if sender == SCHEDULER:
-            return self._said(self._hear_scheduler(message, now_s), now_s)
+            return self._pace.said(self._hear_scheduler(message, now_s), now_s)
         if sender not in self.places:
             return []
         server = self.places.index(sender)
         match message:
             case Staged():
-                return self._said(self._staged(server, message, now_s), now_s)
+                return self._pace.said(self._staged(server, message, now_s), now_s)
             case Weights():
                 self._take(server, message, now_s)
                 return []
@@ -251,7 +248,7 @@ class Client:
         self.number = message.number
         if self._phase is Phase.JOINING:
             self._phase = Phase.WAITING
-            self._progress(now_s)
+            self._pace.progress(now_s)
         if not message.gives_weights:
             return []
         given = Delivery(GIVEN, -1, self.replica.sequence)
@@ -266,14 +263,14 @@ class Client:
     def _deliver_again(self, delivery: Delivery | None, now_s: float) -> list[Mail]:
         if delivery is None:
             return []
-        self._progress(now_s)
+        self._pace.progress(now_s)
         return delivery.restart(self.places)
 
     def _staged(self, server: int, message: Staged, now_s: float) -> list[Mail]:
         delivery = self._deliveries.get(message.lease)
         if delivery is None:
             return []
-        self._progress(now_s)
+        self._pace.progress(now_s)
         return delivery.heard(server, message, self.places)
 
     def _take_lease(self, message: Lease, now_s: float) -> None:
@@ -285,7 +282,7 @@ class Client:
         if held is not None and held.lease == message.lease:
             if message.sequence > held.sequence and self._current is None:
                 self.lease = message  # other weights for it, since those before did not come
-                self._progress(now_s)
+                self._pace.progress(now_s)
             return
         if held is not None and not (message.lease < 0 or 0 <= held.lease < message.lease):
             return  # it is late
@@ -298,7 +295,7 @@ class Client:
         for lease in ended:
             del self._deliveries[lease]
         self.lease, self._phase = message, Phase.WAITING
-        self._progress(now_s)
+        self._pace.progress(now_s)
         self._take_waiting()
 
     def _close_current(self) -> None:
@@ -318,7 +315,7 @@ class Client:
             if held.sequence <= message.sequence:
                 self._waiting[server, message.piece] = server, message
         elif self.replica.take(server, message):
-            self._progress(now_s)
+            self._pace.progress(now_s)
 
     def _take_waiting(self) -> None:
         waiting, self._waiting = self._waiting, {}
@@ -329,8 +326,7 @@ class Client:
 
     def lost(self, name: str, now_s: float) -> list[Mail]:
         """A connection has ended: what was on its way is said again soon."""
-        self._moved_s = min(self._moved_s, now_s - self.repeat_s)
-        self._pauses = 1
+        self._pace.hurry(now_s)
         return []
 
     def tick(self, now_s: float) -> list[Mail]:
@@ -338,14 +334,12 @@ class Client:
         if self.refusal or self.is_over:
             return []
         mail: list[Mail] = []
-        if now_s - self._moved_s >= self._pauses * self.repeat_s:
+        if self._pace.is_due(now_s):
             mail = self._say_again()
-            self._moved_s = now_s
-            self._pauses = max(1, min(2 * self._pauses, LONGEST))
-        speaks = self._phase is not Phase.JOINING and now_s - self._spoke_s >= self.beat_s
-        if speaks and not any(to == SCHEDULER for to, _ in mail):
+            self._pace.again(now_s)
+        if self._phase is not Phase.JOINING and self._pace.beats(mail, now_s):
             mail.append((SCHEDULER, Beat()))
-        return self._said(mail, now_s)
+        return self._pace.said(mail, now_s)
 
     def _say_again(self) -> list[Mail]:
         if self._phase is Phase.JOINING:
@@ -361,14 +355,6 @@ class Client:
         if self.lease is not None and self._current is None:
             again = Again(lease=self.lease.lease, sequence=self.lease.sequence)
             mail.append((SCHEDULER, again))
-        if self._current is None or not self._current.is_told or self._pauses > 1:
+        if self._current is None or not self._current.is_told or self._pace.pauses > 1:
             mail.append((SCHEDULER, Again()))  # something else may be amiss
-        return mail
-
-    def _progress(self, now_s: float) -> None:
-        self._moved_s, self._pauses = now_s, 1
-
-    def _said(self, mail: list[Mail], now_s: float) -> list[Mail]:
-        if any(to == SCHEDULER for to, _ in mail):
-            self._spoke_s = now_s
         return mail

@@ -26,6 +26,8 @@ OFFER, LAST = "offer", "last"  # parcels of visitors
 ANSWER, COPY, MEAN = "answer", "copy", "mean"  # parcels of hosts
 OF_VISITORS = (OFFER, LAST)
 OF_HOSTS = (ANSWER, COPY, MEAN)
+ANSWERS = {OFFER: ANSWER, LAST: MEAN, COPY: COPY}
+"""What a host gives for what it is asked."""
 
 
 @dataclass(frozen=True, kw_only=True)

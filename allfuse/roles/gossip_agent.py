@@ -8,10 +8,9 @@ import time
 from collections.abc import Iterable
 from typing import Any, cast
 
-from allfuse.base.errors import UserError, WorkerFailed
 from allfuse.launcher.crewmate import Crewmate
 from allfuse.link.post import Malformed, wait_any
-from allfuse.roles.agent import BEAT_S, Agent
+from allfuse.roles.agent import BEAT_S, Agent, check_lease
 from allfuse.roles.blueprint import Blueprint
 from allfuse.roles.gossiper import Gossiper, Partner, is_of_host
 from allfuse.roles.messages import SCHEDULER, Beat, Join, Lease, Mail, Message, open_letter
@@ -70,12 +69,7 @@ class GossipAgent(Agent):
         gossiper = self._gossiper
         self._drive(lambda: gossiper.is_ready or gossiper.is_over, "wait for the next lease")
         with self._lock:
-            if gossiper.refusal:
-                raise UserError(f"the scheduler does not let this worker in: {gossiper.refusal}")
-            lease = gossiper.lease
-            assert lease is not None
-            if lease.failed:
-                raise WorkerFailed(lease.reason, rank=-1)
+            lease = check_lease(gossiper.lease, gossiper.refusal)
             return lease if lease.lease < 0 else gossiper.begin(time.monotonic())
 
     def _send(self, mail: Iterable[Mail]) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from allfuse.link.post import Malformed
 from allfuse.roles.blueprint import Blueprint
-from allfuse.roles.client import LONGEST, Phase
+from allfuse.roles.client import Phase
 from allfuse.roles.diary import (
     ANSWERED,
     APPLIED,
@@ -43,6 +43,7 @@ from allfuse.roles.encounters import (
     Want,
 )
 from allfuse.roles.host import Host, priority
+from allfuse.roles.insistence import Insistence
 from allfuse.roles.messages import (
     SCHEDULER,
     Again,
@@ -108,7 +109,7 @@ class Gossiper:
         beat_s: float = 2.5,
     ) -> None:
         self.name, self._join, self.flats = join.name, join, flats
-        self._partner, self.repeat_s, self.beat_s = partner, repeat_s, beat_s
+        self._partner = partner
         self.packing = Packing(blueprint, flats[0].device if flats else "cpu")
         self.visitor = Visitor(self.packing, repeat_s, GIVE_UP * repeat_s)
         self.host = Host(self.packing, repeat_s, GIVE_UP * repeat_s)
@@ -126,8 +127,7 @@ class Gossiper:
         self._log: Log | None = None
         self._round = self._copies = 0
         self._begun = -1
-        self._moved_s = self._spoke_s = float("-inf")
-        self._pauses = 0
+        self._pace = Insistence(repeat_s, beat_s)
 
     # How it stands.
 
@@ -174,7 +174,7 @@ class Gossiper:
     def meet(self, now_s: float) -> list[Mail]:
         """A step of the lease is done: mix with others."""
         self.diary.steps += 1
-        return self._said(self._meet(now_s), now_s)
+        return self._pace.said(self._meet(now_s), now_s)
 
     def finish(
         self, now_s: float, *, loss: float, count: float, rows: int, seconds: float
@@ -182,7 +182,7 @@ class Gossiper:
         """All steps of the lease are done."""
         lease, self._phase = self.lease, Phase.WAITING
         self._wants_offer = True
-        self._progress(now_s)
+        self._pace.progress(now_s)
         mail = self._meet(now_s)
         if lease is not None and lease.lease == self._begun:  # else it was taken back meanwhile
             self._finished = Finished(
@@ -190,7 +190,7 @@ class Gossiper:
                 rows=rows, seconds=seconds, logs=self.diary.logs(),
             )  # fmt: skip
             mail = [*mail, (SCHEDULER, self._finished)]
-        return self._said(mail, now_s)
+        return self._pace.said(mail, now_s)
 
     def leave(self) -> list[Mail]:
         """Go; what was begun is given to others."""
@@ -219,7 +219,7 @@ class Gossiper:
             mail = self.host.handle(sender, message, now_s, rank)
         if self._phase is Phase.WAITING:
             mail = mail + self._meet(now_s)
-        return self._said(mail, now_s)
+        return self._pace.said(mail, now_s)
 
     def expects(self, place: str) -> bool:
         """Whether something may still come from there."""
@@ -252,7 +252,7 @@ class Gossiper:
     def _welcome(self, message: Welcome, now_s: float) -> list[Mail]:
         if self._phase is Phase.JOINING:
             self._phase = Phase.WAITING
-            self._progress(now_s)
+            self._pace.progress(now_s)
         if message.gives_weights and not self.has_weights:
             self.visitor.give_up()
             self.has_weights = True
@@ -279,7 +279,7 @@ class Gossiper:
             self.diary.settle(own[1] + len(own[2]), self._finished.logs)
             self._finished = None
         self.lease = message
-        self._progress(now_s)
+        self._pace.progress(now_s)
 
     def _take_peers(self, message: Peers, now_s: float) -> None:
         try:
@@ -301,7 +301,7 @@ class Gossiper:
         if question.host not in names or moved:
             self.visitor.give_up()
         if self.name in names:
-            self._progress(now_s)
+            self._pace.progress(now_s)
 
     # Between two steps.
 
@@ -335,7 +335,7 @@ class Gossiper:
             self._put(parcel.flats)
             self.diary.note(COPIED, question.host, question.number)
             self.has_weights = True
-            self._moved_s = float("-inf")  # say so at once
+            self._pace.hurry(float("-inf"))  # say so at once
         elif parcel.content == MEAN:
             self._put(parcel.flats)
             self._is_done = True
@@ -440,8 +440,7 @@ class Gossiper:
 
     def lost(self, name: str, now_s: float) -> list[Mail]:
         """A connection has ended: what was on its way is asked for again soon."""
-        self._moved_s = min(self._moved_s, now_s - self.repeat_s)
-        self._pauses = 1
+        self._pace.hurry(now_s)
         return []
 
     def tick(self, now_s: float) -> list[Mail]:
@@ -451,14 +450,12 @@ class Gossiper:
         mail = self.visitor.tick(now_s) + self.host.tick(now_s)
         if self._phase is Phase.WAITING:
             mail += self._meet(now_s)
-        if not self.is_over and now_s - self._moved_s >= self._pauses * self.repeat_s:
+        if not self.is_over and self._pace.is_due(now_s):
             mail += self._say_again()
-            self._moved_s = now_s
-            self._pauses = max(1, min(2 * self._pauses, LONGEST))
-        speaks = self._phase is not Phase.JOINING and now_s - self._spoke_s >= self.beat_s
-        if speaks and not any(to == SCHEDULER for to, _ in mail):
+            self._pace.again(now_s)
+        if self._phase is not Phase.JOINING and self._pace.beats(mail, now_s):
             mail.append((SCHEDULER, Beat()))
-        return self._said(mail, now_s)
+        return self._pace.said(mail, now_s)
 
     def _say_again(self) -> list[Mail]:
         if self._phase is Phase.JOINING:
@@ -472,14 +469,6 @@ class Gossiper:
             mail.append((SCHEDULER, self._given()))
         if self._phase is Phase.WAITING:
             mail.append((SCHEDULER, Again()))
-        return mail
-
-    def _progress(self, now_s: float) -> None:
-        self._moved_s, self._pauses = now_s, 1
-
-    def _said(self, mail: list[Mail], now_s: float) -> list[Mail]:
-        if any(to == SCHEDULER for to, _ in mail):
-            self._spoke_s = now_s
         return mail
 
 

@@ -9,10 +9,8 @@ from enum import Enum
 from typing import Any
 
 from allfuse.roles.encounters import (
-    ANSWER,
+    ANSWERS,
     COPY,
-    LAST,
-    MEAN,
     OF_HOSTS,
     OF_VISITORS,
     OFFER,
@@ -23,10 +21,8 @@ from allfuse.roles.encounters import (
     Want,
 )
 from allfuse.roles.message import Message
+from allfuse.roles.messages import Mail
 from allfuse.roles.parcels import Flats, Incoming, Outgoing, Packing
-
-Mail = list[tuple[str, Message]]
-ANSWERS = {OFFER: ANSWER, LAST: MEAN, COPY: COPY}
 
 
 class Stage(Enum):
@@ -82,7 +78,7 @@ class Host:
 
     def handle(
         self, name: str, message: Message, now_s: float, own: tuple[int, str] | None
-    ) -> Mail:
+    ) -> list[Mail]:
         """Take in what a visitor says. own: priority of the offer that this worker has out.
 
         Raises:
@@ -163,7 +159,7 @@ class Host:
             if guest.stage is Stage.HELD and guest.content == content
         ]
 
-    def answer(self, name: str, flats: Flats, logs: list[list[Any]], now_s: float) -> Mail:
+    def answer(self, name: str, flats: Flats, logs: list[list[Any]], now_s: float) -> list[Mail]:
         """Answer a question that was held. The flats are kept, and must not change any more."""
         guest = self._guests[name]
         guest.stage, guest.incoming = Stage.ANSWERED, None
@@ -172,7 +168,7 @@ class Host:
         guest.owed[guest.number] = answer
         return [(name, message) for message in answer.send()]
 
-    def close(self) -> Mail:
+    def close(self) -> list[Mail]:
         """Answer no more offers."""
         self.is_closed = True
         return [(name, self._decline(self._guests[name])) for name, _, _ in self.held(OFFER)]
@@ -186,8 +182,8 @@ class Host:
                 if guest.stage in (Stage.ARRIVING, Stage.HELD):
                     self._decline(guest)
 
-    def tick(self, now_s: float) -> Mail:
-        mail: Mail = []
+    def tick(self, now_s: float) -> list[Mail]:
+        mail: list[Mail] = []
         for name, guest in list(self._guests.items()):
             if guest.gone_s is not None and now_s - guest.gone_s > self._give_up_s:
                 del self._guests[name]

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from allfuse.roles.encounters import (
-    ANSWER,
+    ANSWERS,
     COPY,
-    LAST,
-    MEAN,
     OF_HOSTS,
     OF_VISITORS,
     OFFER,
@@ -20,11 +18,10 @@ from allfuse.roles.encounters import (
     Want,
 )
 from allfuse.roles.message import Message
+from allfuse.roles.messages import Mail
 from allfuse.roles.parcels import Flats, Incoming, Outgoing, Packing
 
-Mail = list[tuple[str, Message]]
 COPIERS = 4
-ANSWERS = {OFFER: ANSWER, LAST: MEAN, COPY: COPY}
 
 
 @dataclass
@@ -83,7 +80,7 @@ class Visitor:
         now_s: float,
         flats: Flats | None = None,
         logs: list[list[Any]] | None = None,
-    ) -> Mail:
+    ) -> list[Mail]:
         """Ask an `OFFER` or `LAST`, with weights, or a `COPY`, without."""
         assert self.question is None, "another question is out"
         number = self._next
@@ -99,7 +96,7 @@ class Visitor:
             return [(place, Want(number=number))]
         return [(place, message) for message in outgoing.send()]
 
-    def handle(self, place: str, message: Message, now_s: float) -> Mail:
+    def handle(self, place: str, message: Message, now_s: float) -> list[Mail]:
         """Take in what a host says.
 
         Raises:
@@ -152,7 +149,7 @@ class Visitor:
         if question is not None and question.content == OFFER:
             self._given_up[question.place, question.number] = question
 
-    def tick(self, now_s: float) -> Mail:
+    def tick(self, now_s: float) -> list[Mail]:
         question = self.question
         if question is None or question.incoming.is_whole:
             return []
