@@ -69,10 +69,9 @@ def hugging(name: str) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
 
 
 @pytest.mark.parametrize("name", ["Llama", "GPT2", "Bert", "ViT"])
-@pytest.mark.parametrize("n", [2])
-def test_transformers_are_cut_nearly_whole_by_their_calls_alone(name: str, n: int) -> None:
+def test_transformers_are_cut_nearly_whole_by_their_calls_alone(name: str) -> None:
     model, run = hugging(name)
-    plan = assert_slices_equal_the_whole(model, run, n)
+    plan = assert_slices_equal_the_whole(model, run, 2)
     sizes = {k: p.numel() for k, p in model.named_parameters()}
     assert sum(sizes[k] for k in plan.cuts if k in sizes) >= 0.9 * sum(sizes.values())
 
@@ -207,7 +206,7 @@ class Doubled(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, x: Tensor) -> Tensor:
-        return torch.from_numpy(2 * x.detach().numpy()) if x.device.type == "nowhere" else 2 * x
+        return 2 * x
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> Tensor:

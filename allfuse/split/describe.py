@@ -37,7 +37,8 @@ def describe_splits(
     facts: dict[str, object] = {}
     if not any(isinstance(axis, Tensor | Pipe) for axis in plan.axes):
         return lines, facts
-    unfold_attention(model)
+    if any(isinstance(axis, Tensor) for axis in plan.axes):
+        unfold_attention(model)
     (few, run), (more, run_more) = runs
     shapes = Shapes(record(model, run), few, record(model, run_more), more)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
@@ -111,12 +112,11 @@ def _starred(text: str) -> str:
 
 
 def _sent(plan: TensorPlan, shapes: Shapes, rows: int) -> int:
-    """Bytes that each rank sends in a step: sums of 2 (n - 1) / n of what is summed, gathers of
-    (n - 1) / n, forward and backward."""
+    """Bytes that each rank sends in a step: 2 (n - 1) / n of what is summed or gathered."""
     summed = 0
     entered: set[int] = set()
     for use in plan.uses.values():
-        if use.way != "columns":
+        if use.way != "columns":  # a gather's backward takes a piece, and sends nothing
             summed += shapes.bytes(use.map.output, rows)
         if use.way in ("columns", "gathered") and use.map.x not in entered:
             entered.add(use.map.x)

@@ -25,6 +25,9 @@ from allfuse.split.record import (
     tensors_in,
 )
 
+NOT_TAKEN = (RuntimeError, TypeError, ValueError, IndexError)
+"""What torch raises for arguments that do not fit each other."""
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -114,7 +117,7 @@ class Passing:
         values = {i: self._sample(i, generator) for i in call.inputs}
         try:
             whole = _run(call, values, {})
-        except (RuntimeError, TypeError, ValueError, NotImplementedError):
+        except NOT_TAKEN:
             return None  # random numbers are none that it takes
         parameters = [i for i in call.inputs if self._is_parameter(i) and i not in cuts]
         for also in self._choices(parameters, cuts):
@@ -176,7 +179,7 @@ class Passing:
             own = {i: cuts[i].piece(v, n, index) if i in cuts else v for i, v in values.items()}
             try:
                 pieces.append(_run(call, own, {at: size // n for at, size in sizes.items()}))
-            except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
+            except NOT_TAKEN:
                 return None
         if any(len(each) != len(whole) for each in pieces):
             return None

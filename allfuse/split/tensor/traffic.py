@@ -1,7 +1,7 @@
 """What crosses between slices: sums and gathers that autograd can follow.
 
-For an activation of B bytes and n ranks each sum sends 2 (n - 1) / n B from each rank, each gather
-(n - 1) / n B of what is gathered.
+For an activation of B bytes and n ranks each sum sends 2 (n - 1) / n B from each rank. A gather
+is a sum of pieces with zeros around them, so it sends as much for the B bytes of the whole.
 """
 
 from __future__ import annotations
