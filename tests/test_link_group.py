@@ -346,6 +346,16 @@ def test_the_roll_call_blames_the_cause_before_its_victims(
     assert board.values["alarm"] == b"0"
 
 
+def test_who_ended_after_a_loss_is_not_blamed_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even if its own code took the error for no failure."""
+    monkeypatch.setattr("allfuse.link.lookout.GRACE_S", 0.1)
+    board = Words()
+    other = Lookout(board, rank=2, size=3)
+    assert other.who_is_lost((0, 1, 2), "sum", 4)[0] in (0, 1)  # none of them answers
+    other.close("had finished its work", lost_a_peer=False)
+    assert Lookout(board, rank=0, size=1).who_is_lost((0, 1, 2), "sum", 4)[0] == 1
+
+
 def test_if_all_are_there_the_network_is_suspected() -> None:
     board = Words()
     board.values = {f"here/{rank}": b'{"operation": "sum", "step": 4}' for rank in (1, 2)}

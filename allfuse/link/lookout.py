@@ -44,6 +44,7 @@ class Lookout:
         self.alarmed = threading.Event()
         self.doing: dict[str, str | int | None] = {}
         self._closed = threading.Event()
+        self._has_called = False  # for somebody who is lost
         self._thread: threading.Thread | None = None
         if size > 1:
             self._thread = threading.Thread(target=self._look, name="allfuse-lookout", daemon=True)
@@ -60,11 +61,15 @@ class Lookout:
             self.alarmed.set()
 
     def close(self, how: str, lost_a_peer: bool) -> None:
-        """Leave word how this rank ends, for those who will wait for it in vain."""
+        """Leave word how this rank ends, for those who will wait for it in vain.
+
+        Who has lost a peer leaves because of that, whatever its own code makes of the error: others
+        whose roll call still goes on are to name the one that was lost, not this one.
+        """
         self._closed.set()
         if self._thread is None:
             return
-        kind = "left" if lost_a_peer else "gone"
+        kind = "left" if lost_a_peer or self._has_called else "gone"
         with contextlib.suppress(RuntimeError):  # the store is gone: there is nobody to tell
             self.board.set(f"{kind}/{self.rank}", how.encode("utf-8", "replace"))
         self._thread.join(timeout=GRACE_S)
@@ -82,6 +87,7 @@ class Lookout:
         may just have finished their work.
         """
         others = [member for member in members if member != self.rank]
+        self._has_called = True
         try:
             self.board.set("alarm", str(self.rank).encode())
             answers = self._call_the_roll(others)
