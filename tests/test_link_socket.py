@@ -29,7 +29,7 @@ from allfuse.launcher.local import launch_local
 from allfuse.link.check import SUMMABLE
 from allfuse.link.endpoint import Card, Endpoint
 from allfuse.link.entrance import MOST_BYTES
-from allfuse.link.frame import LAYOUT, Header, Kind, Malformed, parse
+from allfuse.link.frame import COLLECTIVES, LAYOUT, Header, Kind, Malformed, parse
 from allfuse.link.lookout import Lookout
 from allfuse.link.socket import SocketLink
 from allfuse.link.stream import PIECE_BYTES, WINDOW_BYTES
@@ -527,6 +527,30 @@ def test_who_dies_in_a_sum_never_hangs_others_and_never_makes_a_wrong_sum(
         else:
             assert isinstance(result, PeerLost)
             assert (result.peer, result.rank, result.step) == (victim, rank, 4)
+
+
+def test_who_breaks_a_collective_off_and_leaves_is_not_blamed_by_those_who_still_send() -> None:
+    left = threading.Event()
+
+    def work(link: SocketLink) -> Tensor | None:
+        block = torch.ones(4 * WINDOW_BYTES, dtype=torch.uint8)
+        if link.rank == 1:
+            spread = link.broadcast(block, "spread", root=1)
+            left.wait(20)
+            spread.wait()
+        elif link.rank == 2:
+            with link.lock:
+                link.peers[1].say(Kind.BROKEN, COLLECTIVES, 0, b"stands still")
+        else:
+            link.broadcast(block, "spread", root=1).wait()
+        if link.rank == 2:
+            link.close()
+            left.set()
+        return None
+
+    (_, error, _) = outcomes(work, 3)
+    assert isinstance(error, PeerLost)
+    assert (error.peer, error.rank, error.reason) == (0, 1, "stands still")
 
 
 @pytest.mark.parametrize("topology", EXACT, ids=str)

@@ -42,8 +42,9 @@ class Peer:
 
     def send(self, sending: Sending, stream: int) -> None:
         """Hand over what may go at once; the rest follows as credit comes."""
-        if self.failure is not None:
-            sending.end(self.failure)
+        failure = self.outgoing[stream].failure or self.failure
+        if failure is not None:
+            sending.end(failure)
             return
         self.outgoing[stream].pending.append(sending)
         self._pump(stream)
@@ -94,6 +95,8 @@ class Peer:
     def _distrust(self) -> None:
         """What it sent says more than that it has left, and nothing else of it is given out."""
         self.failure = None
+        for outgoing in self.outgoing:
+            outgoing.failure = None
         for incoming in self.incoming:
             incoming.failure = None
             incoming.arrived.clear()
@@ -185,7 +188,9 @@ class Peer:
             self.link.changed.notify_all()
         else:
             why = bytes(payload[:WHY_BYTES]).decode("utf-8", "replace")
-            self.incoming[COLLECTIVES].fail(Failure(PeerLost, why, header.amount))
+            failure = Failure(PeerLost, why, header.amount)
+            self.incoming[COLLECTIVES].fail(failure)
+            self.outgoing[COLLECTIVES].fail(failure)
 
     def _greet(self) -> None:
         if self.present:

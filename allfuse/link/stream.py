@@ -25,6 +25,9 @@ class Outgoing:
     def __init__(self) -> None:
         self.pending: deque[Sending] = deque()
         self.credit = WINDOW_BYTES
+        self.failure: Failure | None = (
+            None  # the first: who is to blame, not who left because of it
+        )
         self.sequence = 0
 
     def next_piece(self) -> slice | None:
@@ -51,8 +54,9 @@ class Outgoing:
             raise Malformed(f"credit for {amount} bytes that were not sent")
 
     def fail(self, failure: Failure) -> None:
+        self.failure = self.failure or failure
         while self.pending:
-            self.pending.popleft().end(failure)
+            self.pending.popleft().end(self.failure)
 
 
 class Incoming:

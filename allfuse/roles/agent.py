@@ -19,6 +19,7 @@ from allfuse.link.post import Caller, Malformed, wait_any
 from allfuse.roles.blueprint import Blueprint
 from allfuse.roles.client import Client
 from allfuse.roles.messages import (
+    INTERRUPTED,
     SCHEDULER,
     Beat,
     Join,
@@ -211,7 +212,7 @@ class Agent:
         now_s = time.monotonic()
         if self._asked.is_set() and self._asked_s == math.inf:
             self._asked_s = now_s
-            self.stop("interrupted")
+            self.stop(INTERRUPTED)
         if now_s - self._looked_s < LOOK_S:
             return
         self._looked_s, end = now_s, self._crew.end()

@@ -107,6 +107,9 @@ __all__ = [
 SCHEDULER = "scheduler"
 """Its name among those that it sends to; no worker may have it."""
 
+INTERRUPTED = "interrupted"
+"""The reason of an end that somebody asked for by Ctrl-C."""
+
 MESSAGES: dict[str, type[Message]] = {
     cls.kind: cls
     for cls in (

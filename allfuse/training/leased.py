@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from allfuse.base.errors import Interrupted, UserError
+from allfuse.roles.messages import INTERRUPTED
 from allfuse.split.data import Loader, Portion
 from allfuse.training.course import Course
 from allfuse.training.cursor import Cursor
@@ -58,12 +59,19 @@ class LeasedCourse(Course):
                 if self.apart.lease is not lease:
                     break
         self.stepper.current = None
-        if self._is_interrupted or self.wishes.own >= INTERRUPT:  # while it waited
+        if self._was_interrupted():
             if self.apart.finishes:
                 self.apart.save()
             raise Interrupted(
                 f"interrupted after step {self.cursor.steps}; {self.apart.how_to_go_on()}"
             )
+
+    def _was_interrupted(self) -> bool:
+        """Whether this group asked for it, while it waited too, or the run ended because another
+        one did: then what is left is no finished model."""
+        lease = self.apart.lease
+        told = lease is not None and lease.lease < 0 and lease.reason == INTERRUPTED
+        return told or self._is_interrupted or self.wishes.own >= INTERRUPT
 
     def _prepare(self, lease: Lease) -> None:
         """Fetch the first batch of a lease while its weights are on their way."""
@@ -133,7 +141,7 @@ class LeasedCourse(Course):
         if heard >= STOP and not self._has_stopped:
             self._has_stopped = True
             self._is_interrupted = heard >= INTERRUPT
-            self.apart.stop("interrupted" if self._is_interrupted else self.wishes.reason)
+            self.apart.stop(INTERRUPTED if self._is_interrupted else self.wishes.reason)
 
     def end(self, reason: str) -> None:
         """Ask that training ends; it does when all leases that are out have come in."""
