@@ -33,6 +33,7 @@ class WeightFusion:
     encoded nor stepped.
 
     Args:
+        names: of the tensors, under which it is kept what they were; their numbers unless given.
         outer: what becomes of fused weights.
         fragments: into how many parts the tensors are cut, each of which has rounds of its own.
     """
@@ -42,10 +43,13 @@ class WeightFusion:
         tensors: Sequence[Tensor],
         fuser: Fuser,
         *,
+        names: Sequence[str] | None = None,
         outer: Outer | None = None,
         fragments: int = 1,
     ) -> None:
-        self.tensors = [tensor for tensor in tensors if tensor.is_floating_point()]
+        named = zip(names or map(str, range(len(tensors))), tensors, strict=True)
+        self.named = {name: tensor for name, tensor in named if tensor.is_floating_point()}
+        self.names, self.tensors = list(self.named), list(self.named.values())
         self.fuser, self.outer = fuser, outer or Average()
         self.fragments: list[list[Bundle]] = []
         count = 0
@@ -66,7 +70,7 @@ class WeightFusion:
             sizes = [self.tensors[number].nbytes for number in members]
             for places in split_buckets(sizes, BUCKET_BYTES, BUCKET_BYTES):
                 held = [members[place] for place in places]
-                names = [str(number) for number in held]
+                names = [self.names[number] for number in held]
                 tensors = [self.tensors[number] for number in held]
                 bundles.append(Bundle(count + len(bundles), names, tensors, self.fuser, steps))
         return bundles
@@ -158,18 +162,17 @@ class WeightFusion:
 
 
 @torch.no_grad()
-def add_unsent(tensors: Sequence[Tensor], state: Mapping[str, Any], peers: int) -> None:
+def add_unsent(named: Mapping[str, Tensor], state: Mapping[str, Any], peers: int) -> None:
     """Where there is no codec any more: what one had not sent becomes part of the tensors.
 
     The mean over the peers then has what the sum of their residuals would have brought, exactly so
     where all weigh alike.
 
     Args:
-        tensors: as for `WeightFusion`. state: what one has captured.
+        named: tensors by their names. state: what a fusion of them has captured.
     """
-    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
-    for number, tensor in enumerate(floating):
-        residual = state["residuals"].get(str(number))
+    for name, tensor in named.items():
+        residual = state["residuals"].get(name)
         if residual is not None and residual.numel() == tensor.numel():
             tensor.add_((residual * peers).to(tensor).view(tensor.shape))
 

@@ -231,6 +231,7 @@ class Tensor(Axis):
     """One model cut inside its layers."""
 
     name: ClassVar[str] = "tensor"
+    executable: ClassVar[bool] = True
 
     def explain(self) -> str:
         return f"one model is cut inside its layers into {_count(self.n, 'slice')}, one per rank"

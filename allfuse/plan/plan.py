@@ -202,10 +202,15 @@ class Plan:
         first = rank - here[name] * stride
         return tuple(first + index * stride for index in range(axis.n))
 
+    @property
+    def replica_size(self) -> int:
+        """Ranks that hold one copy of the model together."""
+        return math.prod(axis.n for axis in self.axes if not axis.replicates)
+
     def replica(self, rank: int) -> tuple[int, ...]:
         """Ranks that hold one copy of the model together, this one included, in order."""
         self.coordinates(rank)  # checks the rank
-        ranks = math.prod(axis.n for axis in self.axes if not axis.replicates)
+        ranks = self.replica_size
         first = rank - rank % ranks  # replica axes stand outside, so a replica's ranks are a run
         return tuple(range(first, first + ranks))
 

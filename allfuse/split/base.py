@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import Parameter
+
+from allfuse.split.piece import Piece
+
+Run = Callable[[nn.Module], Any]
+"""A forward pass of a model over some batch."""
 
 
 class Split(ABC):
-    """How one replica's model lies on its ranks."""
+    """How one replica's model lies on its ranks.
+
+    Attributes:
+        cuts: whether ranks share the model, which then has to be cut before its first step.
+    """
+
+    cuts = False
+
+    def cut(self, model: nn.Module, runs: Sequence[tuple[int, Run]]) -> dict[str, str]:
+        """Cut a model, in place; what was chosen, in words, by the name of the choice. Parameters
+        and buffers keep their names.
+
+        Args:
+            runs: forward passes over batches of two different numbers of rows.
+
+        Raises:
+            PlanError, UserError: it cannot be cut so; names the module.
+        """
+        return {}
 
     @abstractmethod
     def watch(self, parameters: Sequence[Parameter], final: Callable[[int], None]) -> None:
@@ -22,3 +47,21 @@ class Split(ABC):
 
         `last` says that nothing more is added to them in this step.
         """
+
+    def norm(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """The norm of the gradient of the whole model, of the gradients here by their names."""
+        return torch.nn.utils.get_total_norm(list(gradients.values()))
+
+    def strongest(self, numbers: Sequence[float]) -> list[float]:
+        """The largest of each number over the ranks that share the model."""
+        return list(numbers)
+
+    def pieces(self) -> dict[str, Piece | None]:
+        """What this rank has of parameters and buffers that are not whole here, by their names.
+        None: nothing."""
+        return {}
+
+    def whole(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """A state dict as that of the plain model, on the first rank of the replica. Others, which
+        must ask too, get an empty one."""
+        return dict(values)

@@ -12,6 +12,7 @@ from allfuse.split.data import Loader, Source, Stream
 from allfuse.training.choosing import record_of, settle
 from allfuse.training.keeper import SAME
 from allfuse.training.loading import DATA_DIFFERS, Order, batch_size_of, refuse_unequal
+from allfuse.training.parting import cut_model
 
 if TYPE_CHECKING:
     from allfuse.training.session import Session
@@ -47,6 +48,7 @@ def begin(
             **s.state.kinds(),
         }
         s.keeper.begin(facts, {"data": data, "model": s.state.fingerprint()})
+    cut_model(s, source)
     found = s.keeper.newest(s.survival.agree)
     if found is not None:
         s._restore(found)

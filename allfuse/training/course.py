@@ -147,7 +147,7 @@ class Course:
 
     def _open_step(self, portion: Portion) -> None:
         if self.place.world.has_process_groups:  # threads share one process's generators
-            seed_all(self.place.device, self._seed, self.cursor.steps, self.place.rank)
+            seed_all(self.place.device, self._seed, self.cursor.steps, self.place.replica_index)
         self.stepper.open(portion)
 
     def open_step_for(self, learner: Learner) -> Step:
@@ -156,10 +156,18 @@ class Course:
         if step is not None and step.portion is None and learner in step.stepped:
             self.close_step()
         if step is None or (step.portion is None and step.counted):
+            self._refuse_uncut()
             self.stepper.open(None)
         step = self.stepper.current
         assert step is not None
         return step
+
+    def _refuse_uncut(self) -> None:
+        if self.stepper.split.cuts and not self._loops:
+            raise UserError(
+                f"a step under {self.place.plan} on a batch of the script's own: where the model is "
+                "cut is found out on the first samples of a loop; next: for batch in s.batches(...)"
+            )
 
     def close_learned_step(self) -> None:
         """Close the open step if its batch was learned from; a batch just taken stays open."""

@@ -9,12 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from allfuse.base.errors import CheckpointError, RunError, UserError
 from allfuse.base.tensors import leaves
 from allfuse.launcher.base import BEGAN
 from allfuse.plan import Plan, as_plan
+from allfuse.split.piece import Piece
 from allfuse.store.checkpoint import Checkpoints, NotSaved
 from allfuse.store.run import RunFolder, is_run, versions
 from allfuse.store.tensorfile import write_model
@@ -199,8 +200,8 @@ class Keeper:
             self.troubles.append(f"the checkpoint of step {step} cannot be used: {trouble}")
         return NONE_USABLE if steps else NONE_YET
 
-    def read(self, step: int) -> dict[str, Any]:
-        """This rank's state of a checkpoint; see `read_merged` for those of another plan."""
+    def read(self, step: int, pieces: Mapping[str, Piece | None]) -> dict[str, Any]:
+        """This rank's state of a checkpoint; see `read_merged`."""
         checkpoints = self.checkpoints
         assert checkpoints is not None
         written = checkpoints.writers(step)
@@ -210,7 +211,8 @@ class Keeper:
             state: dict[str, Any] = checkpoints.read(step, rank=writer)[0]
             return state
 
-        return read_merged(self.place.plan, self.place.rank, as_plan(note["plan"]), written, read)
+        plan, old = self.place.plan, as_plan(note["plan"])
+        return read_merged(plan, self.place.rank, old, written, read, pieces)
 
     def save(
         self,
@@ -230,7 +232,7 @@ class Keeper:
         if self.place.rank in self.writers:
             state, sooner = capture()
             if not is_lead(self.place.plan, self.place.rank):
-                state = {"fusions": state["fusions"]}
+                state = {"fusions": state["fusions"], "pieces": state["pieces"]}
                 sooner = [each for each in leaves(state) if isinstance(each, Tensor)]
             self.checkpoints.start(step, state, score=score, note=note, sooner=sooner)
 
@@ -262,15 +264,21 @@ class Keeper:
             text = f"the run folder {self.path} was removed or renamed: it cannot be resumed"
             self.bus.emit("warning", text=text)
 
-    def export(self, models: Mapping[str, nn.Module], folder: RunFolder | None = None) -> None:
-        """Write model.safetensors (or <name>.safetensors, of several) with the plain names."""
+    def export(
+        self, models: Mapping[str, Mapping[str, Any]], folder: RunFolder | None = None
+    ) -> None:
+        """Write model.safetensors (or <name>.safetensors, of several) with the plain names.
+
+        Args:
+            models: state dicts of whole models.
+        """
         folder = folder or self.folder
         if folder is None or self.place.rank != 0:
             return
-        for name, module in models.items():
+        for name, values in models.items():
             path = folder.model_path if len(models) == 1 else folder.path / f"{name}.safetensors"
             try:
-                write_model(path, module.state_dict())
+                write_model(path, values)
             except CheckpointError as error:
                 self.bus.emit("warning", text=f"the model was not exported: {error}")
 

@@ -43,7 +43,7 @@ class Learner:
         optimizer: its parameters may be frozen, thawed and added to between steps.
         name_all: gives the names of all parameters of the session's models by their `id`.
 
-    `alone` says that it is the only optimizer, so that a backward pass needs no list of inputs.
+    `held` are the names of all that the optimizer holds, in its order. `alone` says that it is the only optimizer, so that a backward pass needs no list of inputs.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Learner:
                 "next: model = s.model(...) first, then an optimizer of model.parameters()"
             )
         known = {id(parameter) for parameter in self.parameters}
-        self._held = len(held)
+        self.held = [names[id(p)] for p in held]
         self._frozen = [p for p in held if not p.requires_grad]
         self.parameters = [p for p in held if p.requires_grad]
         for parameter in self.parameters:
@@ -98,6 +98,11 @@ class Learner:
         self.fusion.restore(kept)
         if self.fusion.buckets:
             self.split.watch(self.parameters, self.fusion.final)
+
+    def take_cut(self) -> None:
+        """The model was cut: what is fused has other shapes now."""
+        self.fusion.buckets.clear()  # hooks of the parameters still hold on to it
+        self._take_parameters()
 
     def meet_peers(self, fuser: Fuser, kept: Mapping[str, Any] | None) -> None:
         """Fuse with other peers from now on, by a fuser of the same kind; codecs go on from what is
@@ -120,7 +125,7 @@ class Learner:
     def _has_changed(self) -> bool:
         """Whether parameters were added or thawed since they were taken."""
         held = sum(len(group["params"]) for group in self.optimizer.param_groups)
-        return held != self._held or any(p.requires_grad for p in self._frozen)
+        return held != len(self.held) or any(p.requires_grad for p in self._frozen)
 
     def refresh(self) -> None:
         """Before the first piece of a step: take in parameters that were added or thawed."""
@@ -203,14 +208,20 @@ class Learner:
     def clip(self, largest: float | None) -> Tensor | None:
         """The global norm of the gradient; scales it down to `largest` where it is longer."""
         gradients = self.gradients()
-        if not gradients:
+        if not (gradients or self.split.cuts):
             return None
         if self.precision.scaler is not None and not self._unscaled:
             self.precision.scaler.unscale_(self.optimizer)
             self._unscaled = True
         if any(gradient.layout != torch.strided for gradient in gradients):  # was not fused
             raise sparse_gradient(self._find_sparse())
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = self.split.norm(
+            {
+                name: parameter.grad
+                for name, parameter in zip(self.names, self.parameters, strict=True)
+                if parameter.grad is not None
+            }
+        )
         if largest is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, largest, norm)
         return norm

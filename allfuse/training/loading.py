@@ -143,13 +143,14 @@ def refuse_unequal(fingerprint: str, place: Place, message: str) -> None:
     Raises:
         DataError: on all ranks alike.
     """
-    slots = torch.zeros(place.replicas.size, dtype=torch.int64, device=place.device)
-    slots[place.replicas.rank] = zlib.crc32(fingerprint.encode())
-    place.replicas.all_reduce(slots, "compare all ranks").wait()
+    link = place.everyone
+    slots = torch.zeros(link.size, dtype=torch.int64, device=place.device)
+    slots[link.rank] = zlib.crc32(fingerprint.encode())
+    link.all_reduce(slots, "compare all ranks").wait()
     seen = slots.tolist()
-    for rank, value in zip(place.replicas.members, seen, strict=True):
+    for rank, value in zip(link.members, seen, strict=True):
         if value != seen[0]:
-            raise DataError(message.format(other=rank, first=place.replicas.members[0]))
+            raise DataError(message.format(other=rank, first=link.members[0]))
 
 
 def agree_on_rows(rows: int, place: Place) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ class Result:
 
     loss: of the last step. metrics: of the last validation. test: of the test data, measured once
     at the end. reason: why it stopped. weights: the model's state dict on the CPU, names of the
-    plain model. out: the run folder. elsewhere: another group of workers measured the end.
+    plain model; where ranks share a model on the first of them. out: the run folder. elsewhere: another group of workers measured the end.
     """
 
     steps: int
@@ -58,7 +58,7 @@ def train_job(
         if prepare is not None:
             prepare(s)
         s.add_hooks(job.hooks)
-        model = s.model(job.model)
+        model = s.model(job.model, forward=job.forward)
         optimizer = s.optimizer(make_optimizer(job, model))
         if job.scheduler is not None:
             s.scheduler(make_scheduler(job, optimizer), job.scheduler_every)
@@ -95,7 +95,8 @@ def train_job(
             test=measure_on(s, job, job.test, "test") if job.test is not None and measures else {},
             weights={
                 name: value.detach().cpu().clone()
-                for name, value in model.state_dict().items()
+                for values in s.weights().values()
+                for name, value in values.items()
                 if isinstance(value, Tensor)
             },
             out=None if out is None else str(out),

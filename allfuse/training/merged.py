@@ -2,60 +2,131 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from allfuse.plan import Data, Plan
+from allfuse.split.piece import Piece
+from allfuse.training.joined import cut_state, join_states
 
 State = dict[str, Any]
 
 
 def writers_of(plan: Plan) -> tuple[int, ...]:
-    """The ranks that save a checkpoint: one of each site, whose other coordinates are all 0, and
-    all of a data axis whose codec keeps something of each."""
+    """The ranks that save a checkpoint: of each site those of one replica, whose other coordinates
+    are all 0; and those of all replicas of a data axis whose codec keeps something of each."""
     axis = plan.axis("data")
     keeps = isinstance(axis, Data) and axis.n > 1 and not axis.codec.lossless
     own = {"site", "data"} if keeps else {"site"}
     return tuple(
-        rank
-        for rank in range(plan.workers)
-        if not any(c for name, c in plan.coordinates(rank).items() if name not in own)
+        rank for rank in range(plan.workers) if not any(_outside(plan, rank, own).values())
     )
 
 
 def is_lead(plan: Plan, rank: int) -> bool:
-    """Whether a writer saves all of its site's state; others save what only they keep."""
-    return not any(c for name, c in plan.coordinates(rank).items() if name != "site")
+    """Whether a writer saves all that it has of its site's state; others save what only they
+    keep."""
+    return not any(_outside(plan, rank, {"site"}).values())
+
+
+def _outside(plan: Plan, rank: int, own: set[str]) -> dict[str, int]:
+    """The coordinates of a rank on replica axes other than these."""
+    here = plan.coordinates(rank)
+    return {a.name: here[a.name] for a in plan.axes if a.replicates and a.name not in own}
 
 
 def read_merged(
-    plan: Plan, rank: int, old: Plan, written: Iterable[int], read: Callable[[int], State]
+    plan: Plan,
+    rank: int,
+    old: Plan,
+    written: Iterable[int],
+    read: Callable[[int], State],
+    pieces: Mapping[str, Piece | None] | None = None,
 ) -> State:
     """The state that a rank of `plan` goes on from, of a checkpoint that `old` has written.
 
     Where there are as many sites as before each goes on from its own, else all from the mean. What
-    codecs have not sent stays with its rank, or all of it is shared out among the new ones: the
-    sum over the ranks of a site is the same.
+    codecs have not sent stays with its replica, or all of it is shared out among the new ones: the
+    sum over the replicas of a site is the same.
+
+    Args:
+        pieces: what the rank has of parameters and buffers that it has not whole.
+
+    Raises:
+        CheckpointError: a part of the model is missing.
     """
-    here = plan.coordinates(rank)
-    leads = {site_of(old, writer): writer for writer in written if is_lead(old, writer)}
+    here, ranks, pieces = plan.coordinates(rank), list(written), pieces or {}
+    if plan == old:
+        state = _read_own(plan, rank, ranks, read, pieces)
+        if state is not None:
+            return state
+    leads: dict[int, list[int]] = {}
+    for writer in ranks:
+        if is_lead(old, writer):
+            leads.setdefault(site_of(old, writer), []).append(writer)
     same_sites = len(leads) == _size(plan, "site")
     if same_sites:
-        state = read(leads[here.get("site", 0)])
+        state = _read_replica(leads[here.get("site", 0)], read)
     else:
-        state = mean_of_sites([read(w) for w in leads.values()], _size(plan, "site"))
-    ranks = list(written)
-    if plan == old and rank in ranks:
+        sites = [_read_replica(writers, read) for writers in leads.values()]
+        state = mean_of_sites(sites, _size(plan, "site"))
+    replicas: dict[int, list[int]] = {}
+    for writer in ranks:
+        if not same_sites or site_of(old, writer) == here.get("site", 0):
+            replicas.setdefault(writer // old.replica_size, []).append(writer)
+    parts = [_read_replica(writers, read)["fusions"] for writers in replicas.values()]
+    if plan == old and rank // plan.replica_size in replicas:
+        state["fusions"] = parts[list(replicas).index(rank // plan.replica_size)]
+    else:
+        share = 1 / _size(plan, "data") / (1 if same_sites else len(leads))
+        state["fusions"] = [share_out(kept, share) for kept in zip(*parts, strict=True)]
+    return cut_state(state, pieces)
+
+
+def _read_own(
+    plan: Plan,
+    rank: int,
+    written: list[int],
+    read: Callable[[int], State],
+    pieces: Mapping[str, Piece | None],
+) -> State | None:
+    """What this rank, or one in its place of another replica, has saved; None where the model was
+    cut in another way."""
+    first = plan.replica(rank)[0]
+    mine = plan.coordinates(rank)
+    lead = next(
+        writer
+        for writer in written
+        if is_lead(plan, writer)
+        and site_of(plan, writer) == mine.get("site", 0)
+        and writer % plan.replica_size == rank - first
+    )
+    state = read(lead)
+    saved = state.get("pieces", {})
+    if saved != {name: piece.plain() for name, piece in pieces.items() if piece is not None}:
+        return None
+    if rank == lead:
+        return state
+    if rank in written:
         state["fusions"] = read(rank)["fusions"]
         return state
-    wanted = [w for w in ranks if not same_sites or site_of(old, w) == here.get("site", 0)]
-    parts = [read(writer)["fusions"] for writer in wanted]
-    share = 1 / _size(plan, "data") / (1 if same_sites else len(leads))
+    parts = [read(w)["fusions"] for w in written if _stands_beside(plan, w, rank)]
+    share = 1 / _size(plan, "data")
     state["fusions"] = [share_out(kept, share) for kept in zip(*parts, strict=True)]
     return state
+
+
+def _stands_beside(plan: Plan, writer: int, rank: int) -> bool:
+    """Whether a writer has the same part of the model of the same site."""
+    same_site = site_of(plan, writer) == site_of(plan, rank)
+    return same_site and writer % plan.replica_size == rank % plan.replica_size
+
+
+def _read_replica(writers: list[int], read: Callable[[int], State]) -> State:
+    return join_states([read(writer) for writer in writers])
 
 
 def _size(plan: Plan, name: str) -> int:

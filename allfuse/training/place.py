@@ -42,6 +42,8 @@ class Place:
         data, site: links to the peers on those axes (a lone link where the plan has no such axis).
         data_fuser, site_fuser: what fuses over them.
         replicas: a link to the same coordinates of all replicas that divide the batch.
+        mates: a link to the ranks that hold this replica's model together.
+        everyone: a link to all ranks that are in step.
         index, parts: which of the replicas that divide the batch this rank belongs to.
         plan: of the ranks that are in step. whole: the plan of the job, which is the same where all
             are.
@@ -105,6 +107,11 @@ class Place:
         both = self.data.size > 1 and self.site.size > 1
         only = self.data if self.data.size > 1 else self.site
         self.replicas = self._link_of_replicas() if both else only
+        self.mates = self.tensor = self._link("tensor", "tensor")
+        self.everyone = self.replicas
+        if self.mates.size > 1:
+            everyone = tuple(range(self.plan.workers))
+            self.everyone = world.link("everyone", everyone, self.device)
 
     def regroup(self, error: PeerLost | None) -> tuple[Lost, ...]:
         """Take a place among those that are left after a loss; who was lost. The links that were
@@ -207,9 +214,14 @@ class Place:
         return self._link("data", "statistics")
 
     @property
+    def replica_index(self) -> int:
+        """Which of all replicas this rank belongs to."""
+        return self.rank // self.plan.replica_size
+
+    @property
     def links(self) -> list[Link]:
         """The links that there are by now, each once."""
-        names = ("data", "site", "replicas", "statistics")
+        names = ("data", "site", "replicas", "mates", "everyone", "statistics")
         made = [self.__dict__[name] for name in names if name in self.__dict__]
         made += [fuser.link for fuser in self.fusers]
         return list({id(link): link for link in made}.values())

@@ -271,11 +271,11 @@ class Rounds:
         is left out: of what only mixes up to the step that the first of all sites has done."""
         self.quiet_until = quiet_until if self.mixes else 0
         kept = self._undone or self._fusion.capture()
-        tensors, self._undone = self._fusion.tensors, None
+        named, self._undone = self._fusion.named, None
         self._exact.close()
         axis = self.place.plan.axis("site")
         self.axis = axis if isinstance(axis, Site) else self.axis
-        self._fusion = self._make(tensors, self.axis.fragments)
+        self._fusion = self._make(named, self.axis.fragments)
         if kept is not None:
             self._fusion.restore(kept)
         self._exact = self._exact_fuser()
@@ -295,20 +295,20 @@ class Rounds:
 
     def _build(self, models: Iterable[nn.Module]) -> None:
         """Fusions of all weights that there are by now; what is kept of those before stays."""
-        tensors = [t for m in models for t in (*m.parameters(), *m.buffers())]
-        held = [id(tensor) for tensor in tensors]
+        named = named_tensors(models)
+        held = [id(tensor) for tensor in named.values()]
         if held == self._held:
             return
         while self._departed:
             self._land()
         kept = self._fusion.capture()
-        self._held, self._fusion = held, self._make(tensors, self.axis.fragments)
+        self._held, self._fusion = held, self._make(named, self.axis.fragments)
         if kept is not None:
             self._fusion.restore(kept)
 
-    def _make(self, tensors: list[Tensor], fragments: int) -> WeightFusion:
-        fuser, outer = self.place.site_fuser, self.axis.outer
-        fusion = WeightFusion(tensors, fuser, outer=outer, fragments=fragments)
+    def _make(self, named: Mapping[str, Tensor], fragments: int) -> WeightFusion:
+        fuser, outer, tensors = self.place.site_fuser, self.axis.outer, list(named.values())
+        fusion = WeightFusion(tensors, fuser, names=[*named], outer=outer, fragments=fragments)
         if not all(fusion.fragments) and fusion.tensors:
             count = len(fusion.tensors)
             raise PlanError(
@@ -348,8 +348,7 @@ class Rounds:
         self.steps_since = state["steps_since"]
         self._departed.clear()
         if state["fusion"] is not None and self.place.site_fuser.fusion.codec.lossless:
-            tensors = [t for m in models for t in (*m.parameters(), *m.buffers())]
-            add_unsent(tensors, state["fusion"], self.place.site.size)
+            add_unsent(named_tensors(models), state["fusion"], self.place.site.size)
         if not self.active:
             return
         self._build(models)
@@ -358,7 +357,7 @@ class Rounds:
         if state["pace"] == own_pace:
             self._revive(self._fusion, kept, departed)
         elif departed:
-            before = self._make(self._fusion.tensors, state["pace"][1])
+            before = self._make(self._fusion.named, state["pace"][1])
             self._revive(before, kept, departed)
             while self._departed:
                 self._departed.pop(0).flight.land(self.axis.outer, OWN_SHARE)
@@ -417,10 +416,21 @@ class Rounds:
 
     def agree(self, wish: int) -> int:
         """The strongest wish to stop of any replica; called where all sites meet."""
-        slots = torch.zeros(self.place.replicas.size, device=self.place.device)
-        slots[self.place.replicas.rank] = wish
-        self.place.replicas.all_reduce(slots, "agree whether to stop").wait()
+        link = self.place.everyone
+        slots = torch.zeros(link.size, device=self.place.device)
+        slots[link.rank] = wish
+        link.all_reduce(slots, "agree whether to stop").wait()
         return int(slots.max())
+
+
+def named_tensors(models: Iterable[nn.Module]) -> dict[str, Tensor]:
+    """Parameters and buffers of some models, those of the second one and on with its number."""
+    named: dict[str, Tensor] = {}
+    for number, model in enumerate(models):
+        prefix = f"{number}." if number else ""
+        held = (*model.named_parameters(), *model.named_buffers())
+        named |= {prefix + name: tensor for name, tensor in held}
+    return named
 
 
 def _copied(leaf: Any) -> Any:

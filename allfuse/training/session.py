@@ -19,7 +19,6 @@ from allfuse.fusion.statistics import globalize_batch_norm
 from allfuse.job import Hook, Metric, MetricFunction, check_whole, default_forward, on
 from allfuse.plan import Plan
 from allfuse.split.data import IterableLoader, Loader, Portion, as_source
-from allfuse.split.whole import Whole
 from allfuse.training.balance import Balance, make_balance
 from allfuse.training.beginning import begin
 from allfuse.training.course import Course
@@ -35,6 +34,7 @@ from allfuse.training.loading import (
 from allfuse.training.measure import to_device
 from allfuse.training.place import Place
 from allfuse.training.rounds import Rounds
+from allfuse.training.parting import make_split
 from allfuse.training.settings import Settings
 from allfuse.training.start import build_model, refuse_lazy, shape_of, spread, take_over
 from allfuse.training.state import Scheduler, State
@@ -98,7 +98,7 @@ class Session:
         except BaseException as error:
             self.place.close(error)
             raise
-        self.split = Whole()
+        self.split = make_split(self.place)
         self.precision = Precision(self.settings.precision, self.device)
         self.state = State(self.precision)
         self.models, self.learners = self.state.models, self.state.learners
@@ -106,6 +106,7 @@ class Session:
         self.stepper = Stepper(
             self.place,
             Wishes(self.place.world.stop_requested),
+            self.split,
             clip=clip if apart is None else apart.clip_here(clip),
             accumulate=self.settings.accumulate,
             how_to_go_on=keep.how_to_go_on if apart is None else lambda _: apart.how_to_go_on(),
@@ -125,6 +126,7 @@ class Session:
             self.survival.take_part()
         self.teller = Teller(self)
         self.choices: dict[str, str] = dict(self.place.choices)
+        self.forwards: list[Callable[[nn.Module, Any], Any]] = []  # of the models, in order
         self._resume_at: int | None = None
         self._closers: list[Callable[[], None]] = []
 
@@ -187,9 +189,16 @@ class Session:
     # What a script hands over.
 
     def model(
-        self, build: Callable[[], nn.Module] | nn.Module, name: str | None = None
+        self,
+        build: Callable[[], nn.Module] | nn.Module,
+        name: str | None = None,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
     ) -> nn.Module:
         """The model, on this rank's device, with the same weights on every rank.
+
+        A plan that cuts models needs to know how this one runs on a batch: `forward(model, batch)`,
+        where it is not the default. It is cut when the loop over batches begins; parameters stay
+        the same objects, and have the shapes of this rank's pieces from then on.
 
         A function is called under the session's seed, that of a second model under seed + 1, and
         so on. With several workers BatchNorm uses the statistics of the global batch, unless the
@@ -203,7 +212,7 @@ class Session:
         held = dict(enumerate((*module.parameters(), *module.buffers())))
         self.survival.together(
             "all",
-            lambda: spread([*held.values()], self.place.replicas),
+            lambda: spread([*held.values()], self.place.everyone),
             hear=lambda handed: take_over(held, handed.state),
             give=lambda: held,
         )
@@ -216,6 +225,7 @@ class Session:
         if self.settings.compile:
             module.compile()
         self.state.add_model(name or ("model" if number == 0 else f"model{number}"), module)
+        self.forwards.append(forward or default_forward)
         return module
 
     def optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -483,12 +493,14 @@ class Session:
 
     def _capture(self) -> tuple[dict[str, Any], list[Tensor]]:
         state, sooner = self.state.capture()
-        return {**state, **self.course.capture(), "loss": self.loss}, sooner
+        own = {**self.course.capture(), "loss": self.loss}
+        own["pieces"] = {n: p.plain() for n, p in self.split.pieces().items() if p is not None}
+        return {**state, **own}, sooner
 
     def _restore(self, step: int) -> None:
         """Take back the state of a checkpoint: at first what is known by now, and all of it when
         the loop is reached that it was saved in."""
-        state = self.keeper.read(step)
+        state = self.keeper.read(step, self.split.pieces())
         reached = self.course.is_in(state)
         self.state.restore(state, complete=reached)
         self.course.restore(state)
@@ -553,6 +565,14 @@ class Session:
         if block:
             self.keeper.wait()
 
+    def weights(self) -> dict[str, dict[str, Any]]:
+        """The state dicts of the models, whole: under a plan that cuts a model on the first rank of
+        a replica, and nothing of it elsewhere. All ranks ask."""
+        found = {name: module.state_dict() for name, module in self.models.items()}
+        if not self.split.cuts:
+            return found
+        return {name: self.split.whole(values) for name, values in found.items()}
+
     def _finish(self) -> None:
         """What a session does at its end when nothing went wrong."""
         self.course.close_learned_step()
@@ -560,13 +580,14 @@ class Session:
             return
         if self.apart is not None:
             if self.apart.finishes:
-                self.keeper.export(self.models, self.apart.folder)
+                self.keeper.export(self.weights(), self.apart.folder)
                 self.apart.save()
             return
 
         def export() -> None:
             with self.rounds.fused_for_a_moment(self.models.values()):
-                self.keeper.export(self.models)
+                if self.keeper.path is not None:
+                    self.keeper.export(self.weights())
 
         self.survival.leave_together(export)
         self.save(block=True)

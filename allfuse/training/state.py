@@ -142,6 +142,7 @@ class State:
                 if parameter.requires_grad
             ],
             "optimizers": [learner.optimizer.state_dict() for learner in self.learners],
+            "optimized": [learner.held for learner in self.learners],
             "schedulers": [each.scheduler.state_dict() for each in self.schedulers],
             "fusions": [learner.fusion.capture() for learner in self.learners],
             "scaler": None if scaler is None else scaler.state_dict(),

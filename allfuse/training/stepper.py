@@ -20,6 +20,7 @@ from allfuse.training.place import Place
 from allfuse.training.wishes import Wishes
 
 if TYPE_CHECKING:
+    from allfuse.split.base import Split
     from allfuse.training.outflow import Outflow
 
 NORM_EVERY_S = 0.25  # of work: how often the gradient's norm is taken only to be shown
@@ -107,6 +108,7 @@ class Stepper:
         self,
         place: Place,
         wishes: Wishes,
+        split: Split,
         *,
         clip: float | None,
         accumulate: int,
@@ -117,6 +119,7 @@ class Stepper:
         self.meet_peers()
         self.norms: list[GlobalBatchNorm] = []
         self.always_norm = False
+        self.split = split
         self.outflow: Outflow | None = None
         self.current: Step | None = None
         self._how_to_go_on = how_to_go_on
@@ -239,7 +242,7 @@ class Stepper:
         begin = time.perf_counter()
         met_s = sum([norm.waited_s for norm in self.norms])  # those of other models included
         step.busy_s = begin - step.begin - step.waited_s - met_s
-        figures = step.pending()
+        figures = self._agreed(step.pending())
         bad, total = figures.first_not_finite(), figures.total
         if bad is not None:
             rank = self._place_of(bad)
@@ -259,6 +262,14 @@ class Stepper:
             step.norm, self._since_norm_s = None if norm is None else float(norm), 0.0
             if step.norm is not None and not math.isfinite(step.norm) and not learner.may_skip:
                 raise self._refusal(learner, "the norm of the gradient", step.norm)
+        return figures
+
+    def _agreed(self, figures: Figures) -> Figures:
+        """With what steers all ranks of a replica alike: its strongest wish, its longest work."""
+        if self.split.cuts:
+            wish, busy_s = self.split.strongest([max(figures.stops), max(figures.busy_s)])
+            figures.stops = [int(wish)] * len(figures.stops)
+            figures.busy_s = [busy_s] * len(figures.busy_s)
         return figures
 
     def _place_of(self, member: int) -> str:

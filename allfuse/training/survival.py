@@ -110,7 +110,7 @@ class Survival:
             last()
             if self.active:
                 nothing = torch.zeros(1, device=self.place.device)
-                self.place.replicas.all_reduce(nothing, "end together").wait()
+                self.place.everyone.all_reduce(nothing, "end together").wait()
 
         self.together("all", work)
 
@@ -122,7 +122,7 @@ class Survival:
         """A number that the first rank finds for all."""
 
         def work() -> int:
-            link = self.place.replicas
+            link = self.place.everyone
             found = torch.zeros(1, dtype=torch.int64, device=self.place.device)
             if self.place.rank == 0:
                 found.fill_(find())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from allfuse.job import Job
 from allfuse.plan import Plan
+from allfuse.split.piece import Piece
 from allfuse.training.loop import train_job
 from allfuse.verify.distance import Yardstick, relative_numbers
 from allfuse.verify.record import Reference, tensors_of
@@ -57,6 +58,16 @@ def compare_run(
     return comparison.rows, torch.get_num_threads()
 
 
+def cut_whole(whole: Mapping[str, Tensor], pieces: Mapping[str, Piece | None]) -> dict[str, Tensor]:
+    """A rank's parts of whole tensors."""
+    cut = {}
+    for name, tensor in whole.items():
+        piece = pieces.get(name)
+        if name not in pieces or piece is not None:
+            cut[name] = tensor if piece is None else piece.take(tensor)
+    return cut
+
+
 class Comparison:
     """Compares one rank's loss, gradient norm and weights with the reference.
 
@@ -97,7 +108,8 @@ class Comparison:
     ) -> None:
         """Take in one moment on every rank; rank 0 keeps it as a row and tells of its progress."""
         (model,) = self.session.models.values()
-        own = {**tensors_of(model), **(returned or {})}
+        pieces = self.session.split.pieces()
+        own = {**tensors_of(model), **cut_whole(returned or {}, pieces)}
         figures = [math.nan, math.nan, math.nan]
         if event is not None:
             values = (event.data["loss"], event.data["grad_norm"], event.data["seconds"])
@@ -105,6 +117,7 @@ class Comparison:
         held: dict[str, float] = {}
         if moment in self.reference.kept:
             expected = self.reference.weights(moment, self.sites[self.session.rank])
+            expected = cut_whole(expected, pieces)
             held = self._differences(own, expected, model)
         told = self._tell([*figures, *held.values()])
         if self.session.is_main:

@@ -1,0 +1,179 @@
+"""A model that several ranks hold together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from allfuse.base.errors import PlanError
+from allfuse.base.units import format_count
+from allfuse.link import Link
+from allfuse.plan import Plan
+from allfuse.plan import Tensor as TensorAxis
+from allfuse.split.base import Run
+from allfuse.split.piece import Piece, cut_piece, whole_piece
+from allfuse.split.record import record
+from allfuse.split.tensor.attention import unfold_attention
+from allfuse.split.tensor.search import TensorPlan, find_cuts
+from allfuse.split.tensor.slicing import slice_model
+from allfuse.split.tensor.traffic import Slice
+from allfuse.split.whole import Whole
+
+
+@dataclass(frozen=True)
+class Held:
+    """Of one parameter or buffer: its type, and the piece that each rank of the replica has. None
+    where one has nothing of it."""
+
+    dtype: torch.dtype
+    pieces: tuple[Piece | None, ...]
+
+    def counts(self, rank: int) -> bool:
+        """Whether it is a rank's to speak for what it has: it is the first that has just that."""
+        own = self.pieces[rank]
+        return own is not None and own not in self.pieces[:rank]
+
+
+class Parted(Whole):
+    """Cuts a model as the split axes of a plan say.
+
+    Args:
+        rank: of this rank in the plan.
+        mates: a link to all ranks of the replica, this one among them.
+        tensor: a link to those that share its layers.
+    """
+
+    cuts = True
+
+    def __init__(
+        self, plan: Plan, rank: int, mates: Link, tensor: Link, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.plan, self.mates, self.device = plan, mates, device
+        self.places = [plan.coordinates(member) for member in plan.replica(rank)]
+        self.slice = Slice(tensor)
+        self.held: dict[str, Held] = {}
+        self.kept: list[str] = []  # what the state dict of the plain model names
+
+    def cut(self, model: nn.Module, runs: Sequence[tuple[int, Run]]) -> dict[str, str]:
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
+        self.kept = [name for name in model.state_dict() if name in shapes]
+        choices = {}
+        cuts = TensorPlan(self.slice.n)
+        if self.slice.n > 1:
+            unfold_attention(model)
+            cuts = find_cuts(record(model, runs[0][1]), self.slice.n)
+            self._refuse_uncut(cuts)
+            choices["tensor"] = _tell(cuts, model)
+        names = self._by_first_name(model)
+        if self.slice.n > 1:
+            slice_model(model, cuts, self.slice)
+        for name, tensor in tensors_of(model).items():
+            pieces = tuple(
+                self._piece(cuts, names[name], shapes[name], place) for place in self.places
+            )
+            self.held[name] = Held(tensor.dtype, pieces)
+        return choices
+
+    def _refuse_uncut(self, cuts: TensorPlan) -> None:
+        if cuts.uses:
+            return
+        axis = self.plan.axis("tensor")
+        assert isinstance(axis, TensorAxis)
+        why = [f"{name or 'the model'}: {reason}" for name, reason in cuts.whole.items()]
+        raise PlanError(
+            str(axis),
+            f"no layer of the model can be cut into {axis.n} slices"
+            + (f" ({'; '.join(why[:3])})" if why else ""),
+            f"data({axis.n})",
+        )
+
+    def _by_first_name(self, model: nn.Module) -> dict[str, str]:
+        """The first name of each parameter and buffer, of which some have several."""
+        first: dict[int, str] = {}
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            first.setdefault(id(tensor), name)
+        return {name: first[id(tensor)] for name, tensor in tensors_of(model).items()}
+
+    def _piece(
+        self, cuts: TensorPlan, name: str, shape: tuple[int, ...], place: Mapping[str, int]
+    ) -> Piece | None:
+        """What the rank at a place of the replica has of a tensor."""
+        cut = cuts.cuts.get(name)
+        if cut is None:
+            return whole_piece(shape)
+        return cut_piece(shape, cut.dim, cut.parts, cuts.n, place.get("tensor", 0))
+
+    # What the ranks of a replica settle among themselves.
+
+    def norm(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        rank = self.mates.rank
+        own = [grad for name, grad in gradients.items() if self.held[name].counts(rank)]
+        square = torch.zeros(1, dtype=torch.float64, device=self.device)
+        if own:
+            square += torch.nn.utils.get_total_norm(own).double() ** 2
+        self.mates.all_reduce(square, "sum the squares of gradients").wait()
+        return square.sqrt().squeeze(0)
+
+    def strongest(self, numbers: Sequence[float]) -> list[float]:
+        slots = torch.zeros(self.mates.size, len(numbers), dtype=torch.float64)
+        slots[self.mates.rank] = torch.tensor(numbers, dtype=torch.float64)
+        slots = slots.to(self.device)
+        self.mates.all_reduce(slots, "agree in a replica").wait()
+        largest: list[float] = slots.amax(0).tolist()
+        return largest
+
+    def pieces(self) -> dict[str, Piece | None]:
+        own = {name: held.pieces[self.mates.rank] for name, held in self.held.items()}
+        return {name: p for name, p in own.items() if p is None or p.own != p.whole}
+
+    def whole(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        found = dict(values)
+        for name in self.kept:
+            found[name] = self._gather(name, self.held[name], values.get(name))
+        return found if self.mates.rank == 0 else {}
+
+    def _gather(self, name: str, held: Held, own: Tensor | None) -> Tensor | None:
+        """All of a tensor on the first rank, from those that speak for a part of it."""
+        rank, operation = self.mates.rank, f"gather {name}"
+        if rank:
+            if held.counts(rank):
+                assert own is not None
+                self.mates.send(own.detach().contiguous(), 0, operation).wait()
+            return None
+        if own is not None and held.pieces[0] is not None and own.shape == held.pieces[0].whole:
+            return own.detach()
+        shape = next(piece for piece in held.pieces if piece is not None).whole
+        whole = torch.empty(shape, dtype=held.dtype, device=self.device)
+        for other, piece in enumerate(held.pieces):
+            if piece is None or not held.counts(other):
+                continue
+            if other == 0:
+                assert own is not None
+                piece.put(own.detach(), whole)
+            else:
+                part = torch.empty(piece.own, dtype=held.dtype, device=self.device)
+                self.mates.receive(part, other, operation).wait()
+                piece.put(part, whole)
+        return whole
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by all their names; those too that are in no state dict."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def _tell(cuts: TensorPlan, model: nn.Module) -> str:
+    """The share of the parameters that is cut, in words."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    cut = sum(size for name, size in sizes.items() if name in cuts.cuts)
+    total = max(sum(sizes.values()), 1)
+    return (
+        f"{cut / total:.1%} of {format_count(total)} parameters are cut into {cuts.n} slices, "
+        f"{len(cuts.whole)} modules with maps stay whole"
+    )

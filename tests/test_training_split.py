@@ -1,0 +1,288 @@
+"""Training under plans that cut the model: the numbers of one process, whoever holds what of it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sliced import TiedWords, convolutions
+from torch import Tensor, nn
+from training_cases import TIGHT, Recorded, adam, assert_equal, job, session, train, under
+
+from allfuse.base.errors import PlanError, UserError
+from allfuse.job import Job, Stop
+from allfuse.plan import as_plan
+from allfuse.store.tensorfile import read_tensors
+from allfuse.training.loop import Result, train_job
+
+
+def heavy(parameters: Any) -> torch.optim.Optimizer:
+    """For models with BatchNorm: Adam makes full steps of the rounding of gradients that are 0."""
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01)
+
+
+def decayed(parameters: Any) -> torch.optim.Optimizer:
+    """Vectors are in a group of their own, without weight decay."""
+    parameters = list(parameters)
+    matrices = [p for p in parameters if p.dim() > 1]
+    vectors = [p for p in parameters if p.dim() <= 1]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1)
+
+
+def classes(outputs: Tensor, batch: Any) -> Tensor:
+    return F.cross_entropy(outputs.flatten(0, -2), batch[1].flatten())
+
+
+@dataclass(frozen=True)
+class Case:
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    targets: tuple[int, ...]
+    classes: int
+    words: int = 0
+    optimizer: Callable[[Any], torch.optim.Optimizer] = decayed
+
+    def job(self, **changes: Any) -> Job:
+        generator = torch.Generator().manual_seed(5)
+        if self.words:
+            x = torch.randint(self.words, (48, *self.shape), generator=generator)
+        else:
+            x = torch.randn(48, *self.shape, generator=generator, dtype=torch.float64)
+        y = torch.randint(self.classes, (48, *self.targets), generator=generator)
+        made: dict[str, Any] = {
+            "model": lambda: self.build().double(),
+            "train": (x, y),
+            "loss": classes,
+            "optimizer": self.optimizer,
+            "batch_size": 7,
+            "clip": 0.5,
+            "stop": Stop(steps=20),
+        }
+        return job(**{**made, **changes})
+
+
+class Words(nn.Module):
+    """A small transformer whose table of words is its output projection too."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.table = nn.Embedding(24, 16)
+        layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=dropout, batch_first=True)
+        self.trunk = nn.TransformerEncoder(layer, 2)
+        self.head = nn.Linear(16, 24, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.head(self.trunk(self.table(x)))
+        return result
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 12), nn.GELU(), nn.Linear(12, 4)
+    )
+
+
+def uneven() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 8), nn.Tanh(), nn.Linear(8, 4))
+
+
+def normed() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4))
+
+
+CASES = {
+    "mlp": Case(mlp, (6,), (), 4),
+    "uneven": Case(uneven, (6,), (), 4),
+    "normed": Case(normed, (6,), (), 4, optimizer=heavy),
+    "convolutions": Case(convolutions, (3, 8, 8), (), 4, optimizer=heavy),
+    "tied": Case(Words, (5,), (5,), 24, words=24),
+    "gated": Case(TiedWords, (5,), (5,), 24, words=24),
+}
+PLANS = ("tensor(2)", "tensor(4)", "data(2) * tensor(2)", "data(3) * tensor(2)")
+
+
+def assert_near(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    """To rounding. Adam makes steps of the rounding of gradients that are 0, as those of the bias
+    of keys in attention are: hence the absolute tolerance."""
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-9, atol=1e-10, msg=name)
+
+
+def recorded(made: Job, plan: str, **options: Any) -> tuple[list[Result], list[Recorded]]:
+    """What each rank of a plan returned, and the events of each."""
+    told: list[Recorded] = []
+
+    def work() -> Result:
+        events = Recorded()
+        told.append(events)
+
+        def prepare(s: Any) -> None:
+            events.attach(s)
+            s.stepper.always_norm = True
+
+        return train_job(made, prepare=prepare, **options)
+
+    return under(plan, work), told
+
+
+@functools.cache
+def alone(name: str) -> tuple[Result, list[tuple[float, float]]]:
+    """One process: its result, loss and norm of each step."""
+    results, told = recorded(CASES[name].job(), "data(1)")
+    return results[0], figures(told[0])
+
+
+def figures(events: Recorded) -> list[tuple[float, float]]:
+    return [(e.data["loss"], e.data["grad_norm"]) for e in events.named("step")]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("name", CASES)
+def test_a_cut_model_learns_what_one_process_learns(name: str, plan: str) -> None:
+    result, expected = alone(name)
+    results, told = recorded(CASES[name].job(), plan)
+    for events in told:
+        torch.testing.assert_close(figures(events), expected, **TIGHT)
+    assert_near(results[0].weights, result.weights)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "site(2, every=3) * tensor(2)",
+        "site(2, every=4, outer=nesterov, codec=int8) * tensor(2)",
+        "data(2, codec=topk(0.2)) * tensor(2)",
+        "data(2, rule=vote) * tensor(2)",
+        "site(2, topology=gossip(ring)) * data(2) * tensor(2)",
+    ],
+)
+def test_replicas_fuse_what_each_rank_has(plan: str) -> None:
+    """All that differs is what is fused: the same as by replicas that are whole, to what a codec
+    or rule makes of other blocks."""
+    made = CASES["mlp"].job(clip=None, stop=Stop(steps=8))
+    whole = train(made, str(as_plan(plan.removesuffix(" * tensor(2)"))))[0].weights
+    cut = train(made, plan)[0].weights
+    lossless = "codec" not in plan and "rule" not in plan
+    for name, value in whole.items():
+        if lossless:
+            torch.testing.assert_close(cut[name], value, **TIGHT)
+        else:
+            assert (cut[name] - value).norm() < 0.5 * value.norm()
+
+
+ROUND_TRIPS = [
+    ("data(1)", "tensor(2)"),
+    ("tensor(2)", "data(1)"),
+    ("tensor(2)", "tensor(4)"),
+    ("tensor(4)", "tensor(2)"),
+    ("tensor(2)", "tensor(2)"),
+    ("data(2)", "tensor(2)"),
+    ("tensor(2)", "data(2)"),
+    ("data(2) * tensor(2)", "data(3)"),
+    ("data(3)", "data(2) * tensor(2)"),
+    ("data(2) * tensor(2)", "tensor(4)"),
+    ("tensor(4)", "data(2) * tensor(2)"),
+    ("data(2) * tensor(2)", "data(2) * tensor(2)"),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), ROUND_TRIPS, ids=str)
+def test_checkpoints_move_between_plans(before: str, after: str, tmp_path: Path) -> None:
+    made, out = CASES["tied"].job(save_every=10, stop=Stop(steps=10)), tmp_path / "run"
+    train(made, before, out=out)
+    whole = CASES["tied"].job(save_every=10)
+    result = train(whole, after, out=out, resume=True)[0]
+    assert result.steps == 20
+    assert_near(result.weights, alone("tied")[0].weights)
+    written = read_tensors(out / "model.safetensors")
+    assert_near(written, {name: result.weights[name] for name in written})
+
+
+def test_sites_that_share_models_go_on_from_their_own_checkpoints(tmp_path: Path) -> None:
+    plan = "site(2, every=4, outer=nesterov, codec=int8) * tensor(2)"
+    made, out = CASES["mlp"].job(save_every=5, stop=Stop(steps=10)), tmp_path / "run"
+    train(made, plan, out=out)
+    whole = CASES["mlp"].job(save_every=5, stop=Stop(steps=13))
+    result = train(whole, plan, out=out, resume=True)[0]
+    assert_equal(result.weights, train(whole, plan)[0].weights, exact=True)
+
+
+def test_what_codecs_have_not_sent_moves_with_the_weights(tmp_path: Path) -> None:
+    """The sum of residuals over all replicas stays the same, wherever they lie."""
+    made, out = CASES["mlp"].job(save_every=6, stop=Stop(steps=6)), tmp_path / "run"
+    train(made, "data(2, codec=topk(0.1)) * tensor(2)", out=out)
+
+    def residuals(plan: str) -> dict[str, Tensor]:
+        def work() -> dict[str, Tensor]:
+            held: dict[str, Tensor] = {}
+
+            def look(s: Any) -> None:
+                def start(*_: Any) -> None:
+                    place, index = s.place, s.place.mates.rank
+                    for name, tensor in s.learners[0].fusion.capture()["residuals"].items():
+                        held[f"{place.index} {index} {name}"] = tensor.clone()
+
+                s.on("start", start)
+
+            train_job(CASES["mlp"].job(stop=Stop(steps=6)), out=out, resume=True, prepare=look)
+            return held
+
+        found: dict[str, Tensor] = {}
+        for each in under(plan, work):
+            found |= each
+        total: dict[str, Tensor] = {}
+        for key, tensor in found.items():
+            name = key.split()[-1]
+            total[name] = total.get(name, torch.zeros(())) + tensor.sum()
+        return total
+
+    before = residuals("data(2, codec=topk(0.1)) * tensor(2)")
+    assert sum(float(v.abs()) for v in before.values()) > 0
+    after = residuals("data(4, codec=topk(0.1))")
+    for name in ("0.weight", "0.bias", "2.weight"):
+        torch.testing.assert_close(after[name], before[name], **TIGHT)
+
+
+def test_a_session_cuts_the_model_of_a_script() -> None:
+    case = CASES["mlp"]
+    made = case.job()
+
+    def work() -> tuple[int, float]:
+        with session(clip=0.5) as s:
+            model = s.model(made.model, forward=lambda m, batch: m(batch[0]))
+            optimizer = s.optimizer(decayed(model.parameters()))
+            before = model[0].weight
+            for batch in s.batches(made.train, 7, steps=20):
+                s.step(batch, classes, optimizer=optimizer)
+            assert model[0].weight is before
+            return before.shape[0], s.loss
+
+    for rows, loss in under("tensor(2)", work):
+        assert rows == 8
+        assert loss == pytest.approx(alone("mlp")[1][-1][0], rel=1e-9)
+
+
+def test_batches_of_a_script_s_own_are_refused_while_nothing_is_cut() -> None:
+    def work() -> None:
+        with session() as s:
+            model = s.model(mlp)
+            s.optimizer(adam(model.parameters()))
+            s.step((torch.randn(4, 6), torch.zeros(4, dtype=torch.long)), classes)
+
+    with pytest.raises(UserError, match="a batch of the script's own.*s.batches"):
+        under("tensor(2)", work)
+
+
+def test_a_model_of_which_nothing_can_be_cut_is_refused_with_its_reasons() -> None:
+    made = Case(lambda: nn.Linear(6, 4), (6,), (), 4).job()
+    with pytest.raises(PlanError, match=r"tensor\(3\).*no layer of the model can be cut into 3"):
+        train(made, "tensor(3)")
