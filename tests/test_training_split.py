@@ -278,7 +278,7 @@ def test_batches_of_a_script_s_own_are_refused_while_nothing_is_cut() -> None:
             s.optimizer(adam(model.parameters()))
             s.step((torch.randn(4, 6), torch.zeros(4, dtype=torch.long)), classes)
 
-    with pytest.raises(UserError, match="a batch of the script's own.*s.batches"):
+    with pytest.raises(UserError, match=r"a batch of the script's own.*s\.batches"):
         under("tensor(2)", work)
 
 

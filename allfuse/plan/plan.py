@@ -230,12 +230,29 @@ class Plan:
         """
         missing = [axis for axis in self.axes if not axis.executable]
         if not missing:
+            self._refuse_beside_splits()
             return
         names = ", ".join(axis.name for axis in missing)
         kept = [axis for axis in self.axes if axis.executable]
         size = math.prod(axis.n for axis in missing)
         nearest = _in_order(_merge([*kept, Data(min(size, MAX_SIZE))]))
         raise PlanError(str(self), f"this version cannot run {names} yet", _join(nearest))
+
+    def _refuse_beside_splits(self) -> None:
+        """What holds or measures whole models does not run yet where ranks share one."""
+        if self.replica_size == 1:
+            return
+        data = self.axis("data")
+        if self.outer is not None:
+            calm = replace(self.outer, sync=Bsp(), topology=None, min=None, max=None)
+            nearest = [calm if axis is self.outer else axis for axis in self.axes]
+            why = "in this version a scheduler and servers know whole models, and ranks share one"
+            raise PlanError(str(self), why, _join(nearest))
+        if isinstance(data, Data) and data.balance != "even":
+            even = replace(data, balance="even")
+            nearest = [even if axis is data else axis for axis in self.axes]
+            why = "balance=speed measures single ranks in this version, and several share a model"
+            raise PlanError(str(self), why, _join(nearest))
 
 
 PlanLike = Plan | Axis | str | Sequence[object] | Mapping[str, object]

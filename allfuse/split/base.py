@@ -48,6 +48,10 @@ class Split(ABC):
         `last` says that nothing more is added to them in this step.
         """
 
+    def count(self, model: nn.Module) -> int:
+        """Parameters of the whole model."""
+        return sum(parameter.numel() for parameter in model.parameters())
+
     def norm(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """The norm of the gradient of the whole model, of the gradients here by their names."""
         return torch.nn.utils.get_total_norm(list(gradients.values()))

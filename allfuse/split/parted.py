@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -107,6 +108,11 @@ class Parted(Whole):
         if cut is None:
             return whole_piece(shape)
         return cut_piece(shape, cut.dim, cut.parts, cuts.n, place.get("tensor", 0))
+
+    def count(self, model: nn.Module) -> int:
+        names = [name for name, _ in model.named_parameters()]
+        shapes = [next(p for p in self.held[name].pieces if p is not None).whole for name in names]
+        return sum(math.prod(shape) for shape in shapes)
 
     # What the ranks of a replica settle among themselves.
 

@@ -69,7 +69,7 @@ class Piece:
         for box in piece.boxes:
             for shape, begin in ((piece.whole, box.there), (piece.own, box.here)):
                 sizes = zip(begin, box.size, shape, strict=True)
-                if not all(0 <= at and 0 < size and at + size <= most for at, size, most in sizes):
+                if not all(at >= 0 and size > 0 and at + size <= most for at, size, most in sizes):
                     raise ValueError(f"a block from {begin} of {box.size} in {shape}")
         if sum(prod(box.size) for box in piece.boxes) != prod(piece.own):
             raise ValueError(f"blocks that do not fill {piece.own}")

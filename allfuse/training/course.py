@@ -165,8 +165,9 @@ class Course:
     def _refuse_uncut(self) -> None:
         if self.stepper.split.cuts and not self._loops:
             raise UserError(
-                f"a step under {self.place.plan} on a batch of the script's own: where the model is "
-                "cut is found out on the first samples of a loop; next: for batch in s.batches(...)"
+                f"a step under {self.place.plan} on a batch of the script's own: where the model "
+                "is cut is found out on the first samples of a loop; next: for batch in "
+                "s.batches(...)"
             )
 
     def close_learned_step(self) -> None:

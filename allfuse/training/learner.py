@@ -43,7 +43,8 @@ class Learner:
         optimizer: its parameters may be frozen, thawed and added to between steps.
         name_all: gives the names of all parameters of the session's models by their `id`.
 
-    `held` are the names of all that the optimizer holds, in its order. `alone` says that it is the only optimizer, so that a backward pass needs no list of inputs.
+    `held` are the names of all that the optimizer holds, in its order. `alone` says that it is the
+    only optimizer, so that a backward pass needs no list of inputs.
     """
 
     def __init__(

@@ -26,7 +26,8 @@ class Result:
 
     loss: of the last step. metrics: of the last validation. test: of the test data, measured once
     at the end. reason: why it stopped. weights: the model's state dict on the CPU, names of the
-    plain model; where ranks share a model on the first of them. out: the run folder. elsewhere: another group of workers measured the end.
+    plain model; where ranks share a model on the first of them. out: the run folder. elsewhere:
+    another group of workers measured the end.
     """
 
     steps: int

@@ -32,9 +32,9 @@ from allfuse.training.loading import (
     make_loader,
 )
 from allfuse.training.measure import to_device
+from allfuse.training.parting import make_split
 from allfuse.training.place import Place
 from allfuse.training.rounds import Rounds
-from allfuse.training.parting import make_split
 from allfuse.training.settings import Settings
 from allfuse.training.start import build_model, refuse_lazy, shape_of, spread, take_over
 from allfuse.training.state import Scheduler, State

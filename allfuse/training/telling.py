@@ -52,7 +52,7 @@ class Teller:
             "batch_size": batch_size,
             "steps_per_epoch": per_epoch,
             "total_steps": max(min(limits), session.steps) if limits else None,
-            "parameters": sum(p.numel() for m in session.models.values() for p in m.parameters()),
+            "parameters": sum(session.split.count(m) for m in session.models.values()),
             "resumed_step": session.steps,
             "out": None if out is None else str(out),
             "choices": session.choices,
