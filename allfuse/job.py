@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from allfuse.base.errors import JobError, nearest
 from allfuse.split.data.generators import isolated
+from allfuse.split.request import Request, make_request
 
 Loss = Callable[[Any, Any], Any]
 
@@ -166,6 +167,8 @@ class Job:
         accumulate: parts into which each worker cuts its share, to save memory.
         precision: "fp32", or autocast to "bf16" or "fp16".
         compile: whether to run the model through torch.compile.
+        keep_whole, cut_also: names of modules, with * for any part: those that `tensor(n)` does not
+            cut, and those that it cuts however small they are.
         batch_statistics: BatchNorm over the "global" batch, or over each worker's "local" share.
         loaders: processes that read samples ahead, for each worker.
         collate: samples -> batch, for map-style datasets.
@@ -193,6 +196,8 @@ class Job:
     accumulate: int = 1
     precision: str = "fp32"
     compile: bool = False
+    keep_whole: Sequence[str] = ()
+    cut_also: Sequence[str] = ()
     batch_statistics: str = "global"
     loaders: int = 0
     collate: Callable[[list[Any]], Any] | None = None
@@ -242,6 +247,7 @@ class Job:
                 f"Job(metrics=...): received {type(self.metrics).__name__}; allowed: a dict of "
                 "name -> function(outputs, batch)"
             )
+        make_request("Job", self.keep_whole, self.cut_also)
         for hook in self.hooks:
             if not isinstance(hook, Hook):
                 raise JobError(
@@ -261,6 +267,11 @@ class Job:
                 f"{'None' if self.validation is None else '...'}, evaluate_every="
                 f"{self.evaluate_every!r}; next: give validation data, and evaluate_every='epoch'"
             )
+
+    @property
+    def request(self) -> Request:
+        """What it wants of how its model is cut."""
+        return make_request("Job", self.keep_whole, self.cut_also)
 
     @property
     def monitor_text(self) -> str:

@@ -118,7 +118,7 @@ def test_help_loads_no_torch() -> None:
         ("ring(2)", ("ring", "data")),
         ("data(2) * site(2)", ("site(2) * data(2)",)),
         ("data(2, topology=rong)", ("rong", "native")),
-        ("tensor(2)", ("tensor", "data(2)")),
+        ("member(2)", ("member", "data(2)")),
         ("__import__('os')", ("__import__",)),
     ],
 )
@@ -284,8 +284,8 @@ def test_plan_says_what_it_would_do_without_starting_anything(tmp_path: Path, jo
     assert "exact" in done.stdout
     assert "4 + 4 samples" in done.stdout
     refused(allfuse("plan", job, "--plan", "data(9)", cwd=tmp_path), "batch_size=8")
-    done = allfuse("plan", "data(2) * tensor(2)", cwd=tmp_path)
-    refused(done, "tensor")
+    done = allfuse("plan", "data(2) * member(2)", cwd=tmp_path)
+    refused(done, "member")
 
 
 def test_the_version_is_told() -> None:

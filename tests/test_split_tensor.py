@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from allfuse.base.errors import UserError
 from allfuse.link.lone import LoneLink
+from allfuse.split.request import Request, make_request
 from allfuse.split.tensor.cut import Cut
 from allfuse.split.tensor.slicing import slice_model
 from allfuse.split.tensor.traffic import Slice
@@ -258,3 +259,51 @@ def test_dropout_differs_between_slices_inside_a_region_and_agrees_outside() -> 
     assert torch.equal(after, after1)
     assert not torch.equal(inside, inside1)
     assert 0.3 < float((inside == 0).float().mean()) < 0.7
+
+
+def requested(model: nn.Module, **wishes: Any) -> Any:
+    request = Request(**{name: tuple(names) for name, names in wishes.items()})
+    return plan_of(model, run_on(5, 8), 2, keep=request.kept(model), also=request.also(model))
+
+
+def blocks() -> nn.Module:
+    """Two blocks, and a head that alone is too small to be cut."""
+    units = [Residual(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 8)) for _ in range(2)]
+    return nn.Sequential(*units, nn.Linear(8, 4)).double()
+
+
+def test_modules_that_the_job_names_stay_whole_and_say_so() -> None:
+    plan = requested(blocks(), keep_whole=["0.inner.0"])
+    assert plan.whole["0.inner.0"] == "the job keeps 0.inner.0 whole"
+    assert plan.regions == [(("1.inner.0.weight",), ("1.inner.2.weight",))]
+    assert not requested(blocks(), keep_whole=["*.inner.2"]).regions
+
+
+def test_a_small_module_is_cut_where_the_job_says_so() -> None:
+    assert "2.weight" not in requested(blocks()).cuts
+    assert requested(blocks(), cut_also=["2"]).cuts["2.weight"] == Cut(0, (4,))
+    with pytest.raises(UserError, match=r"cut_also: 0 cannot be cut into 2 slices: .*7 rows"):
+        model = nn.Sequential(nn.Linear(8, 7), nn.Softmax(-1), nn.Linear(7, 8)).double()
+        requested(model, cut_also=["0"])
+
+
+def test_a_norm_that_stays_whole_keeps_its_region_whole() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 8)).double()
+    assert requested(model).regions
+    plan = requested(model, keep_whole=["1"])
+    assert not plan.regions
+    assert "1 stays whole" in plan.reasons["2"]
+
+
+def test_a_tied_weight_stays_whole_by_either_of_its_names() -> None:
+    model = CASES["tied words"].model()
+    assert set(Request(keep_whole=("head",)).kept(model)) == {"table.weight"}
+
+
+def test_names_that_the_model_has_not_are_refused_with_those_it_has() -> None:
+    with pytest.raises(UserError, match=r"called 'haed'; did you mean 'head'\?; .*table, unit"):
+        Request(keep_whole=("haed",)).kept(CASES["tied words"].model())
+    with pytest.raises(UserError, match="in both keep_whole"):
+        Request(keep_whole=("2",), cut_also=("2",)).also(blocks())
+    with pytest.raises(UserError, match=r"Job\(keep_whole='head'\): allowed: a list of names"):
+        make_request("Job", "head", ())

@@ -243,4 +243,4 @@ def tell_splits(
         return rows, lambda made: (job.forward or default_forward)(made, batch)
 
     rows = -(-job.batch_size // plan.replicas)
-    return describe_splits(plan, model, (run(2), run(3)), rows)
+    return describe_splits(plan, model, (run(2), run(3)), rows, job.request)

@@ -18,6 +18,7 @@ from allfuse.split.data import as_source
 from allfuse.training.learner import Precision
 from allfuse.training.loading import make_loader, order_of_all
 from allfuse.training.measure import measure
+from allfuse.training.parting import make_split, runs_on
 from allfuse.training.place import Place
 
 DATA = ("test", "validation", "train")
@@ -94,13 +95,17 @@ def _measure_here(
 ) -> tuple[dict[str, float], int]:
     """This rank's part, in batches as large as those of training."""
     source = as_source(data, collate=job.collate)
+    forward, model = job.forward or default_forward, model.to(place.device)
+    split = make_split(place)
+    if split.cuts:
+        split.cut(model, runs_on(place.plan, source, forward, place.device), job.request)
     loader = make_loader(source, order_of_all(source, job.batch_size, place), place)
     try:
         return measure(
-            model.to(place.device),
+            model,
             loader,
             {**job.metrics, "loss": job.loss},
-            forward=job.forward or default_forward,
+            forward=forward,
             link=place.replicas,
             device=place.device,
             autocast=Precision(job.precision, place.device).autocast,

@@ -19,6 +19,7 @@ from allfuse.prediction.progress import OnEvent, Progress
 from allfuse.prediction.restore import open_run
 from allfuse.prediction.scorer import Scorer, one_thread, require_inputs
 from allfuse.prediction.table import BadRow, Table, require_csv
+from allfuse.training.parting import make_split
 from allfuse.training.place import Place
 
 LEAST_BATCH = 256
@@ -58,7 +59,8 @@ def predict_file(
     then the kept ones. It is the same byte for byte for any number of workers: rows are cut into
     batches of `batch_size` first, whole batches go to workers, and on CPUs each worker computes
     with one thread, for the last bits depend on both. It appears under its name when it is
-    complete, and not at all after an error.
+    complete, and not at all after an error. Where ranks share a model, the last digits depend on
+    how it is cut.
 
     Args:
         batch_size: rows of one forward pass; by default the job's, at least 256.
@@ -86,7 +88,8 @@ def predict_file(
         with contextlib.ExitStack() as stack:
             place = Place(plan, device)
             stack.callback(place.close)
-            agreement = Agreement(place.replicas, place.device)
+            agreement = Agreement(place.everyone, place.device)
+            split = make_split(place)
 
             def open_all() -> Scoring:
                 output = OutputFile(target, overwrite=overwrite) if place.rank == 0 else None
@@ -99,6 +102,7 @@ def predict_file(
                     place=place,
                     agreement=agreement,
                     scorer=Scorer(restored, place.device),
+                    answers=split.answers,
                     table=table,
                     output=output,
                     target=target,
@@ -109,6 +113,7 @@ def predict_file(
                 )
 
             _, scoring = agreement.together(lambda: (Status(), open_all()))
+            scoring.scorer.cut(split)
             stack.enter_context(one_thread(place.device))
             return scoring.run()
     except KeyboardInterrupt:
@@ -130,6 +135,7 @@ class Scoring:
     place: Place
     agreement: Agreement
     scorer: Scorer
+    answers: bool
     table: Table
     output: OutputFile | None
     target: Path
@@ -152,7 +158,7 @@ class Scoring:
             texts = self.agreement.gather(text, [status.length for status in statuses])
             self.first_row += len(self.records)
             self.ahead = statuses[0].ahead
-            self.progress.add([status.scored for status in statuses], self.table.part_read)
+            self.progress.add(self._scored(statuses), self.table.part_read)
         self.agreement.together(self._finish)
         progress, seconds = self.progress, self.progress.seconds
         progress.end()
@@ -182,6 +188,8 @@ class Scoring:
         except BadRow as error:
             return Status(state=State.BAD_ROW, row=error.row, taken=taken), b""
         done = b"".join(pieces)
+        if not self.answers:  # another rank of the replica has the same
+            done, scored = b"", 0
         ahead = self._next_ahead(time.monotonic() - begin)
         return Status(taken=taken, scored=scored, length=len(done), ahead=ahead), done
 
@@ -196,26 +204,31 @@ class Scoring:
             columns = self.scorer.answer(numbers, first_row)
         except BadOutput as error:
             raise self._bad_output(first_row + error.index) from None
-        if first_row == HEADER_ROW + 1:
-            self._start_output(columns)
-        return format_rows([*columns.values(), *zip(*kept, strict=True)])
+        rows = format_rows([*columns.values(), *zip(*kept, strict=True)])
+        return self._header(columns) + rows if first_row == HEADER_ROW + 1 else rows
 
-    def _start_output(self, columns: Columns) -> None:
-        """Rank 0, which has the first batch, writes the header."""
+    def _header(self, columns: Columns) -> bytes:
+        """The first line, which comes with the first batch."""
         both = [name for name in self.keep if name in columns]
         if both:
             raise DataError(
                 f"--keep {both[0]}: the output has a column of that name already; next: rename the "
                 f"column in {self.table.path}"
             )
-        if self.output is not None:
-            self.output.write(format_rows([[name] for name in (*columns, *self.keep)]))
+        return format_rows([[name] for name in (*columns, *self.keep)])
 
     def _next_ahead(self, seconds: float) -> int:
         """Batches for each rank in the next turn. Nothing in the output depends on it."""
         row_bytes = max(1.0, sum(map(len, self.records)) / max(len(self.records), 1))
         fits = TURN_BYTES / row_bytes / self.batch_size / self.place.parts
         return max(1, min(self.ahead * 2 if seconds < TURN_S else self.ahead, int(fits)))
+
+    def _scored(self, statuses: list[Status]) -> list[int]:
+        """Rows that each replica has scored in a turn."""
+        found = [0] * self.place.parts
+        for rank, status in enumerate(statuses):
+            found[self.place.plan.replica_index(rank)] += status.scored
+        return found
 
     def _judge(self, statuses: list[Status]) -> None:
         """Stop on all ranks, with the same error, where one of them must.

@@ -12,7 +12,9 @@ from allfuse.base.errors import JobError
 from allfuse.job import Job, default_forward
 from allfuse.prediction.answers import Columns, answer
 from allfuse.prediction.restore import Restored
+from allfuse.split.base import Run, Split
 from allfuse.training.learner import Precision
+from allfuse.training.parting import ROWS
 
 
 class Scorer:
@@ -23,6 +25,21 @@ class Scorer:
         self.model = restored.model.to(device).eval()
         self._forward = self.job.forward or default_forward
         self._autocast = Precision(self.job.precision, device).autocast
+
+    def cut(self, split: Split) -> None:
+        """Keep this rank's part of the model, where a plan cuts it.
+
+        Raises:
+            PlanError, UserError: it cannot be cut.
+        """
+        if not split.cuts:
+            return
+
+        def run(rows: int) -> tuple[int, Run]:
+            batch = (torch.zeros(rows, len(require_inputs(self.job)), device=self.device),)
+            return rows, lambda made: self._forward(made, batch)
+
+        split.cut(self.model, [run(rows) for rows in ROWS], self.job.request)
 
     def answer(self, numbers: Tensor, first_row: int) -> Columns:
         """The columns that the model gives for a batch of inputs, float32 (rows, inputs).

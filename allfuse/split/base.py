@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from allfuse.split.piece import Piece
+from allfuse.split.request import NO_WISHES, Request
 
 Run = Callable[[nn.Module], Any]
 """A forward pass of a model over some batch."""
@@ -25,12 +26,20 @@ class Split(ABC):
 
     cuts = False
 
-    def cut(self, model: nn.Module, runs: Sequence[tuple[int, Run]]) -> dict[str, str]:
+    @property
+    def answers(self) -> bool:
+        """Whether it is this rank's to tell what the model gave, of those that share the model."""
+        return True
+
+    def cut(
+        self, model: nn.Module, runs: Sequence[tuple[int, Run]], request: Request = NO_WISHES
+    ) -> dict[str, str]:
         """Cut a model, in place; what was chosen, in words, by the name of the choice. Parameters
         and buffers keep their names.
 
         Args:
             runs: forward passes over batches of two different numbers of rows.
+            request: what the job wants of it.
 
         Raises:
             PlanError, UserError: it cannot be cut so; names the module.

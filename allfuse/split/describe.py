@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torch import nn
 
 from allfuse.base.units import format_bytes, format_count
 from allfuse.plan import Pipe, Plan, Tensor
+from allfuse.split.base import Run
 from allfuse.split.pipe.boundary import cut_stages
 from allfuse.split.record import Recording, record
+from allfuse.split.request import NO_WISHES, Request
 from allfuse.split.shapes import Shapes
 from allfuse.split.tensor.attention import unfold_attention
 from allfuse.split.tensor.maps import find_map
 from allfuse.split.tensor.search import TensorPlan, Use, find_cuts
 
-Run = Callable[[nn.Module], Any]
-
 
 def describe_splits(
-    plan: Plan, model: nn.Module, runs: Sequence[tuple[int, Run]], rows: int
+    plan: Plan,
+    model: nn.Module,
+    runs: Sequence[tuple[int, Run]],
+    rows: int,
+    request: Request = NO_WISHES,
 ) -> tuple[list[str], dict[str, object]]:
     """Lines for people, and the same as facts, for the axes of a plan that cut a model.
 
     Args:
         runs: two forward passes over batches of different numbers of rows.
         rows: of the share of a batch that one replica has.
+        request: what the job wants of it.
 
     Raises:
         UserError, PlanError: the model cannot be followed, or not be cut so.
@@ -44,7 +48,7 @@ def describe_splits(
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     for axis in plan.axes:
         if isinstance(axis, Tensor) and axis.n > 1:
-            cuts = find_cuts(shapes.one, axis.n)
+            cuts = find_cuts(shapes.one, axis.n, request.kept(model), request.also(model))
             lines += _tell_tensor(cuts, shapes, sizes, rows)
             cut = sum(sizes[name] for name in cuts.cuts if name in sizes)
             facts["tensor"] = {

@@ -18,6 +18,7 @@ from allfuse.plan import Tensor as TensorAxis
 from allfuse.split.base import Run
 from allfuse.split.piece import Piece, cut_piece, whole_piece
 from allfuse.split.record import record
+from allfuse.split.request import NO_WISHES, Request
 from allfuse.split.tensor.attention import unfold_attention
 from allfuse.split.tensor.search import TensorPlan, find_cuts
 from allfuse.split.tensor.slicing import slice_model
@@ -60,14 +61,17 @@ class Parted(Whole):
         self.held: dict[str, Held] = {}
         self.kept: list[str] = []  # what the state dict of the plain model names
 
-    def cut(self, model: nn.Module, runs: Sequence[tuple[int, Run]]) -> dict[str, str]:
+    def cut(
+        self, model: nn.Module, runs: Sequence[tuple[int, Run]], request: Request = NO_WISHES
+    ) -> dict[str, str]:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
         self.kept = [name for name in model.state_dict() if name in shapes]
         choices = {}
         cuts = TensorPlan(self.slice.n)
         if self.slice.n > 1:
             unfold_attention(model)
-            cuts = find_cuts(record(model, runs[0][1]), self.slice.n)
+            keep, also = request.kept(model), request.also(model)
+            cuts = find_cuts(record(model, runs[0][1]), self.slice.n, keep, also)
             self._refuse_uncut(cuts)
             choices["tensor"] = _tell(cuts, model)
         names = self._by_first_name(model)
@@ -115,6 +119,10 @@ class Parted(Whole):
         return sum(math.prod(shape) for shape in shapes)
 
     # What the ranks of a replica settle among themselves.
+
+    @property
+    def answers(self) -> bool:
+        return self.mates.rank == 0
 
     def norm(self, gradients: Mapping[str, Tensor]) -> Tensor:
         rank = self.mates.rank

@@ -59,7 +59,9 @@ def train_job(
         if prepare is not None:
             prepare(s)
         s.add_hooks(job.hooks)
-        model = s.model(job.model, forward=job.forward)
+        model = s.model(
+            job.model, forward=job.forward, keep_whole=job.keep_whole, cut_also=job.cut_also
+        )
         optimizer = s.optimizer(make_optimizer(job, model))
         if job.scheduler is not None:
             s.scheduler(make_scheduler(job, optimizer), job.scheduler_every)

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from allfuse.base.errors import PlanError, UserError
-from allfuse.split.base import Split
+from allfuse.plan import Plan
+from allfuse.split.base import Run, Split
 from allfuse.split.data import Source, Stream
 from allfuse.split.whole import Whole
 from allfuse.training.measure import to_device
@@ -45,20 +47,32 @@ def cut_model(s: Session, source: Source | Stream) -> None:
             f"it cuts a model, and the session has {len(s.models)}",
             f"data({s.plan.workers})",
         )
-    (model,), (forward,) = s.models.values(), s.forwards
-    s.choices |= s.split.cut(model, [_run(s, source, forward, rows) for rows in ROWS])
+    (model,), (forward,), (request,) = s.models.values(), s.forwards, s.requests
+    s.choices |= s.split.cut(model, runs_on(s.plan, source, forward, s.device), request)
     for learner in s.learners:
         learner.take_cut()
 
 
-def _run(
-    s: Session, source: Source | Stream, forward: Callable[[nn.Module, Any], Any], rows: int
-) -> tuple[int, Callable[[nn.Module], Any]]:
+def runs_on(
+    plan: Plan,
+    source: Source | Stream,
+    forward: Callable[[nn.Module, Any], Any],
+    device: torch.device,
+) -> list[tuple[int, Run]]:
+    """Forward passes over the first samples, on which it is found out where to cut.
+
+    Raises:
+        UserError: there are no such samples.
+    """
     if not isinstance(source, Source) or source.size < max(ROWS):
         raise UserError(
-            f"{s.plan}: where a model is cut is found out on its first {max(ROWS)} samples; "
+            f"{plan}: where a model is cut is found out on its first {max(ROWS)} samples; "
             "allowed: a data set with a length; next: a plan that leaves the model whole, such as "
-            f"data({s.plan.workers})"
+            f"data({plan.workers})"
         )
-    batch = to_device(source.fetch(np.arange(rows)), s.device)
-    return rows, lambda made: forward(made, batch)
+
+    def run(rows: int) -> tuple[int, Run]:
+        batch = to_device(source.fetch(np.arange(rows)), device)
+        return rows, lambda made: forward(made, batch)
+
+    return [run(rows) for rows in ROWS]

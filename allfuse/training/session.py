@@ -19,6 +19,7 @@ from allfuse.fusion.statistics import globalize_batch_norm
 from allfuse.job import Hook, Metric, MetricFunction, check_whole, default_forward, on
 from allfuse.plan import Plan
 from allfuse.split.data import IterableLoader, Loader, Portion, as_source
+from allfuse.split.request import Request, make_request
 from allfuse.training.balance import Balance, make_balance
 from allfuse.training.beginning import begin
 from allfuse.training.course import Course
@@ -127,6 +128,7 @@ class Session:
         self.teller = Teller(self)
         self.choices: dict[str, str] = dict(self.place.choices)
         self.forwards: list[Callable[[nn.Module, Any], Any]] = []  # of the models, in order
+        self.requests: list[Request] = []  # likewise
         self._resume_at: int | None = None
         self._closers: list[Callable[[], None]] = []
 
@@ -193,18 +195,24 @@ class Session:
         build: Callable[[], nn.Module] | nn.Module,
         name: str | None = None,
         forward: Callable[[nn.Module, Any], Any] | None = None,
+        *,
+        keep_whole: Sequence[str] = (),
+        cut_also: Sequence[str] = (),
     ) -> nn.Module:
         """The model, on this rank's device, with the same weights on every rank.
 
         A plan that cuts models needs to know how this one runs on a batch: `forward(model, batch)`,
         where it is not the default. It is cut when the loop over batches begins; parameters stay
-        the same objects, and have the shapes of this rank's pieces from then on.
+        the same objects, and have the shapes of this rank's pieces from then on. `tensor(n)` does
+        not cut modules named in `keep_whole`, and cuts those in `cut_also` however small they are
+        (names as in `model.named_modules()`, with * for any part).
 
         A function is called under the session's seed, that of a second model under seed + 1, and
         so on. With several workers BatchNorm uses the statistics of the global batch, unless the
         session was made with batch_statistics="local".
         """
         number = len(self.models)
+        request = make_request("model", keep_whole, cut_also)
         module = build_model(build, self.settings.seed + number).to(self.device)
         refuse_lazy(module)
         if self.place.plan.workers > 1:
@@ -226,6 +234,7 @@ class Session:
             module.compile()
         self.state.add_model(name or ("model" if number == 0 else f"model{number}"), module)
         self.forwards.append(forward or default_forward)
+        self.requests.append(request)
         return module
 
     def optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

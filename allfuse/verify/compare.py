@@ -36,6 +36,7 @@ TOLERANCES = {
     "bf16": HALF,
     "fp16": HALF,
 }
+NOT_HERE = -1.0  # in place of a difference: the rank has nothing of the tensor
 SMALLEST = 1e-3  # of the largest loss (or norm): below it differences are relative to that instead
 
 
@@ -116,9 +117,9 @@ class Comparison:
             figures = [math.nan if value is None else value for value in values]
         held: dict[str, float] = {}
         if moment in self.reference.kept:
-            expected = self.reference.weights(moment, self.sites[self.session.rank])
-            expected = cut_whole(expected, pieces)
-            held = self._differences(own, expected, model)
+            whole = self.reference.weights(moment, self.sites[self.session.rank])
+            here = self._differences(own, whole, cut_whole(whole, pieces), model)
+            held = {name: here.get(name, NOT_HERE) for name in whole}
         told = self._tell([*figures, *held.values()])
         if self.session.is_main:
             self.rows.append(self._row(moment, told, list(held), event is not None))
@@ -136,12 +137,16 @@ class Comparison:
         return rows
 
     def _differences(
-        self, own: Mapping[str, Tensor], expected: dict[str, Tensor], model: nn.Module
+        self,
+        own: Mapping[str, Tensor],
+        whole: dict[str, Tensor],
+        expected: dict[str, Tensor],
+        model: nn.Module,
     ) -> dict[str, float]:
-        """How far each tensor is off."""
+        """How far each tensor, or this rank's part of it, is off. In units of the whole model."""
         if self._yardstick is None:
             self._yardstick = Yardstick({name for name, _ in model.named_parameters()})
-        self._yardstick.advance(expected)
+        self._yardstick.advance(whole)
         return self._yardstick.differences(own, expected)
 
     def _row(self, moment: str, told: list[list[float]], names: list[str], stepped: bool) -> Row:
@@ -154,6 +159,7 @@ class Comparison:
             Difference(what=name, rank=rank, step=step, size=size, allowed=allowed)
             for rank, values in enumerate(told)
             for name, size in zip(names, values[3:], strict=True)
+            if size != NOT_HERE
         ]
         wrong = dict.fromkeys(each.what for each in weights if not each.ok)
         return Row(

@@ -6,6 +6,7 @@ import functools
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,17 @@ import torch
 from allfuse.base.errors import PlanError, UserError
 from allfuse.launcher.thread import first_failure, launch_threads
 from allfuse.plan import Data, Plan, Site, as_plan
+from allfuse.plan.axes import Axis
 from allfuse.plan.plan import PlanLike
+from allfuse.rule import Mean
 from allfuse.verify.compare import TOLERANCES
 from allfuse.verify.ordered import check_ordered, verify_ordered
 from allfuse.verify.progress import Listener, Relay
 from allfuse.verify.record import Reference
 from allfuse.verify.report import Report, Row
 from allfuse.verify.task import JobSource, Task
+
+PLAIN: dict[str, Any] = {"codec": "identity", "rule": "mean", "fragments": 1}
 
 
 def verify_job(
@@ -115,8 +120,33 @@ def check_plan(plan: Plan) -> None:
         return
     plan.validate_executable()
     for axis in plan.axes:
-        if not (isinstance(axis, Data | Site) and axis.sync.bound == 0):
+        if axis.replicates and not (isinstance(axis, Data | Site) and axis.sync.bound == 0):
             raise PlanError(str(plan), f"verify cannot replay {axis} yet", f"{axis.name}({axis.n})")
+        if plan.replica_size > 1 and isinstance(axis, Data | Site):
+            _refuse_beside_splits(plan, axis)
+
+
+def _refuse_beside_splits(plan: Plan, axis: Data | Site) -> None:
+    """What depends on where tensors are cut: the reference has them whole.
+
+    Raises:
+        PlanError: a codec that loses something, a rule other than the mean, or fragments.
+    """
+    reasons = {
+        "codec": not axis.codec.lossless,
+        "rule": not isinstance(axis.rule, Mean),
+        "fragments": isinstance(axis, Site) and axis.fragments > 1,
+    }
+    found = [name for name, applies in reasons.items() if applies]
+    if not found:
+        return
+    plain: Axis = replace(axis, **{name: PLAIN[name] for name in found})
+    nearest = " * ".join(str(plain if each is axis else each) for each in plan.axes)
+    why = (
+        f"{found[0]}={getattr(axis, found[0])} fuses what one rank has of the model by itself, and "
+        "the reference, which has it whole, cannot replay that yet"
+    )
+    raise PlanError(str(plan), why, nearest)
 
 
 def make_report(plan: Plan, reference: Reference, rows: list[Row], threads: int) -> Report:

@@ -8,10 +8,11 @@ section 3). Which maps those are is found by following the model's own calls.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from allfuse.base.errors import UserError
 from allfuse.split.record import Call, Recording, draws
 from allfuse.split.tensor.cut import Cut, Passing
 from allfuse.split.tensor.maps import Map, find_map
@@ -93,11 +94,14 @@ class Search:
     """Looks for regions in a recording.
 
     Args:
-        keep: weights that are to stay whole, with the reason.
+        keep: parameters that are to stay whole, with the reason.
+        also: those that are cut however small they are.
     """
 
-    def __init__(self, recording: Recording, n: int, keep: Mapping[str, str]) -> None:
-        self.recording, self.n, self.keep = recording, n, keep
+    def __init__(
+        self, recording: Recording, n: int, keep: Mapping[str, str], also: Collection[str] = ()
+    ) -> None:
+        self.recording, self.n, self.keep, self.also = recording, n, keep, also
         self.passing = Passing(recording, n)
         found = [find_map(recording, call) for call in recording.calls]
         self.maps = {each.call.index: each for each in found if each is not None}
@@ -137,11 +141,11 @@ class Search:
     def _region_before(self, last: Map) -> Region | None:
         """The region that ends at a map, and at others maybe."""
         begins = self._sources(last.x)
-        weights = [each.weight for each in begins]
+        weights = [name for each in begins for name in (each.weight, each.bias)]
         reason = None
         if last.weight in self.keep:
             reason = self.keep[last.weight]
-        elif kept := [name for name in weights if name in self.keep]:
+        elif kept := [name for name in weights if name is not None and name in self.keep]:
             reason = f"{_owner(kept[0])} stays whole"
         elif not begins:
             reason = "no map stands before it"
@@ -257,6 +261,9 @@ class Search:
         if passed is None:
             shapes = ", ".join(str(self.recording.shapes[i]) for i in call.outputs[:1])
             raise NoCut(f"{_said(call)} mixes the channels, to shape {shapes}", call.index)
+        for number in passed.parameters:
+            if names[number] in self.keep:
+                raise NoCut(f"{_owner(names[number])} stays whole", call.index)
         region.cuts |= {names[number]: cut for number, cut in passed.parameters.items()}
         region.partial |= {names[i] for i in passed.whole if i in self.recording.parameters}
         for place, size in passed.sizes.items():
@@ -347,7 +354,7 @@ class Search:
         """Why a map that stands alone is not cut. None where it is."""
         if weight in self.keep:
             return self.keep[weight]
-        if _count(shape) < LEAST_SHARE * total:
+        if weight not in self.also and _count(shape) < LEAST_SHARE * total:
             return f"alone it has {_count(shape) / total:.1%} of the parameters"
         dims = {0 if each.kind == "embedding" else each.out_of for each in maps}
         if len(dims) > 1:
@@ -358,9 +365,30 @@ class Search:
         return None
 
 
-def find_cuts(recording: Recording, n: int, keep: Mapping[str, str] | None = None) -> TensorPlan:
-    """How a model is cut into n slices. `keep`: weights that stay whole, with the reason."""
-    return Search(recording, n, keep or {}).run()
+def find_cuts(
+    recording: Recording,
+    n: int,
+    keep: Mapping[str, str] | None = None,
+    also: Collection[str] = (),
+) -> TensorPlan:
+    """How a model is cut into n slices.
+
+    Args:
+        keep: parameters that stay whole, with the reason.
+        also: those that are cut however small they are.
+
+    Raises:
+        UserError: one of `also` cannot be cut.
+    """
+    found = Search(recording, n, keep or {}, also).run()
+    for weight in also:
+        reason = found.whole.get(_owner(weight))
+        if reason is not None and weight not in found.cuts:
+            raise UserError(
+                f"cut_also: {_owner(weight)} cannot be cut into {n} slices: {reason}; next: leave "
+                "it out of cut_also"
+            )
+    return found
 
 
 def _owner(parameter: str) -> str:
