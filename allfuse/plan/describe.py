@@ -112,10 +112,13 @@ def _batches(plan: Plan) -> str:
     """How a batch is divided, and by whom a share of it is worked on."""
     parts = ["each batch is worked on whole"]
     if plan.replicas > 1:
-        parts = [f"each batch is cut into {plan.replicas:,} even shares, one for each replica"]
+        of = "replica" if plan.axis("shard") is None else "shard of each replica"
+        parts = [f"each batch is cut into {plan.replicas:,} even shares, one for each {of}"]
     if plan.axis("member") is not None:
         parts.append("every member sees all batches")
-    ranks = len(plan.replica(0))
+    shard = plan.axis("shard")
+    ranks = plan.replica_size // (1 if shard is None else shard.n)
     if ranks > 1:
-        parts.append(f"the {ranks} ranks that hold one model together work on the same samples")
+        of = "model" if shard is None else "shard"
+        parts.append(f"the {ranks} ranks that hold one {of} together work on the same samples")
     return "; ".join(parts)

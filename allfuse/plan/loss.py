@@ -14,7 +14,8 @@ from allfuse.plan.plan import Plan
 def losable(plan: Plan) -> Axis | None:
     """The axis whose replicas the others can go on without: the outermost that divides the batch
     among more than one. None without one."""
-    return next((axis for axis in plan.axes if axis.divides_batch and axis.n > 1), None)
+    shared = (axis for axis in plan.axes if axis.replicates and axis.divides_batch)
+    return next((axis for axis in shared if axis.n > 1), None)
 
 
 def group_size(plan: Plan) -> int:

@@ -136,7 +136,8 @@ class Plan:
 
     @property
     def replicas(self) -> int:
-        """Shares that each batch is cut into: the product of the sizes of `data` and `site`."""
+        """Shares that each batch is cut into: the product of the sizes of `data`, `site` and
+        `shard`."""
         return math.prod(axis.n for axis in self.axes if axis.divides_batch)
 
     @property

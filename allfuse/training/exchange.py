@@ -1,4 +1,4 @@
-"""The figures that every rank of a data axis learns of all others in each step."""
+"""The figures that every rank learns in each step of all that share a batch with it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Exchange:
         if self.link.size == 1:
             read = _read_later(losses) if self.device.type == "cuda" else lambda: _sum(losses)
             return lambda: Figures([read()], [count], [busy_s], [stop])
-        if fusion.carries:
+        if fusion.carries and fusion.link.members == self.link.members:
             fusion.carry((_sum(losses), count, busy_s, stop))
             return lambda: _figures(fusion.carried())
         rows = torch.zeros(self.link.size, 4, dtype=torch.float64)

@@ -121,8 +121,8 @@ def batch_size_of(loader: Loader | IterableLoader) -> int | None:
 def refuse_small(batch_size: int, place: Place) -> None:
     if batch_size < place.parts:
         raise UserError(
-            f"batch_size={batch_size}: plan {place.plan} has {place.parts} replicas that share "
-            f"each batch; allowed: a batch_size of at least {place.parts}, or fewer workers"
+            f"batch_size={batch_size}: plan {place.plan} cuts each batch into {place.parts} "
+            f"shares; allowed: a batch_size of at least {place.parts}, or fewer workers"
         )
 
 
