@@ -131,7 +131,7 @@ def test_a_peer_that_is_lost_at_any_moment_is_named_and_no_sum_is_wrong(
 
     def work() -> Tensor:
         link = open_link()
-        link.timeout_s = 0.05 if how == "stall" else 10.0
+        link.timeout_s = 0.02 if how == "stall" else 10.0
         block = start[link.rank].clone()
         run(plot(topology, Layout.of(n), link.rank, 0, 0), link, block, "round 1", 1)
         return block
