@@ -135,6 +135,8 @@ def contests() -> list[tuple[Goal, list[Contender]]]:
                 from_elsewhere("hivemind", 96, 4e-3),
                 plan("site(4, every=32, topology=central, codec=int4)", 32, 3e-3),
                 plan("site(4, every=208, topology=central, codec=int4)", 208, 3e-3),
+                plan("site(4, every=16, topology=central, codec=sign)", 16, 4e-3),
+                plan("site(4, every=24, topology=central, codec=sign)", 24, 4e-3),
             ],
         ),
     ]
