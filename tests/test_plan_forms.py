@@ -261,7 +261,7 @@ def test_nest_may_shorten_what_has_one_meaning(nest):
         ("data(4, codec=None)", "read, never evaluated", "auto"),
         ("data(ring(4))", "whole number", "data(1)"),
         ("site(4, outer=no_such)", "no such outer", "average"),
-        ("pipe(2, schedule=1f1b)", "is not a plan", "data(4)"),
+        ("pipe(2, schedule=2f2b)", "is not a plan", "data(4)"),
         ("data(4", "was never closed", "data(4)"),
         ("data(" + "9" * 30 + ")", "too large", "at most"),
         ("data(-1e999)", "not finite", "a finite number"),

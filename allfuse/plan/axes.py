@@ -10,7 +10,7 @@ in the table that its values come from.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from allfuse.base.choice import Choice
@@ -20,6 +20,7 @@ from allfuse.plan.option import Option
 from allfuse.plan.pace import refuse_mixing, refuse_pace
 from allfuse.plan.pairing import refuse_balance, refuse_out_of_step, refuse_pairing
 from allfuse.plan.parse import clip
+from allfuse.plan.schedule import SCHEDULES, OneForwardOneBackward, Schedule
 from allfuse.rule import RULES, Mean, Rule
 from allfuse.sync import SYNCS, Bsp, Sync
 from allfuse.sync.outer import OUTERS, Average, Outer
@@ -239,27 +240,61 @@ class Tensor(Axis):
 
 @dataclass(frozen=True, kw_only=True)
 class Pipe(Axis):
-    """One model cut between its layers."""
+    """One model cut between its layers.
+
+    `microbatches` is the number that each replica's share of a batch is cut into; None derives it.
+
+    >>> str(Pipe(4, schedule="interleaved(3)", microbatches=8))
+    'pipe(4, schedule=interleaved(stages=3), microbatches=8)'
+    """
 
     name: ClassVar[str] = "pipe"
+    executable: ClassVar[bool] = True
+
+    schedule: Option[Schedule] = Option(SCHEDULES, OneForwardOneBackward())
+    microbatches: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        count: object = self.microbatches
+        if count is None:
+            return
+        given = f"pipe({self.n}, schedule={self.schedule}, microbatches={clip(repr(count), 40)})"
+        if not (type(count) is int and 1 <= count <= MAX_SIZE):
+            why = f"microbatches is a whole number from 1 to {MAX_SIZE:,}"
+            raise PlanError(given, why, f"pipe({self.n}, microbatches={4 * self.n})")
+        most = self.schedule.most(count, self.n)
+        if most != count:
+            why = (
+                f"{self.schedule} takes microbatches in {count // self.n} rounds of as many each, "
+                f"and {count} cannot be cut so"
+            )
+            nearest = replace(self, microbatches=most)
+            raise PlanError(given, why, str(nearest))
 
     def explain(self) -> str:
+        each = self.schedule.each
+        stages = f"{_count(self.n * each, 'stage')}, {'one' if each == 1 else each} per rank"
+        count = "" if self.microbatches is None else f"{self.microbatches} "
         return (
-            f"one model is cut between its layers into {_count(self.n, 'stage')}, one per rank; "
-            "microbatches flow through them"
+            f"one model is cut between its layers into {stages}; {count}microbatches flow through "
+            f"them in the order of {self.schedule.name}"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard(Axis):
-    """One model whose state is cut evenly."""
+    """One model whose state is cut evenly; its ranks share each batch."""
 
     name: ClassVar[str] = "shard"
+    divides_batch: ClassVar[bool] = True
+    executable: ClassVar[bool] = True
 
     def explain(self) -> str:
         return (
             "the parameters, gradients and optimizer state of one model are cut evenly into "
-            f"{_count(self.n, 'shard')}, one per rank"
+            f"{_count(self.n, 'shard')}, one per rank, and its ranks share each batch; blocks of "
+            "the model are brought together when they run"
         )
 
 

@@ -47,7 +47,7 @@ class Option(Generic[V]):
         if auto and (value is None or (isinstance(value, str) and value == "auto")):
             return None
         if isinstance(value, str):
-            value = read_call(value)
+            value = Call(value) if value in self.table else read_call(value)
         listed = None
         if isinstance(value, Call | Choice | type):
             listed = self.table.get(getattr(value, "name", ""))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import math
+import re
 import threading
 from dataclasses import dataclass, field
 
@@ -17,6 +18,9 @@ from allfuse.base.errors import PlanError
 MAX_CHARACTERS = 10_000
 MAX_DEPTH = 16  # brackets inside brackets; the deepest plan of the documentation has 2
 MAX_INTEGER = 10**18  # Python refuses to print whole numbers beyond some thousand digits
+
+DIGIT_FIRST = re.compile(r"""(?<![\w.'"])(1f1b)(?![\w.'"])""")
+"""A name that Python would take for a broken number where no quotes stand around it."""
 
 TRUTH = {"true": True, "false": False}  # beside True and False, as YAML has them
 
@@ -85,7 +89,8 @@ class Reader:
             raise PlanError(
                 clip(text), f"has {len(text):,} characters, at most {MAX_CHARACTERS:,}", EXAMPLE
             )
-        self.text = " ".join(text.splitlines()).strip()  # lines, as YAML folds them, mean nothing
+        lines = " ".join(text.splitlines()).strip()  # lines, as YAML folds them, mean nothing
+        self.text = DIGIT_FIRST.sub(r"'\1'", lines)
         if not self.text:
             raise PlanError("an empty text", "a plan names at least one axis", "data(1)")
         self.check_depth()

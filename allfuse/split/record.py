@@ -62,11 +62,13 @@ class Visit:
     """One pass through a module: the calls from `begin` to before `end`.
 
     Attributes:
+        began: how many passes had begun before it.
         taken: numbers of the tensors among its arguments, in order.
         result: what it returned, with a `Ref` for each tensor.
     """
 
     module: str
+    began: int
     begin: int
     end: int
     taken: tuple[int, ...]
@@ -125,7 +127,8 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.recording = Recording()
         self.stack: list[str] = []  # names of the modules that run, innermost last
-        self._begun: list[tuple[int, tuple[int, ...]]] = []
+        self._begun: list[tuple[int, int, tuple[int, ...]]] = []
+        self._passes = 0
         self.failed = ""  # the module that made a call which failed
         self._parameters, self._buffers = parameters, buffers
         self._numbers: dict[int, int] = {}
@@ -151,13 +154,14 @@ class Recorder(TorchFunctionMode):
         """A module begins to run."""
         self.stack.append(module)
         taken = tuple(self.number(tensor) for tensor in tensors_in(arguments))
-        self._begun.append((len(self.recording.calls), taken))
+        self._begun.append((self._passes, len(self.recording.calls), taken))
+        self._passes += 1
 
     def leave(self, result: Any) -> None:
         """The innermost module ends."""
-        module, (begin, taken) = self.stack.pop(), self._begun.pop()
+        module, (began, begin, taken) = self.stack.pop(), self._begun.pop()
         end, result = len(self.recording.calls), map_nest(self._as_ref, result)
-        self.recording.visits.append(Visit(module, begin, end, taken, result))
+        self.recording.visits.append(Visit(module, began, begin, end, taken, result))
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None

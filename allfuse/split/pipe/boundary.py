@@ -7,13 +7,14 @@ from the batch alone (masks, positions) each stage computes for itself.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from allfuse.base.errors import PlanError
-from allfuse.split.record import Recording, Visit
+from allfuse.base.tensors import leaves
+from allfuse.split.record import Recording, Ref, Visit
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Boundary:
     """A place where a model can be cut.
 
     Attributes:
-        module: which begins there, in its pass number `visit`, counted from 0.
+        module: which begins there, in its pass number `visit`, counted from 0. began: how many
+            passes through modules begin before that.
         call: index of the first call after it.
         value: number of the tensor that crosses. argument: which of the tensors that the module
             takes it is.
@@ -29,6 +31,7 @@ class Boundary:
 
     module: str
     visit: int
+    began: int
     call: int
     value: int
     argument: int
@@ -48,17 +51,18 @@ class StagePlan:
     parameters: frozenset[str]
 
 
-def find_boundaries(recording: Recording) -> list[Boundary]:
-    """All places where a model can be cut, in order, each call at most once."""
+def find_boundaries(recording: Recording, inside: Collection[int] = ()) -> list[Boundary]:
+    """All places where a model can be cut, in order, each call at most once.
+
+    Args:
+        inside: values of which each rank has only a piece, which cannot cross.
+    """
     learned, makers = recording.learned(), recording.makers
-    last_use: dict[int, int] = {}
-    for call in recording.calls:
-        last_use |= dict.fromkeys(call.inputs, call.index)
-    last_use |= dict.fromkeys(recording.outputs, len(recording.calls))
+    last_use = find_last_uses(recording)
     made = {value: call.index for value, call in makers.items() if value in learned}
     found: dict[int, Boundary] = {}
     seen: dict[str, int] = defaultdict(int)
-    for visit in sorted(recording.visits, key=lambda each: (each.begin, -each.end)):
+    for visit in sorted(recording.visits, key=lambda each: each.began):
         number = seen[visit.module]
         seen[visit.module] += 1
         if visit.begin == visit.end:
@@ -68,30 +72,51 @@ def find_boundaries(recording: Recording) -> list[Boundary]:
         if len(crossing) != 1:
             continue
         value = crossing[0]
-        if value in visit.taken and last_use[value] < visit.end:  # nobody else holds it
+        alone = value in visit.taken and last_use[value] < visit.end  # nobody else holds it
+        if alone and value not in inside:
             place = visit.taken.index(value)
-            found[begin] = Boundary(visit.module, number, begin, value, place)
+            found[begin] = Boundary(visit.module, number, visit.began, begin, value, place)
     return [found[call] for call in sorted(found)]
 
 
-def cut_stages(recording: Recording, n: int, costs: Sequence[float]) -> list[StagePlan]:
-    """n stages of costs as even as can be.
+def find_last_uses(recording: Recording) -> dict[int, int]:
+    """The last call that takes each value; one more than the last of those that are returned."""
+    last: dict[int, int] = {}
+    for call in recording.calls:
+        last |= dict.fromkeys(call.inputs, call.index)
+    return last | dict.fromkeys(recording.outputs, len(recording.calls))
+
+
+def cut_stages(
+    recording: Recording,
+    n: int,
+    costs: Sequence[float],
+    *,
+    each: int = 1,
+    inside: Collection[int] = (),
+) -> list[StagePlan]:
+    """Stages of costs as even as can be, so many for each of n ranks.
 
     Args:
         costs: of each call.
+        inside: values that cannot cross, as slices of the model hold them in pieces.
 
     Raises:
         PlanError: there are fewer places to cut than that takes; it names those there are.
     """
-    boundaries = [each for each in find_boundaries(recording) if each.call]
-    if len(boundaries) < n - 1:
-        names = ", ".join(each.module for each in boundaries) or "none"
+    boundaries = [place for place in find_boundaries(recording, inside) if place.call]
+    wanted = n * each
+    if len(boundaries) < wanted - 1:
+        names = ", ".join(place.module for place in boundaries) or "none"
+        able = len(boundaries) + 1
         raise PlanError(
             f"pipe({n})",
-            f"{n} stages need {n - 1} places where one tensor is all that is passed on, and the "
-            f"model has {len(boundaries)}: {names}",
-            f"pipe({len(boundaries) + 1})" if boundaries else "data(n)",
+            f"{wanted} stages need {wanted - 1} places where one tensor is all that is passed on"
+            + (", outside of what tensor(n) cuts" if inside else "")
+            + f", and the model has {len(boundaries)}: {names}",
+            f"pipe({min(able, n)})" if able > 1 else f"data({n})",
         )
+    n = wanted
     chosen = _balance([each.call for each in boundaries], n, costs)
     cuts = [None, *(boundaries[at] for at in chosen), None]
     stages = []
@@ -131,18 +156,40 @@ def _balance(places: Sequence[int], n: int, costs: Sequence[float]) -> list[int]
     return chosen
 
 
-def passes_before(recording: Recording, call: int) -> list[tuple[int, Visit]]:
-    """The outermost passes through modules that ended before a call and took parameters, each with
-    its number among the passes through its module."""
-    numbers: dict[str, int] = defaultdict(int)
-    found = []
-    order = sorted(recording.visits, key=lambda each: (each.begin, -each.end))
-    inside = -1
-    for visit in order:
+@dataclass(frozen=True)
+class Skip:
+    """A pass through a module that an earlier stage has computed: it is pass number `number` of
+    that module. within: how often it passes through other modules."""
+
+    visit: Visit
+    number: int
+    within: Counter[str]
+
+
+def passes_before(recording: Recording, place: Boundary) -> Iterator[Skip]:
+    """The outermost passes through modules that ended before a place and whose results were
+    learned, or who took parameters.
+
+    One that gives something beside it that a later stage needs and that was not learned, such as a
+    mask, is gone into: only what is within is skipped.
+    """
+    learned, last_use = recording.learned(), find_last_uses(recording)
+    ended = {visit.began: at for at, visit in enumerate(recording.visits)}
+    numbers: Counter[str] = Counter()
+    order = sorted(recording.visits, key=lambda each: each.began)
+    outer: Visit | None = None
+    for visit in order[: place.began]:
         number = numbers[visit.module]
         numbers[visit.module] += 1
-        if visit.end <= call and visit.begin >= inside and visit.module:
-            inside = visit.end
-            if recording.parameters_in(visit.begin, visit.end):
-                found.append((number, visit))
-    return found
+        within = outer is not None and ended[visit.began] < ended[outer.began]
+        if within or visit.end > place.call or not visit.module:
+            continue
+        given = {leaf.number for leaf in leaves(visit.result) if isinstance(leaf, Ref)}
+        if not (given & learned or recording.parameters_in(visit.begin, visit.end)):
+            continue
+        if any(last_use.get(value, -1) >= place.call for value in given - learned):
+            continue
+        outer = visit
+        later = (each for each in order[visit.began + 1 :])
+        inner = (each.module for each in later if ended[each.began] < ended[visit.began])
+        yield Skip(visit, number, Counter(inner))

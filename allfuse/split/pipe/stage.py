@@ -7,8 +7,9 @@ the first module of the next stage the pass ends. So no model is rewritten or tr
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from allfuse.base.tensors import map_nest
-from allfuse.split.pipe.boundary import Boundary, StagePlan, passes_before
-from allfuse.split.record import Ref, tensors_in
+from allfuse.split.pipe.boundary import Boundary, Skip, StagePlan, passes_before
+from allfuse.split.record import Recording, Ref, tensors_in
 from allfuse.split.shapes import Shapes
 
 
@@ -29,80 +30,94 @@ class _Passed(BaseException):
 
 
 class Stage:
-    """Computes one stage of a model.
-
-    Parameters of other stages are dropped from the model, whose names stay what they are.
+    """Computes one stage of a model, which may have several: each changes what modules do while it
+    runs, and nothing at other times.
 
     Args:
-        model: the whole, changed in place.
+        model: the whole, whose modules are changed in place.
     """
 
-    def __init__(self, model: nn.Module, plan: StagePlan, shapes: Shapes) -> None:
-        self.model, self.plan, self.shapes = model, plan, shapes
+    def __init__(
+        self, model: nn.Module, plan: StagePlan, shapes: Shapes, device: torch.device
+    ) -> None:
+        self.plan, self.shapes, self.device = plan, shapes, device
+        self.active = False
+        self.changes = False  # what it takes, in place
         self._received: Tensor | None = None
         self._rows = 0
-        self._counts: dict[tuple[str, str], int] = defaultdict(int)
+        self._counts: Counter[str] = Counter()  # passes through each module so far
         modules = dict(model.named_modules())
-        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        skips: dict[str, dict[int, Skip]] = defaultdict(dict)
         if plan.first is not None:
-            computed: dict[str, dict[int, Any]] = defaultdict(dict)
-            for number, visit in passes_before(shapes.one, plan.first.call):
-                computed[visit.module][number] = visit.result
-            for name, results in computed.items():
-                modules[name].forward = self._skipping(modules[name], name, results)
-            modules[plan.first.module].register_forward_pre_hook(
-                self._beginning(plan.first), with_kwargs=True
-            )
-        if plan.last is not None:
-            modules[plan.last.module].register_forward_pre_hook(
-                self._ending(plan.last), with_kwargs=True
-            )
-        self._drop_others()
+            for skip in passes_before(shapes.one, plan.first):
+                skips[skip.visit.module][skip.number] = skip
+            self.changes = _changes(shapes.one, plan.first.value)
+        ends = {each.module for each in (plan.first, plan.last) if each is not None}
+        for name in {**skips, **dict.fromkeys(sorted(ends))}:
+            modules[name].register_forward_pre_hook(self._at(name), with_kwargs=True)
+        for name, found in skips.items():
+            modules[name].forward = self._skipping(modules[name], name, found)
 
-    def run(self, received: Tensor | None, rows: int, run: Callable[[nn.Module], Any]) -> Any:
+    def run(self, received: Tensor | None, rows: int, compute: Callable[[], Any]) -> Any:
         """One pass over a microbatch.
 
         Args:
             received: what the stage before has sent; None in the first.
             rows: of the microbatch.
-            run: the whole pass, as the job has it.
+            compute: the whole pass, as the job has it.
 
-        Returns: what goes to the next stage, or what `run` returns in the last.
+        Returns: what goes to the next stage, or what `compute` returns in the last.
         """
-        self._received, self._rows = received, rows
+        if received is not None and self.changes:
+            received = received.clone()  # autograd lets nobody change what it begins with
+        self._received, self._rows, self.active = received, rows, True
         self._counts.clear()
         try:
-            return run(self.model)
+            return compute()
         except _Passed as passed:
             return passed.value
         finally:
-            self._received = None
+            self._received, self.active = None, False
 
-    def _drop_others(self) -> None:
-        """Leave something in the place of other stages' parameters that has their shape and type,
-        for code that looks at these, and no contents."""
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        for module in self.model.modules():
-            for key, parameter in list(module._parameters.items()):
-                if parameter is not None and names[id(parameter)] not in self.plan.parameters:
-                    del module._parameters[key]
-                    object.__setattr__(module, key, parameter.detach().to("meta"))
+    def _at(self, name: str) -> Callable[..., Any]:
+        """What is done when a module begins a pass."""
+        first, last = self.plan.first, self.plan.last
 
-    def _visit(self, kind: str, module: str) -> int:
-        """The number of this pass through a module."""
-        self._counts[kind, module] += 1
-        return self._counts[kind, module] - 1
+        def begin(_: nn.Module, args: Any, kwargs: Any) -> Any:
+            if not self.active:
+                return None
+            number = self._counts[name]
+            self._counts[name] += 1
+            if last is not None and (name, number) == (last.module, last.visit):
+                raise _Passed(list(tensors_in((args, kwargs)))[last.argument])
+            if first is not None and (name, number) == (first.module, first.visit):
+                return self._put_received(first, args, kwargs)
+            return None
+
+        return begin
+
+    def _put_received(self, first: Boundary, args: Any, kwargs: Any) -> Any:
+        """The arguments with what was received in its place."""
+        place = itertools.count()
+
+        def put(leaf: Any) -> Any:
+            here = isinstance(leaf, Tensor) and next(place) == first.argument
+            return self._received if here else leaf
+
+        return map_nest(put, (args, kwargs))
 
     def _skipping(
-        self, module: nn.Module, name: str, results: Mapping[int, Any]
+        self, module: nn.Module, name: str, found: Mapping[int, Skip]
     ) -> Callable[..., Any]:
         inner = module.forward
 
+        @functools.wraps(inner)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            number = self._visit("skip", name)
-            if number not in results:
+            skip = found.get(self._counts[name] - 1) if self.active else None
+            if skip is None:
                 return inner(*args, **kwargs)
-            return map_nest(self._hollow, results[number])
+            self._counts.update(skip.within)
+            return map_nest(self._hollow, skip.visit.result)
 
         return forward
 
@@ -111,23 +126,8 @@ class Stage:
             return self.shapes.empty(leaf.number, self._rows, self.device)
         return leaf
 
-    def _beginning(self, boundary: Boundary) -> Callable[..., Any]:
-        def begin(_: nn.Module, args: Any, kwargs: Any) -> Any:
-            if self._visit("begin", boundary.module) != boundary.visit:
-                return None
-            place = itertools.count()
 
-            def put(leaf: Any) -> Any:
-                here = isinstance(leaf, Tensor) and next(place) == boundary.argument
-                return self._received if here else leaf
-
-            return map_nest(put, (args, kwargs))
-
-        return begin
-
-    def _ending(self, boundary: Boundary) -> Callable[..., None]:
-        def end(_: nn.Module, args: Any, kwargs: Any) -> None:
-            if self._visit("end", boundary.module) == boundary.visit:
-                raise _Passed(list(tensors_in((args, kwargs)))[boundary.argument])
-
-        return end
+def _changes(recording: Recording, value: int) -> bool:
+    """Whether a value is changed by a call that takes it."""
+    firsts = (call.arguments[0][:1] for call in recording.calls if call.in_place)
+    return (Ref(value),) in firsts

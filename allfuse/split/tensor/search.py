@@ -49,6 +49,7 @@ class TensorPlan:
     Attributes:
         uses: of each call that is cut, by its index.
         cuts: of each parameter and buffer that is cut, by name.
+        values: likewise of each value within a region, by its number.
         partial: parameters that stay whole and of whose gradient each rank has a part.
         sizes: by module, arguments of its calls that are n times smaller for a slice: the name of
             the function, the place of the argument, and what it is for the whole.
@@ -62,6 +63,7 @@ class TensorPlan:
     n: int
     uses: dict[int, Use] = field(default_factory=dict)
     cuts: dict[str, Cut] = field(default_factory=dict)
+    values: dict[int, Cut] = field(default_factory=dict)
     partial: set[str] = field(default_factory=set)
     sizes: dict[str, set[tuple[str, int, int]]] = field(default_factory=dict)
     random: dict[str, list[bool]] = field(default_factory=dict)
@@ -85,6 +87,7 @@ class Region:
     columns: list[tuple[Map, Cut]]
     rows: list[tuple[Map, Cut]] = field(default_factory=list)
     cuts: dict[str, Cut] = field(default_factory=dict)
+    values: dict[int, Cut] = field(default_factory=dict)
     partial: set[str] = field(default_factory=set)
     sizes: list[tuple[str, tuple[str, int, int]]] = field(default_factory=list)
     random: set[int] = field(default_factory=set)
@@ -236,6 +239,7 @@ class Search:
             )
         if not region.rows:
             raise NoCut("nothing takes what would be cut", len(self.recording.calls))
+        region.values = cuts
         return region
 
     def _end_at(self, end: Map, mine: Mapping[int, Cut]) -> Cut:
@@ -316,6 +320,7 @@ class Search:
             plan.uses[each.call.index] = Use(each, "rows", cut)
             plan.cuts[each.weight] = cut
         plan.cuts |= region.cuts
+        plan.values |= region.values
         plan.partial |= region.partial
         self._drawing |= region.random
         for module, size in region.sizes:

@@ -1,0 +1,129 @@
+"""What the stages of one pass over some microbatches send each other.
+
+No headers: both sides know the shapes, and both know from the schedule what comes in which order.
+For each microbatch a stage sends what it passes on, and gets as many bytes of gradients back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from allfuse.base.errors import UserError
+from allfuse.link import Link, Work
+from allfuse.plan.schedule import Action, Order
+
+
+class Parcel(NamedTuple):
+    """What crosses between stage `crossing` and the next: for it, or the gradient back."""
+
+    back: bool
+    crossing: int
+    microbatch: int
+
+    @property
+    def operation(self) -> str:
+        what = "gradients" if self.back else "activations"
+        return f"pass {what} between stages {self.crossing} and {self.crossing + 1}"
+
+
+def parcel_of(action: Action, stages: int) -> Parcel | None:
+    """What an action gives to another stage; None where it gives nothing."""
+    kind, stage, microbatch = action
+    if kind == "forward":
+        return Parcel(False, stage, microbatch) if stage + 1 < stages else None
+    if kind == "weight" or stage == 0:
+        return None
+    return Parcel(True, stage - 1, microbatch)
+
+
+class Courier:
+    """Brings parcels from stage to stage.
+
+    Between one rank and another they come in the order in which the schedule of the sender makes
+    them; those that come before they are asked for are kept.
+
+    Args:
+        link: to the ranks of the pipeline.
+        orders: what each of them does.
+        owner: the rank that has a stage.
+        empty: a tensor for what crosses after a stage, in a microbatch.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        orders: Sequence[Order],
+        stages: int,
+        owner: Callable[[int], int],
+        empty: Callable[[int, int], Tensor],
+    ) -> None:
+        self.link, self.owner, self.empty = link, owner, empty
+        self.waited_s = 0.0
+        self._here: dict[Parcel, Tensor] = {}
+        self._sent: list[tuple[Work, Tensor]] = []
+        self._coming: dict[int, deque[Parcel]] = {}
+        for peer, order in enumerate(orders):
+            if peer != link.rank:
+                parcels = (parcel_of(action, stages) for action in order)
+                own = [p for p in parcels if p is not None and self._taker(p) == link.rank]
+                self._coming[peer] = deque(own)
+
+    def _taker(self, parcel: Parcel) -> int:
+        return self.owner(parcel.crossing + (0 if parcel.back else 1))
+
+    def _giver(self, parcel: Parcel) -> int:
+        return self.owner(parcel.crossing + (1 if parcel.back else 0))
+
+    def give(self, parcel: Parcel, tensor: Tensor) -> None:
+        """Send a tensor on its way.
+
+        Raises:
+            UserError: it is not what its taker expects.
+        """
+        tensor = tensor.detach()
+        peer = self._taker(parcel)
+        if peer == self.link.rank:
+            self._here[parcel] = tensor
+            return
+        expected = self.empty(parcel.crossing, parcel.microbatch)
+        if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
+            raise UserError(
+                f"stage {parcel.crossing + parcel.back} passes on {_kind(tensor)} in microbatch "
+                f"{parcel.microbatch}, and by the first samples it is {_kind(expected)}; allowed: "
+                "a model that computes the same shapes and types for all batches; next: pad "
+                "samples to one length, or a plan without pipe"
+            )
+        sent = tensor.contiguous()
+        self._sent.append((self.link.send(sent, peer, parcel.operation), sent))
+
+    def take(self, parcel: Parcel) -> Tensor:
+        """What another stage gave. Waits for it. Raises PeerLost."""
+        if parcel not in self._here:
+            begin = time.perf_counter()
+            peer = self._giver(parcel)
+            while parcel not in self._here:
+                self._receive(self._coming[peer].popleft(), peer)
+            self.waited_s += time.perf_counter() - begin
+        return self._here.pop(parcel)
+
+    def _receive(self, parcel: Parcel, peer: int) -> None:
+        tensor = self.empty(parcel.crossing, parcel.microbatch)
+        self.link.receive(tensor, peer, parcel.operation).wait()
+        self._here[parcel] = tensor
+
+    def settle(self) -> None:
+        """Wait until all that was sent has gone."""
+        begin = time.perf_counter()
+        for work, _ in self._sent:
+            work.wait()
+        self._sent.clear()
+        self.waited_s += time.perf_counter() - begin
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"

@@ -1,0 +1,299 @@
+"""Runs microbatches through the stages of a rank, in the order of a schedule."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from allfuse.base.errors import AllfuseError, JobError, UserError
+from allfuse.base.tensors import cut_rows, share
+from allfuse.link import Link
+from allfuse.plan import Pipe
+from allfuse.plan.schedule import Action, Order, derive_microbatches
+from allfuse.split.elsewhere import ELSEWHERE
+from allfuse.split.pipe.courier import Courier, Parcel
+from allfuse.split.pipe.deferred import Deferring, Later
+from allfuse.split.pipe.stage import Stage
+
+Part = tuple[Any, int]
+"""A microbatch and its rows."""
+
+Lose = Callable[[Any, int], Tensor]
+"""What to differentiate, from what the last stage came to and the rows of the microbatch."""
+
+NO_LOSS = (
+    "the loss does not depend on any parameter that requires a gradient; allowed: a loss computed "
+    "from the model's outputs; next: look for detach(), no_grad() or item() on the way, and for "
+    "frozen parameters"
+)
+
+
+class Pipeline:
+    """The stages of one rank, and its link to the ranks that have the others.
+
+    Args:
+        link: to the ranks of the pipeline, this one among them.
+        stages: those of this rank, by their number. count: of all ranks.
+        shared: names of parameters that stages of several ranks use, and which ranks.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        axis: Pipe,
+        stages: Mapping[int, Stage],
+        count: int,
+        shared: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        self.link, self.axis, self.schedule = link, axis, axis.schedule
+        self.stages, self.count, self.shared = dict(stages), count, dict(shared)
+        self._orders: dict[int, list[Order]] = {}
+        self._before: deque[Courier] = deque()  # of passes before, whose parcels may be under way
+        self.waited_s = 0.0
+
+    @property
+    def running(self) -> bool:
+        return any(stage.active for stage in self.stages.values())
+
+    @property
+    def teller(self) -> int:
+        """The rank that has the last stage, and so what the model gives."""
+        return self.owner(self.count - 1)
+
+    def owner(self, stage: int) -> int:
+        return self.schedule.owner(stage, self.link.size)
+
+    def microbatches(self, rows: int) -> int:
+        """Into how many so many rows are cut."""
+        n = self.link.size
+        if self.axis.microbatches is None:
+            return derive_microbatches(rows, n, self.schedule)
+        return self.schedule.most(min(self.axis.microbatches, rows), n)
+
+    def cut(self, batch: Any, rows: int) -> list[Part]:
+        """A batch in microbatches, as even as can be."""
+        count = self.microbatches(rows)
+        if count == 1:
+            return [(batch, rows)]
+        bounds = [share(rows, count, number) for number in range(count)]
+        return [(cut_rows(batch, start, stop), stop - start) for start, stop in bounds]
+
+    # Training.
+
+    def learn(
+        self,
+        parts: Sequence[Part],
+        compute: Callable[[Any], Any],
+        lose: Lose,
+        before: Callable[[int, int], None],
+        inputs: Sequence[Parameter] = (),
+    ) -> None:
+        """Add the gradients of some microbatches to those of this rank's parameters.
+
+        Args:
+            compute: the model's pass over a microbatch and what follows it, as the job has it.
+            lose: makes of what that gives what to differentiate; called for the last stage.
+            before: called with stage and microbatch before each forward pass.
+            inputs: parameters that get gradients; all, when empty.
+
+        Raises:
+            JobError: the model or the loss failed; names stage, rank and microbatch.
+        """
+        orders = self._order_of(len(parts))
+        passing = _Pass(self, orders, parts)
+        for action in orders[self.link.rank]:
+            with self._named(action):
+                match action.kind:
+                    case "forward":
+                        before(action.stage, action.microbatch)
+                        passing.forward(action, compute, lose)
+                    case "weight":
+                        passing.weights(action)
+                    case _:
+                        passing.backward(action, inputs)
+        passing.courier.settle()
+        self.waited_s += passing.courier.waited_s
+
+    def _order_of(self, count: int) -> list[Order]:
+        if count not in self._orders:
+            self._orders[count] = self.schedule.orders(self.link.size, count)
+        return self._orders[count]
+
+    @contextlib.contextmanager
+    def _named(self, action: Action) -> Iterator[None]:
+        """Around what a model does: says where it failed."""
+        try:
+            yield
+        except AllfuseError:
+            raise
+        except Exception as error:
+            what = "forward" if action.kind == "forward" else "backward"
+            raise JobError(
+                f"stage {action.stage} on rank {self.link.members[self.link.rank]} failed in the "
+                f"{what} pass of microbatch {action.microbatch}: {type(error).__name__}: {error}; "
+                "next: run the job under data(1), where the model is whole"
+            ) from error
+
+    # What the ranks of a pipeline tell each other besides.
+
+    def tell(self, numbers: Sequence[float]) -> list[float]:
+        """The numbers of the rank that has the last stage, on all."""
+        operation = "tell what the last stage came to"
+        told = torch.tensor(list(numbers), dtype=torch.float64)
+        link, device = self.link, next(iter(self.stages.values())).device
+        told = told.to(device)
+        if link.rank == self.teller:
+            works = [link.send(told, peer, operation) for peer in range(link.size)
+                     if peer != link.rank]  # fmt: skip
+            for work in works:
+                work.wait()
+        else:
+            link.receive(told, self.teller, operation).wait()
+        found: list[float] = told.tolist()
+        return found
+
+    def gather(self, parameters: Mapping[str, Parameter]) -> None:
+        """Add up the gradients of parameters that several ranks use, on the first of these."""
+        for name, ranks, parameter in self._shared_among(parameters):
+            if self.link.rank != ranks[0]:
+                self._send(_gradient(parameter), ranks[0], f"gather the gradient of {name}")
+                continue
+            total = _gradient(parameter)
+            for peer in ranks[1:]:
+                part = torch.empty_like(total, memory_format=torch.contiguous_format)
+                self.link.receive(part, peer, f"gather the gradient of {name}").wait()
+                total = total + part
+            parameter.grad = total
+
+    def spread(self, parameters: Mapping[str, Parameter]) -> None:
+        """Give these the gradient that the first of them has, so that they end equal."""
+        for name, ranks, parameter in self._shared_among(parameters):
+            gradient = _gradient(parameter)
+            self._give(gradient, ranks, f"spread the gradient of {name}")
+            parameter.grad = gradient
+
+    @torch.no_grad()
+    def level(self, parameters: Mapping[str, Tensor]) -> None:
+        """Give these the values that the first of them has."""
+        for name, ranks in self.shared.items():
+            if name in parameters and self.link.rank in ranks:
+                value = parameters[name].detach().contiguous()
+                self._give(value, ranks, f"spread the value of {name}")
+                parameters[name].copy_(value)
+
+    def _shared_among(
+        self, parameters: Mapping[str, Parameter]
+    ) -> Iterator[tuple[str, tuple[int, ...], Parameter]]:
+        for name, ranks in self.shared.items():
+            if name in parameters and self.link.rank in ranks:
+                yield name, ranks, parameters[name]
+
+    def _give(self, tensor: Tensor, ranks: tuple[int, ...], operation: str) -> None:
+        """Copy the first rank's tensor to the others, in place."""
+        if self.link.rank == ranks[0]:
+            for peer in ranks[1:]:
+                self._send(tensor, peer, operation)
+        else:
+            self.link.receive(tensor, ranks[0], operation).wait()
+
+    def _send(self, tensor: Tensor, peer: int, operation: str) -> None:
+        self.link.send(tensor.contiguous(), peer, operation).wait()
+
+    # Prediction.
+
+    @torch.no_grad()
+    def predict(self, rows: int, compute: Callable[[], Any]) -> Any:
+        """One forward pass without gradients; ELSEWHERE on ranks that have not the last stage.
+
+        A rank goes on to the next batch without waiting for those after it.
+        """
+        own = [[Action("forward", stage, 0) for stage in range(self.count)
+                if self.owner(stage) == rank] for rank in range(self.link.size)]  # fmt: skip
+        passing = _Pass(self, own, [(None, rows)])
+        result: Any = ELSEWHERE
+        for action in own[self.link.rank]:
+            found = passing.compute(action, rows, compute)
+            if action.stage + 1 == self.count:
+                result = found
+            else:
+                passing.courier.give(Parcel(False, action.stage, 0), found)
+        self._before.append(passing.courier)
+        if len(self._before) > 2:
+            self._before.popleft().settle()
+        return result
+
+
+class _Pass:
+    """One pass of some microbatches through the stages of a rank, forth and back."""
+
+    def __init__(self, pipeline: Pipeline, orders: Sequence[Order], parts: Sequence[Part]) -> None:
+        self.pipeline, self.parts = pipeline, parts
+        self.held: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
+        self.later: dict[tuple[int, int], Later] = {}
+        count, owner = pipeline.count, pipeline.owner
+        self.courier = Courier(pipeline.link, orders, count, owner, self._empty)
+
+    def _empty(self, crossing: int, microbatch: int) -> Tensor:
+        stages = self.pipeline.stages
+        before, after = stages.get(crossing), stages.get(crossing + 1)
+        rows = self.parts[microbatch][1]
+        if before is not None:
+            assert before.plan.last is not None
+            return before.shapes.empty(before.plan.last.value, rows, before.device)
+        assert after is not None
+        assert after.plan.first is not None
+        return after.shapes.empty(after.plan.first.value, rows, after.device)
+
+    def compute(self, action: Action, rows: int, run: Callable[[], Any]) -> Any:
+        """A stage's forward pass, on what the stage before gave."""
+        received = None
+        if action.stage:
+            received = self.courier.take(Parcel(False, action.stage - 1, action.microbatch))
+            if torch.is_grad_enabled() and received.is_floating_point():
+                received.requires_grad_()
+        found = self.pipeline.stages[action.stage].run(received, rows, run)
+        self.held[action.stage, action.microbatch] = (received, found)
+        return found
+
+    def forward(self, action: Action, compute: Callable[[Any], Any], lose: Lose) -> None:
+        _, stage, microbatch = action
+        batch, rows = self.parts[microbatch]
+        later = Later()
+        deferring = self.pipeline.schedule.in_two
+        with Deferring(later) if deferring else contextlib.nullcontext():
+            found = self.compute(action, rows, lambda: compute(batch))
+            if stage + 1 == self.pipeline.count:
+                found = lose(found, rows)
+                if not found.requires_grad:
+                    raise UserError(NO_LOSS)
+        self.later[stage, microbatch] = later
+        received, _ = self.held[stage, microbatch]
+        self.held[stage, microbatch] = (received, found)
+        if stage + 1 < self.pipeline.count:
+            self.courier.give(Parcel(False, stage, microbatch), found)
+
+    def backward(self, action: Action, inputs: Sequence[Parameter]) -> None:
+        _, stage, microbatch = action
+        received, found = self.held.pop((stage, microbatch))
+        gradient = None
+        if stage + 1 < self.pipeline.count:
+            gradient = self.courier.take(Parcel(True, stage, microbatch))
+        if found.requires_grad:
+            also = [] if received is None else [received]
+            torch.autograd.backward(found, gradient, inputs=[*inputs, *also] if inputs else None)
+        if received is not None:
+            back = torch.zeros_like(received) if received.grad is None else received.grad
+            self.courier.give(Parcel(True, stage - 1, microbatch), back)
+
+    def weights(self, action: Action) -> None:
+        self.later.pop((action.stage, action.microbatch)).run()
+
+
+def _gradient(parameter: Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
