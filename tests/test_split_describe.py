@@ -32,15 +32,23 @@ def test_bytes_of_slices_are_two_sums_of_activations_for_each_region() -> None:
     assert facts["tensor"]["cut_share"] > 0.9
 
 
+def test_a_gather_is_half_a_sum_and_what_no_gradient_goes_back_to_is_not_summed() -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.Softmax(-1), nn.Linear(HIDDEN, 6))
+    _, facts = told("tensor(2)", model)
+    assert facts["tensor"]["modules"] == {"0.weight": "gathered", "2.weight": "gathered"}
+    gathers, back = ROWS * (HIDDEN + 6) * 4, 2 * ROWS * HIDDEN * 4
+    assert facts["tensor"]["bytes_per_step"] == (gathers + back) / 2
+
+
 def test_equal_blocks_are_told_once() -> None:
     lines, _ = told("tensor(2)", blocks(3))
     assert lines[1:] == ["    *.inner.*.both (2 parts) by columns, *.inner.*.down by rows  x3"]
 
 
 def test_what_is_left_whole_is_told_with_the_reason() -> None:
-    model = nn.Sequential(nn.Linear(WIDTH, 7), nn.ReLU(), nn.Linear(7, 2))
+    model = nn.Sequential(nn.Linear(WIDTH, 1), nn.ReLU(), nn.Linear(1, 2))
     lines, facts = told("tensor(2)", model)
-    assert "7 channels of 0 are not divisible by 2" in " ".join(lines)
+    assert "1 channels of 0 are fewer than 2" in " ".join(lines)
     assert "0" in facts["tensor"]["whole"]
 
 

@@ -13,6 +13,8 @@ from sliced import (
     GatedUnit,
     GroupedAttention,
     Residual,
+    TiedWords,
+    Unpacked,
     assert_slices_equal_the_whole,
     plan_of,
 )
@@ -33,6 +35,40 @@ def test_slices_give_the_output_and_the_gradients_of_the_whole(name: str) -> Non
     plan = assert_slices_equal_the_whole(case.model(), lambda model: model(batch), case.n)
     assert set(case.cut) <= set(plan.cuts)
     assert any(case.cut[0] in columns for columns, _ in plan.regions), plan.reasons
+
+
+UNEVEN = {
+    "hidden channels": (nn.Sequential(nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 8)), (5, 8), 2),
+    "convolutions": (
+        nn.Sequential(nn.Conv1d(3, 7, 3), nn.BatchNorm1d(7), nn.ReLU(), nn.Conv1d(7, 4, 3)),
+        (2, 3, 9),
+        3,
+    ),
+    "halves": (Residual(GatedUnit(12, 7)), (5, 12), 3),
+    "heads": (Residual(GroupedAttention(heads=3, groups=3, width=15)), (2, 5, 15), 2),
+    "heads by their number": (Unpacked(15, 3), (2, 5, 15), 2),
+    "heads of torch": (
+        nn.TransformerEncoderLayer(20, 5, 13, dropout=0.0, batch_first=True),
+        (2, 6, 20),
+        3,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_slices_are_uneven_where_n_does_not_divide(name: str) -> None:
+    model, shape, n = UNEVEN[name]
+    plan = assert_slices_equal_the_whole(model.double(), run_on(*shape), n)
+    assert plan.regions
+    assert not all(cut.is_even(n) for cut in plan.cuts.values())
+    assert not plan.whole
+
+
+def test_words_that_n_does_not_divide_are_cut_unevenly() -> None:
+    words = torch.arange(25).view(5, 5)
+    model = TiedWords(words=25).double()
+    plan = assert_slices_equal_the_whole(model, lambda made: made(words), 3)
+    assert plan.cuts["table.weight"] == Cut(0, (25,))
 
 
 def run_on(*shape: int) -> Callable[[nn.Module], Tensor]:
@@ -129,7 +165,12 @@ class Biased(nn.Module):
             "out",
             "attention in the model mixes the channels, to shape (2, 4, 5, 4)",
         ),
-        (GroupedAttention(heads=3, groups=3, width=15), (2, 5, 15), "out", "not divisible by 2"),
+        (
+            GroupedAttention(heads=6, groups=3, width=30),
+            (2, 5, 30),
+            "out",
+            "attention in the model mixes the channels, whose 3 are not divisible by 2",
+        ),
         (
             nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 8)),
             (5, 8),
@@ -138,10 +179,10 @@ class Biased(nn.Module):
         ),
         (Biased(), (2, 5, 16), "out", "a value beside it that is learned"),
         (
-            nn.Sequential(nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 8)),
+            nn.Sequential(nn.Linear(8, 1), nn.ReLU(), nn.Linear(1, 8)),
             (5, 8),
             "2",
-            "7 channels of 0",
+            "1 channels of 0 are fewer than 2",
         ),
     ],
 )
@@ -171,14 +212,18 @@ def test_a_model_that_looks_at_its_numbers_is_refused_with_the_module() -> None:
         plan_of(nn.Sequential(nn.Linear(8, 8), Looks()).double(), run_on(5, 8), 2)
 
 
-@pytest.mark.parametrize("parts", [(8,), (4, 8), (4, 4, 12)])
+@pytest.mark.parametrize(("parts", "unit"), [((8,), 1), ((4, 8), 1), ((7, 10), 1), ((15, 30), 3)])
 @pytest.mark.parametrize("dim", [0, 1])
-def test_pieces_of_a_cut_join_to_the_whole(parts: tuple[int, ...], dim: int) -> None:
+def test_pieces_of_a_cut_join_to_the_whole(parts: tuple[int, ...], unit: int, dim: int) -> None:
     shape = [3, 3]
     shape[dim] = sum(parts)
     tensor = torch.arange(float(shape[0] * shape[1])).view(shape)
-    cut = Cut(dim, parts)
-    assert torch.equal(cut.join([cut.piece(tensor, 4, index) for index in range(4)]), tensor)
+    cut = Cut(dim, parts, unit)
+    pieces = [cut.piece(tensor, 4, index) for index in range(4)]
+    assert torch.equal(cut.join(pieces), tensor)
+    for index, piece in enumerate(pieces):
+        assert torch.equal(cut.lie(tuple(shape), 4, index).take(tensor), piece)
+        assert piece.shape[dim] % unit == 0
 
 
 @pytest.mark.parametrize(
@@ -282,8 +327,8 @@ def test_modules_that_the_job_names_stay_whole_and_say_so() -> None:
 def test_a_small_module_is_cut_where_the_job_says_so() -> None:
     assert "2.weight" not in requested(blocks()).cuts
     assert requested(blocks(), cut_also=["2"]).cuts["2.weight"] == Cut(0, (4,))
-    with pytest.raises(UserError, match=r"cut_also: 0 cannot be cut into 2 slices: .*7 rows"):
-        model = nn.Sequential(nn.Linear(8, 7), nn.Softmax(-1), nn.Linear(7, 8)).double()
+    with pytest.raises(UserError, match=r"cut_also: 0 cannot be cut into 2 slices: .*its 1 rows"):
+        model = nn.Sequential(nn.Linear(8, 1), nn.Softmax(-1), nn.Linear(1, 8)).double()
         requested(model, cut_also=["0"])
 
 

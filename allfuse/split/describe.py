@@ -116,16 +116,23 @@ def _starred(text: str) -> str:
 
 
 def _sent(plan: TensorPlan, shapes: Shapes, rows: int) -> int:
-    """Bytes that each rank sends in a step: 2 (n - 1) / n of what is summed or gathered."""
-    summed = 0
+    """Bytes that each rank sends in a step: 2 (n - 1) / n of what is summed, half of that of what
+    is gathered."""
+    summed, gathered = 0, 0
     entered: set[int] = set()
+    learned = shapes.one.learned()
     for use in plan.uses.values():
-        if use.way != "columns":  # a gather's backward takes a piece, and sends nothing
+        if use.way == "gathered":  # backward takes a piece, and sends nothing
+            gathered += shapes.bytes(use.map.output, rows)
+        elif use.way != "columns":
             summed += shapes.bytes(use.map.output, rows)
-        if use.way in ("columns", "gathered") and use.map.x not in entered:
+        if use.way in ("columns", "gathered") and use.map.x in learned - entered:
             entered.add(use.map.x)
             summed += shapes.bytes(use.map.x, rows)
-    return round(2 * (plan.n - 1) / plan.n * summed)
+    for number, name in shapes.one.parameters.items():
+        if name in plan.partial:
+            summed += shapes.bytes(number, rows)
+    return round((plan.n - 1) / plan.n * (2 * summed + gathered))
 
 
 def _tell_pipe(

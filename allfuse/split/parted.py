@@ -16,7 +16,7 @@ from allfuse.link import Link
 from allfuse.plan import Plan
 from allfuse.plan import Tensor as TensorAxis
 from allfuse.split.base import Run
-from allfuse.split.piece import Piece, cut_piece, whole_piece
+from allfuse.split.piece import Piece, whole_piece
 from allfuse.split.record import record
 from allfuse.split.request import NO_WISHES, Request
 from allfuse.split.tensor.attention import unfold_attention
@@ -111,7 +111,7 @@ class Parted(Whole):
         cut = cuts.cuts.get(name)
         if cut is None:
             return whole_piece(shape)
-        return cut_piece(shape, cut.dim, cut.parts, cuts.n, place.get("tensor", 0))
+        return cut.lie(shape, cuts.n, place.get("tensor", 0))
 
     def count(self, model: nn.Module) -> int:
         names = [name for name, _ in model.named_parameters()]

@@ -77,17 +77,17 @@ class Piece:
 
 
 def cut_piece(
-    whole: tuple[int, ...], dim: int, parts: tuple[int, ...], n: int, index: int
+    whole: tuple[int, ...], dim: int, parts: tuple[int, ...], runs: list[tuple[int, int]]
 ) -> Piece:
-    """The piece of rank `index` of n, of a tensor in which parts lie one after the other along a
-    dim, of each of which every rank has an even run."""
-    lengths = [part // n for part in parts]
+    """A piece of a tensor in which parts lie one after the other along a dim: of each a run, from
+    where to where."""
     starts = [0, *accumulate(parts)]
+    lengths = [stop - start for start, stop in runs]
     own = tuple(sum(lengths) if at == dim else size for at, size in enumerate(whole))
     boxes = []
-    for number, length in enumerate(lengths):
+    for number, ((start, _), length) in enumerate(zip(runs, lengths, strict=True)):
         there, here, size = [0] * len(whole), [0] * len(whole), list(whole)
-        there[dim] = starts[number] + index * length
+        there[dim] = starts[number] + start
         here[dim] = sum(lengths[:number])
         size[dim] = length
         boxes.append(Box(tuple(there), tuple(here), tuple(size)))

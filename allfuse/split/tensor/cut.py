@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from allfuse.base.tensors import share
+from allfuse.split.piece import Piece, cut_piece
 from allfuse.split.record import (
     Call,
     Recording,
@@ -33,31 +35,70 @@ NOT_TAKEN = (RuntimeError, TypeError, ValueError, IndexError)
 class Cut:
     """A tensor cut along `dim`, where parts of these sizes lie one after the other.
 
-    Of every part each rank has an even piece. Several parts are several things packed into one
-    tensor, as queries, keys and values are.
+    Of every part each rank has a run, as even as they can be in multiples of `unit` (the size of a
+    head of attention). Several parts are several things packed into one tensor, as queries, keys
+    and values are.
     """
 
     dim: int
     parts: tuple[int, ...]
+    unit: int = 1
 
     @property
     def size(self) -> int:
         return sum(self.parts)
 
-    def divides(self, n: int) -> bool:
+    def reaches(self, n: int) -> bool:
+        """Whether every rank gets something of every part."""
+        return all(part % self.unit == 0 and part // self.unit >= n for part in self.parts)
+
+    def is_even(self, n: int) -> bool:
+        """Whether every rank gets as much."""
         return all(part % n == 0 for part in self.parts)
+
+    def runs(self, n: int, index: int) -> list[tuple[int, int]]:
+        """Where the run of rank `index` of n begins and ends, within each part."""
+        return [_run_of(part, self.unit, n, index) for part in self.parts]
 
     def piece(self, tensor: Tensor, n: int, index: int) -> Tensor:
         """What rank `index` of n has. Several parts are copied, one is a view."""
         parts = tensor.split(list(self.parts), self.dim)
-        pieces = [part.chunk(n, self.dim)[index] for part in parts]
+        pieces = [
+            part.narrow(self.dim, start, stop - start)
+            for part, (start, stop) in zip(parts, self.runs(n, index), strict=True)
+        ]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, self.dim)
+
+    def lie(self, shape: tuple[int, ...], n: int, index: int) -> Piece:
+        """Where the piece of rank `index` of n lies in a tensor of a shape."""
+        return cut_piece(shape, self.dim, self.parts, self.runs(n, index))
 
     def join(self, pieces: list[Tensor]) -> Tensor:
         """The whole of what all ranks have."""
         n = len(pieces)
-        split = [piece.split([part // n for part in self.parts], self.dim) for piece in pieces]
+        split = [
+            piece.split([stop - start for start, stop in self.runs(n, index)], self.dim)
+            for index, piece in enumerate(pieces)
+        ]
         return torch.cat(list(itertools.chain(*zip(*split, strict=True))), self.dim)
+
+
+@dataclass(frozen=True)
+class Size:
+    """A number among the arguments of a call that is smaller for a piece: what it is for the whole,
+    and what it comes in multiples of."""
+
+    whole: int
+    unit: int = 1
+
+    def of(self, n: int, index: int) -> int:
+        start, stop = _run_of(self.whole, self.unit, n, index)
+        return stop - start
+
+
+def _run_of(size: int, unit: int, n: int, index: int) -> tuple[int, int]:
+    start, stop = share(size // unit, n, index)
+    return start * unit, stop * unit
 
 
 @dataclass(frozen=True)
@@ -68,14 +109,13 @@ class Passed:
         outputs: how each output is cut; None where all ranks have the whole.
         parameters: how parameters among its inputs have to be cut, by their number.
         whole: parameters among its inputs that stay whole.
-        sizes: arguments that are n times smaller for a piece: their place among all arguments, and
-            what they are for the whole.
+        sizes: arguments that are smaller for a piece, by their place among all arguments.
     """
 
     outputs: tuple[Cut | None, ...]
     parameters: Mapping[int, Cut]
     whole: tuple[int, ...]
-    sizes: Mapping[int, int]
+    sizes: Mapping[int, Size]
 
 
 Cuts = Mapping[int, Cut]
@@ -121,7 +161,7 @@ class Passing:
             return None  # random numbers are none that it takes
         parameters = [i for i in call.inputs if self._is_parameter(i) and i not in cuts]
         for also in self._choices(parameters, cuts):
-            for sizes in self._sizes(call):
+            for sizes in self._sizes(call, cuts):
                 outputs = self._compare(call, values, whole, {**cuts, **also}, sizes)
                 if outputs is not None:
                     kept = tuple(i for i in parameters if i not in also)
@@ -144,25 +184,37 @@ class Passing:
             for cut in cuts.values():
                 dims = [dim for dim, size in enumerate(shape) if size == cut.size]
                 if len(dims) == 1 and number not in like:
-                    like[number] = Cut(dims[0], cut.parts)
+                    like[number] = Cut(dims[0], cut.parts, cut.unit)
         if like:
             yield like
 
-    def _sizes(self, call: Call) -> Iterator[dict[int, int]]:
-        """Arguments stay what they are; or one of those that n divides is that of a piece; or all
-        of those in one list, such as the lengths of parts."""
-        able = {
+    def _sizes(self, call: Call, cuts: Cuts) -> Iterator[dict[int, Size]]:
+        """Arguments stay what they are; or one of them is that of a piece; or all of those in one
+        list, such as the lengths of parts."""
+        yield {}
+        ints = {
             place: leaf
             for place, leaf in enumerate(argument_leaves(call.arguments))
-            if type(leaf) is int and leaf > 1 and leaf % self.n == 0
+            if type(leaf) is int and leaf > 1
         }
-        yield {}
-        for place, leaf in able.items():
-            yield {place: leaf}
-        for begin, end in list_spans(call.arguments):
-            several = {place: leaf for place, leaf in able.items() if begin <= place < end}
-            if len(several) > 1:
-                yield several
+        units = [dict.fromkeys(ints, 1)]
+        for cut in cuts.values():
+            units.append(dict.fromkeys(ints, cut.unit))
+            units.append({place: leaf // cut.size for place, leaf in ints.items()})
+        for number, unit in enumerate(units):
+            if unit in units[:number]:
+                continue
+            able = {
+                place: Size(leaf, unit[place])
+                for place, leaf in ints.items()
+                if unit[place] and leaf % unit[place] == 0 and leaf // unit[place] >= self.n
+            }
+            for place, size in able.items():
+                yield {place: size}
+            for begin, end in list_spans(call.arguments):
+                several = {place: size for place, size in able.items() if begin <= place < end}
+                if len(several) > 1:
+                    yield several
 
     def _compare(
         self,
@@ -170,7 +222,7 @@ class Passing:
         values: Mapping[int, Tensor],
         whole: list[Tensor],
         cuts: Cuts,
-        sizes: Mapping[int, int],
+        sizes: Mapping[int, Size],
     ) -> tuple[Cut | None, ...] | None:
         """How outputs are cut when inputs are. None where they are no pieces of the whole."""
         n = self.n
@@ -178,7 +230,8 @@ class Passing:
         for index in (0, n - 1):
             own = {i: cuts[i].piece(v, n, index) if i in cuts else v for i, v in values.items()}
             try:
-                pieces.append(_run(call, own, {at: size // n for at, size in sizes.items()}))
+                here = {at: size.of(n, index) for at, size in sizes.items()}
+                pieces.append(_run(call, own, here))
             except NOT_TAKEN:
                 return None
         if any(len(each) != len(whole) for each in pieces):
@@ -199,15 +252,16 @@ class Passing:
         n = self.n
         if first.dim() != full.dim():
             return None
-        dims = [d for d in range(full.dim()) if first.shape[d] * n == full.shape[d]]
-        for dim in dims:
+        for dim in [d for d in range(full.dim()) if first.shape[d] < full.shape[d]]:
             size = full.shape[dim]
             options = [(size,), *(cut.parts for cut in cuts.values() if cut.size == size)]
             options += [(size // k,) * k for k in (3, 2) if size % k == 0]
-            for parts in dict.fromkeys(options):
-                cut = Cut(dim, parts)
+            units = [1, *(cut.unit for cut in cuts.values())]
+            units += [size // cut.size for cut in cuts.values() if size % cut.size == 0]
+            for parts, unit in itertools.product(dict.fromkeys(options), dict.fromkeys(units)):
+                cut = Cut(dim, parts, unit)
                 if (
-                    cut.divides(n)
+                    cut.reaches(n)
                     and _same(first, cut.piece(full, n, 0))
                     and _same(last, cut.piece(full, n, n - 1))
                 ):

@@ -14,7 +14,7 @@ from typing import Literal
 
 from allfuse.base.errors import UserError
 from allfuse.split.record import Call, Recording, draws
-from allfuse.split.tensor.cut import Cut, Passing
+from allfuse.split.tensor.cut import Cut, Passing, Size
 from allfuse.split.tensor.maps import Map, find_map
 
 Way = Literal["columns", "rows", "gathered", "vocabulary"]
@@ -51,8 +51,8 @@ class TensorPlan:
         cuts: of each parameter and buffer that is cut, by name.
         values: likewise of each value within a region, by its number.
         partial: parameters that stay whole and of whose gradient each rank has a part.
-        sizes: by module, arguments of its calls that are n times smaller for a slice: the name of
-            the function, the place of the argument, and what it is for the whole.
+        sizes: by module, arguments of its calls that are smaller for a slice: the name of the
+            function, the place of the argument, and what it is for the whole.
         random: by module, whether each of its calls that draw at random, in order, is within a
             region, where slices draw what differs.
         reasons: by module, why a map is in no region.
@@ -65,7 +65,7 @@ class TensorPlan:
     cuts: dict[str, Cut] = field(default_factory=dict)
     values: dict[int, Cut] = field(default_factory=dict)
     partial: set[str] = field(default_factory=set)
-    sizes: dict[str, set[tuple[str, int, int]]] = field(default_factory=dict)
+    sizes: dict[str, set[tuple[str, int, Size]]] = field(default_factory=dict)
     random: dict[str, list[bool]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     whole: dict[str, str] = field(default_factory=dict)
@@ -89,7 +89,7 @@ class Region:
     cuts: dict[str, Cut] = field(default_factory=dict)
     values: dict[int, Cut] = field(default_factory=dict)
     partial: set[str] = field(default_factory=set)
-    sizes: list[tuple[str, tuple[str, int, int]]] = field(default_factory=list)
+    sizes: list[tuple[str, tuple[str, int, Size]]] = field(default_factory=list)
     random: set[int] = field(default_factory=set)
 
 
@@ -155,9 +155,9 @@ class Search:
         elif any(each.kind == "embedding" or each.call.index in self._taken for each in begins):
             reason = "what it takes is needed whole"
         reasons = [] if reason is None else [NoCut(reason)]
-        for parts in self._packings(begins) if reason is None else ():
+        for packed in self._packings(begins) if reason is None else ():
             try:
-                return self._follow(begins, parts)
+                return self._follow(begins, packed)
             except NoCut as error:
                 reasons.append(error)
         self._why.setdefault(last.call.index, str(max(reasons, key=lambda each: each.calls)))
@@ -179,9 +179,31 @@ class Search:
                 waiting += call.inputs
         return [found[index] for index in sorted(found)]
 
-    def _packings(self, begins: Sequence[Map]) -> list[dict[int, tuple[int, ...]]]:
-        """What may be packed into the outputs of maps: one thing; or two, three, or as calls split
-        them that come later."""
+    def _packings(self, begins: Sequence[Map]) -> list[dict[int, Cut]]:
+        """How the outputs of maps may be cut: as one thing; or two, three, or as calls split them
+        that come later; and where n does not divide them, in the units in which they are used."""
+        packed = self._parts(begins)
+        sizes = {each.call.index: self._channels(each) for each in begins}
+        dims = {each.call.index: each.y_dim for each in begins}
+        units = [1]
+        if not all(Cut(0, parts).is_even(self.n) for each in packed for parts in each.values()):
+            shapes = [
+                self.recording.shapes[i] for c in self._calls_after(begins) for i in c.outputs
+            ]
+            units += [
+                shape[-1] for shape in shapes if shape and 1 < shape[-1] < max(sizes.values())
+            ]
+        return [
+            {
+                i: Cut(dims[i], p, unit if all(size % unit == 0 for size in p) else 1)
+                for i, p in parts.items()
+            }
+            for parts in packed
+            for unit in dict.fromkeys(units)
+        ]
+
+    def _parts(self, begins: Sequence[Map]) -> list[dict[int, tuple[int, ...]]]:
+        """What may be packed into the outputs of maps, by sizes."""
         sizes = {each.call.index: self._channels(each) for each in begins}
         found: list[dict[int, tuple[int, ...]]] = [{i: (size,) for i, size in sizes.items()}]
         for call in self._calls_after(begins):
@@ -205,7 +227,7 @@ class Search:
     def _channels(self, each: Map) -> int:
         return self.recording.shapes[each.output][each.y_dim]
 
-    def _follow(self, begins: Sequence[Map], parts: Mapping[int, tuple[int, ...]]) -> Region:
+    def _follow(self, begins: Sequence[Map], packed: Mapping[int, Cut]) -> Region:
         """The region that begins at these maps.
 
         Raises:
@@ -214,14 +236,16 @@ class Search:
         region = Region([])
         cuts: dict[int, Cut] = {}
         for each in begins:
-            packed = parts[each.call.index]
-            if not Cut(0, packed).divides(self.n):
+            cut = packed[each.call.index]
+            if not cut.reaches(self.n):
+                channels = " + ".join(str(part // cut.unit) for part in cut.parts)
+                units = f" of {cut.unit}" if cut.unit > 1 else ""
                 raise NoCut(
-                    f"the {' + '.join(map(str, packed))} channels of {_owner(each.weight)} are not "
-                    f"divisible by {self.n}"
+                    f"the {channels} channels{units} of {_owner(each.weight)} are fewer than "
+                    f"{self.n}"
                 )
-            cuts[each.output] = Cut(each.y_dim, packed)
-            region.columns.append((each, Cut(each.out_of, packed * each.packs)))
+            cuts[each.output] = cut
+            region.columns.append((each, Cut(each.out_of, cut.parts * each.packs, cut.unit)))
         first = {each.call.index for each in begins}
         for call in self.recording.calls:
             mine = {number: cuts[number] for number in call.inputs if number in cuts}
@@ -252,7 +276,7 @@ class Search:
         ):
             reason = f"{_owner(end.weight)} takes what would be cut in another dim"
             raise NoCut(reason, end.call.index)
-        return Cut(end.into, cut.parts)
+        return Cut(end.into, cut.parts, cut.unit)
 
     def _pass(self, call: Call, mine: Mapping[int, Cut], region: Region) -> dict[int, Cut]:
         """The cuts of what a call gives."""
@@ -264,7 +288,10 @@ class Search:
         passed = self.passing.through(call, mine)
         if passed is None:
             shapes = ", ".join(str(self.recording.shapes[i]) for i in call.outputs[:1])
-            raise NoCut(f"{_said(call)} mixes the channels, to shape {shapes}", call.index)
+            uneven = [cut for cut in mine.values() if not cut.is_even(self.n)]
+            sizes = " + ".join(map(str, uneven[0].parts)) if uneven else ""
+            why = f", whose {sizes} are not divisible by {self.n}" if uneven else ""
+            raise NoCut(f"{_said(call)} mixes the channels{why}, to shape {shapes}", call.index)
         for number in passed.parameters:
             if names[number] in self.keep:
                 raise NoCut(f"{_owner(names[number])} stays whole", call.index)
@@ -315,7 +342,7 @@ class Search:
             plan.uses[each.call.index] = Use(each, "columns", cut)
             plan.cuts[each.weight] = cut
             if each.bias is not None:
-                plan.cuts[each.bias] = Cut(0, cut.parts)
+                plan.cuts[each.bias] = Cut(0, cut.parts, cut.unit)
         for each, cut in region.rows:
             plan.uses[each.call.index] = Use(each, "rows", cut)
             plan.cuts[each.weight] = cut
@@ -365,8 +392,8 @@ class Search:
         if len(dims) > 1:
             return "its uses would cut it in two ways"
         size = shape[dims.pop()]
-        if size % self.n:
-            return f"its {size} rows are not divisible by {self.n}"
+        if size < self.n:
+            return f"its {size} rows are fewer than {self.n}"
         return None
 
 

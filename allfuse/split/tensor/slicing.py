@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from allfuse.split.record import argument_leaves, draws, map_arguments
+from allfuse.split.tensor.cut import Size
 from allfuse.split.tensor.search import TensorPlan, Use
 from allfuse.split.tensor.traffic import Entrance, Slice, gather, leave
 
@@ -104,7 +105,7 @@ class Handler:
                 return self._columns(function, args, kwargs)
             case "gathered":
                 piece = self._columns(function, args, kwargs)
-                return gather(piece, self.slice, self._y_dim(piece), self.name)
+                return gather(piece, self.slice, self._y_dim(piece), self.use.cut.size, self.name)
             case "rows":
                 return self._rows(function, args, kwargs)
             case _:
@@ -142,14 +143,13 @@ class Handler:
     def _look_up(
         self, input: Tensor, weight: Tensor, padding_idx: int | None = None, *_: Any, **__: Any
     ) -> Tensor:
-        rows = weight.shape[0]
-        first = self.slice.index * rows
+        ((first, end),) = self.use.cut.runs(self.slice.n, self.slice.index)
         index = input - first
-        here = (index >= 0) & (index < rows)
+        here = (index >= 0) & (input < end)
         padding = None
         if padding_idx is not None:
-            padding_idx %= rows * self.slice.n
-            padding = padding_idx - first if 0 <= padding_idx - first < rows else None
+            padding_idx %= self.use.cut.size
+            padding = padding_idx - first if first <= padding_idx < end else None
         found = F.embedding(index.masked_fill(~here, 0), weight, padding)
         return leave(found * here.unsqueeze(-1), self.slice, self.name)
 
@@ -191,9 +191,10 @@ class Following(TorchFunctionMode):
     def _smaller(self, name: str, args: Any, named: Any) -> tuple[Any, dict[str, Any]]:
         """Arguments with sizes of the whole replaced by those of a slice."""
         flat = argument_leaves((tuple(args), dict(named)))
+        here = self.care.slice
         for place, size in self.care.sizes[name]:
-            if place < len(flat) and type(flat[place]) is int and flat[place] == size:
-                flat[place] = size // self.care.slice.n
+            if place < len(flat) and type(flat[place]) is int and flat[place] == size.whole:
+                flat[place] = size.of(here.n, here.index)
         rest = iter(flat)
         changed: tuple[Any, dict[str, Any]] = map_arguments(
             lambda _: next(rest), (tuple(args), dict(named))
@@ -208,13 +209,13 @@ class Care:
         self,
         slice_: Slice,
         handlers: dict[Key, Handler],
-        sizes: Iterable[tuple[str, int, int]],
+        sizes: Iterable[tuple[str, int, Size]],
         draws: Sequence[bool],
     ) -> None:
         self.slice, self.handlers, self.draws = slice_, handlers, draws
         self.names = {name for name, _ in handlers}
-        self.sizes: dict[str, list[tuple[int, int]]] = {}
-        for name, place, size in sorted(sizes):
+        self.sizes: dict[str, list[tuple[int, Size]]] = {}
+        for name, place, size in sizes:
             self.sizes.setdefault(name, []).append((place, size))
 
     @property

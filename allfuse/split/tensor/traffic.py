@@ -1,7 +1,7 @@
 """What crosses between slices: sums and gathers that autograd can follow.
 
-For an activation of B bytes and n ranks each sum sends 2 (n - 1) / n B from each rank. A gather
-is a sum of pieces with zeros around them, so it sends as much for the B bytes of the whole.
+For an activation of B bytes and n ranks each sum sends 2 (n - 1) / n B from each rank, and a gather
+(n - 1) / n B: every rank sends its piece to each other one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from allfuse.base.tensors import share
 from allfuse.link import Link
 
 
@@ -40,15 +41,28 @@ class Slice:
         self.link.all_reduce(total, operation).wait()
         return total
 
-    def gather(self, tensor: Tensor, dim: int, operation: str) -> Tensor:
-        """The pieces of all slices, put together along a dim."""
-        shape = list(tensor.shape)
-        width = shape[dim]
-        shape[dim] = width * self.n
-        whole = tensor.new_zeros(shape)
-        whole.narrow(dim, self.index * width, width).copy_(tensor)
-        self.link.all_reduce(whole, operation).wait()
-        return whole
+    def gather(self, tensor: Tensor, dim: int, size: int, operation: str) -> Tensor:
+        """The pieces of all slices, put together along a dim, where they are even runs of `size`.
+
+        One transfer from each rank to each other one, all under way at once.
+        """
+        if self.n == 1:
+            return tensor
+        own, pieces, works = tensor.contiguous(), [], []
+        for peer in range(self.n):
+            if peer == self.index:
+                pieces.append(own)
+                continue
+            start, stop = share(size, self.n, peer)
+            shape = [*tensor.shape[:dim], stop - start, *tensor.shape[dim + 1 :]]
+            pieces.append(tensor.new_empty(shape))
+            works.append(self.link.receive(pieces[-1], peer, operation))
+        works += [
+            self.link.send(own, peer, operation) for peer in range(self.n) if peer != self.index
+        ]
+        for work in works:
+            work.wait()
+        return torch.cat(pieces, dim)
 
 
 class _Enter(torch.autograd.Function):
@@ -81,15 +95,15 @@ class _Gather(torch.autograd.Function):
     """Forward the pieces of all slices; backward this slice's piece of the gradient."""
 
     @staticmethod
-    def forward(context: Any, x: Tensor, slice_: Slice, dim: int, name: str) -> Tensor:
-        context.slice, context.dim = slice_, dim
-        return slice_.gather(x, dim, f"gather what comes out of {name}")
+    def forward(context: Any, x: Tensor, slice_: Slice, dim: int, size: int, name: str) -> Tensor:
+        context.slice, context.dim, context.size = slice_, dim, size
+        return slice_.gather(x, dim, size, f"gather what comes out of {name}")
 
     @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        place: Slice = context.slice
-        piece = gradients[0].chunk(place.n, context.dim)[place.index]
-        return piece.contiguous(), None, None, None
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        start, stop = share(context.size, context.slice.n, context.slice.index)
+        piece = gradients[0].narrow(context.dim, start, stop - start)
+        return piece.contiguous(), None, None, None, None
 
 
 def leave(x: Tensor, slice_: Slice, name: str) -> Tensor:
@@ -98,9 +112,9 @@ def leave(x: Tensor, slice_: Slice, name: str) -> Tensor:
     return result
 
 
-def gather(x: Tensor, slice_: Slice, dim: int, name: str) -> Tensor:
-    """Put the pieces of a result together."""
-    result: Tensor = _Gather.apply(x, slice_, dim, name)  # type: ignore[no-untyped-call]
+def gather(x: Tensor, slice_: Slice, dim: int, size: int, name: str) -> Tensor:
+    """Put the pieces of a result together, which are even runs of `size` along a dim."""
+    result: Tensor = _Gather.apply(x, slice_, dim, size, name)  # type: ignore[no-untyped-call]
     return result
 
 
