@@ -16,6 +16,10 @@ SMALLEST_SHARE = 1000
 """A module of fewer than one in so many makes no block of its own: a transfer costs time however
 small it is."""
 
+ONE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+"""Modules that are not looked into: when they do not learn they hand the parameters of all their
+parts to one function of torch, without calling the parts."""
+
 
 def find_blocks(model: nn.Module, recording: Recording | None) -> list[str]:
     """Names of modules, none inside another, each of which runs as one: the largest that are small
@@ -38,8 +42,8 @@ def _look_into(module: nn.Module, name: str, total: int) -> Iterator[str]:
         size = sum(parameter.numel() for parameter in child.parameters())
         if size * SMALLEST_SHARE < total or size == 0:
             continue
-        has_children = any(True for _ in child.children())
-        if size * LARGEST_SHARE <= total or not has_children:
+        is_one = isinstance(child, ONE) or not any(True for _ in child.children())
+        if size * LARGEST_SHARE <= total or is_one:
             yield path
         else:
             yield from _look_into(child, path, total)

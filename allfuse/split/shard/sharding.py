@@ -19,7 +19,12 @@ CAST = (nn.Linear, nn.modules.conv._ConvNd)
 
 
 def shard_model(
-    model: nn.Module, blocks: Iterable[str], link: Link, again: bool = True
+    model: nn.Module,
+    blocks: Iterable[str],
+    link: Link,
+    *,
+    shortened: bool = False,
+    again: bool = True,
 ) -> list[Block]:
     """Keep this rank's rows of every parameter, in place; blocks bring them together when they run.
 
@@ -29,6 +34,7 @@ def shard_model(
 
     Args:
         blocks: names of modules; see `find_blocks`.
+        shortened: the model runs under autocast, and what that shortens travels in the short type.
         again: gather blocks once more for the backward pass; no, where they run once more then.
     """
     modules = dict(model.named_modules())
@@ -40,7 +46,7 @@ def shard_model(
         taken.update(map(id, parameters))
         own = [
             Block(name, group, owners_of(model, group), link, shortens, again and bool(name))
-            for (_, _, shortens), group in _by_kind(model, parameters)
+            for (_, _, shortens), group in _by_kind(model, parameters, shortened)
         ]
         if own:
             module.forward = _gathering(module.forward, own)
@@ -49,13 +55,13 @@ def shard_model(
 
 
 def _by_kind(
-    model: nn.Module, parameters: Sequence[Parameter]
+    model: nn.Module, parameters: Sequence[Parameter], shortened: bool
 ) -> list[tuple[tuple[torch.dtype, bool, bool], list[Parameter]]]:
     """What may travel as one: of one type, learned or not, shortened by autocast or not."""
     kinds: dict[tuple[torch.dtype, bool, bool], list[Parameter]] = {}
     for parameter, owners in zip(parameters, owners_of(model, parameters), strict=True):
-        matrix = parameter.dim() > 1 and parameter.dtype == torch.float32
-        shortens = matrix and all(isinstance(module, CAST) for module, _ in owners)
+        is_matrix = parameter.dim() > 1 and parameter.dtype == torch.float32
+        shortens = shortened and is_matrix and all(isinstance(module, CAST) for module, _ in owners)
         kind = (parameter.dtype, parameter.requires_grad, shortens)
         kinds.setdefault(kind, []).append(parameter)
     return list(kinds.items())

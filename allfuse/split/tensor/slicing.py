@@ -177,7 +177,8 @@ class Following(TorchFunctionMode):
             args, named = self._smaller(name, args, named)
         if name in self.care.names:
             for leaf in (*args[:3], *named.values()):
-                handler = self.care.handlers.get((name, id(leaf)))
+                weight = getattr(leaf, "gathered_from", leaf)  # under shard(n)
+                handler = self.care.handlers.get((name, id(weight)))
                 if handler is not None:
                     return handler(function, args, dict(named))
         if self.care.draws and draws(function):
