@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,12 @@ from test_split_tensor import hugging
 from torch import Tensor, nn
 
 from allfuse.base.errors import PlanError
+from allfuse.split.parted import drop
 from allfuse.split.pipe.boundary import cut_stages, find_boundaries
-from allfuse.split.pipe.stage import Shapes, Stage
+from allfuse.split.pipe.cutting import keep_out_of_fast_path
+from allfuse.split.pipe.stage import Stage
 from allfuse.split.record import record
+from allfuse.split.shapes import Shapes
 
 
 def in_stages(
@@ -27,12 +31,16 @@ def in_stages(
     one = record(model, run_two)
     plans = cut_stages(one, n, [1.0] * len(one.calls))
     shapes = Shapes(one, two, record(model, run_three), three)
-    stages = [Stage(copy.deepcopy(model), plan, shapes) for plan in plans]
+    models = [copy.deepcopy(model) for _ in plans]
+    for own, plan in zip(models, plans, strict=True):
+        drop([p for name, p in own.named_parameters() if name not in plan.parameters])
+        keep_out_of_fast_path(own)
+    stages = [Stage(m, p, shapes, torch.device("cpu")) for m, p in zip(models, plans, strict=True)]
     sent: Any = None
     passed = []
-    for stage in stages:
+    for stage, own in zip(stages, models, strict=True):
         received = None if sent is None else sent.detach().requires_grad_()
-        sent = stage.run(received, rows, run)
+        sent = stage.run(received, rows, functools.partial(run, own))
         passed.append((received, sent))
     loss = weigh(sent)
     gradient = None
@@ -40,8 +48,8 @@ def in_stages(
         torch.autograd.backward(loss if stage is stages[-1] else sent, gradient)
         gradient = None if received is None else received.grad
     gradients: dict[str, Tensor] = {}
-    for stage in stages:
-        for name, p in stage.model.named_parameters():
+    for own in models:
+        for name, p in own.named_parameters():
             if p.grad is not None:
                 before = gradients.get(name)
                 gradients[name] = p.grad if before is None else before + p.grad

@@ -315,8 +315,12 @@ def _refuse_few(name: str, stages: object, least: int) -> None:
         raise ValueError(f"{name} has from {least} to 64 stages on each rank, got {stages!r}")
 
 
-def derive_microbatches(rows: int, n: int, schedule: Schedule) -> int:
+def derive_microbatches(rows: int, n: int, schedule: Schedule, least: int = 1) -> int:
     """The number of microbatches, at most 4 n, with which a step over so many rows is shortest by
-    the clock: (m + n - 1) turns of the largest microbatch; of equal ones the smallest."""
-    able = {schedule.most(m, n) for m in range(1, max(1, min(rows, 4 * n)) + 1)}
+    the clock: (m + n - 1) turns of the largest microbatch; of equal ones the smallest.
+
+    Args:
+        least: rows of each.
+    """
+    able = {schedule.most(m, n) for m in range(1, max(1, min(rows // least, 4 * n)) + 1)}
     return min(able, key=lambda m: ((m + n - 1) * -(-rows // m), m))

@@ -98,7 +98,8 @@ def _measure_here(
     forward, model = job.forward or default_forward, model.to(place.device)
     split = make_split(place)
     if split.cuts:
-        split.cut(model, runs_on(place.plan, source, forward, place.device), job.request)
+        runs = runs_on(place.plan, source, forward, place.device)
+        split.cut(model, runs, job.request, Precision(job.precision, place.device).autocast)
     loader = make_loader(source, order_of_all(source, job.batch_size, place), place)
     try:
         return measure(
@@ -109,6 +110,7 @@ def _measure_here(
             link=place.replicas,
             device=place.device,
             autocast=Precision(job.precision, place.device).autocast,
+            pipeline=split.pipeline,
         )
     finally:
         loader.close()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from torch.nn import Parameter
 
 from allfuse.split.piece import Piece
 from allfuse.split.request import NO_WISHES, Request
+
+if TYPE_CHECKING:
+    from allfuse.split.pipe.pipeline import Pipeline
 
 Run = Callable[[nn.Module], Any]
 """A forward pass of a model over some batch."""
@@ -22,9 +26,11 @@ class Split(ABC):
 
     Attributes:
         cuts: whether ranks share the model, which then has to be cut before its first step.
+        pipeline: the stages of this rank, where the model is cut between its layers.
     """
 
     cuts = False
+    pipeline: Pipeline | None = None
 
     @property
     def answers(self) -> bool:
@@ -32,7 +38,11 @@ class Split(ABC):
         return True
 
     def cut(
-        self, model: nn.Module, runs: Sequence[tuple[int, Run]], request: Request = NO_WISHES
+        self,
+        model: nn.Module,
+        runs: Sequence[tuple[int, Run]],
+        request: Request = NO_WISHES,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> dict[str, str]:
         """Cut a model, in place; what was chosen, in words, by the name of the choice. Parameters
         and buffers keep their names.
@@ -40,6 +50,7 @@ class Split(ABC):
         Args:
             runs: forward passes over batches of two different numbers of rows.
             request: what the job wants of it.
+            autocast: what the model will run under.
 
         Raises:
             PlanError, UserError: it cannot be cut so; names the module.
@@ -56,6 +67,19 @@ class Split(ABC):
 
         `last` says that nothing more is added to them in this step.
         """
+
+    def fuses(self, name: str) -> bool:
+        """Whether it is this rank that fuses a parameter with other replicas; else another one of
+        its replica does, and tells it what came out."""
+        return True
+
+    def spread(self, parameters: Mapping[str, Parameter]) -> None:
+        """After a fusion: bring the gradients of parameters to the ranks that do not fuse them."""
+        return
+
+    def level(self, model: nn.Module) -> None:
+        """Make parameters that stages of several ranks use equal, after weights were fused."""
+        return
 
     def count(self, model: nn.Module) -> int:
         """Parameters of the whole model."""

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 
-from allfuse.base.errors import PlanError
+from allfuse.base.errors import PlanError, UserError
 from allfuse.base.units import format_count
 from allfuse.link import Link
-from allfuse.plan import Plan
+from allfuse.plan import Pipe, Plan
 from allfuse.plan import Tensor as TensorAxis
 from allfuse.split.base import Run
 from allfuse.split.piece import Piece, whole_piece
+from allfuse.split.pipe.cutting import Autocast, PipePlan
 from allfuse.split.record import record
 from allfuse.split.request import NO_WISHES, Request
+from allfuse.split.shard.blocks import find_blocks
+from allfuse.split.shard.rows import shard_piece
+from allfuse.split.shard.sharding import shard_model
 from allfuse.split.tensor.attention import unfold_attention
 from allfuse.split.tensor.search import TensorPlan, find_cuts
 from allfuse.split.tensor.slicing import slice_model
@@ -37,7 +43,7 @@ class Held:
     def counts(self, rank: int) -> bool:
         """Whether it is a rank's to speak for what it has: it is the first that has just that."""
         own = self.pieces[rank]
-        return own is not None and own not in self.pieces[:rank]
+        return own is not None and bool(math.prod(own.own)) and own not in self.pieces[:rank]
 
 
 class Parted(Whole):
@@ -47,22 +53,37 @@ class Parted(Whole):
         rank: of this rank in the plan.
         mates: a link to all ranks of the replica, this one among them.
         tensor: a link to those that share its layers.
+        pipe: a link to those that have its other stages.
+        shard: a link to those that have other rows of what it has.
     """
 
     cuts = True
 
     def __init__(
-        self, plan: Plan, rank: int, mates: Link, tensor: Link, device: torch.device
+        self,
+        plan: Plan,
+        rank: int,
+        mates: Link,
+        *,
+        tensor: Link,
+        pipe: Link,
+        shard: Link,
+        device: torch.device,
     ) -> None:
         super().__init__()
         self.plan, self.mates, self.device = plan, mates, device
         self.places = [plan.coordinates(member) for member in plan.replica(rank)]
-        self.slice = Slice(tensor)
+        self.slice, self.pipe, self.shard = Slice(tensor), pipe, shard
+        self._users: dict[str, tuple[int, ...]] = {}  # coordinates of the stages that need a tensor
         self.held: dict[str, Held] = {}
         self.kept: list[str] = []  # what the state dict of the plain model names
 
     def cut(
-        self, model: nn.Module, runs: Sequence[tuple[int, Run]], request: Request = NO_WISHES
+        self,
+        model: nn.Module,
+        runs: Sequence[tuple[int, Run]],
+        request: Request = NO_WISHES,
+        autocast: Autocast = contextlib.nullcontext,
     ) -> dict[str, str]:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
         self.kept = [name for name in model.state_dict() if name in shapes]
@@ -70,19 +91,36 @@ class Parted(Whole):
         cuts = TensorPlan(self.slice.n)
         if self.slice.n > 1:
             unfold_attention(model)
+        recording = record(model, runs[0][1]) if self.slice.n * self.pipe.size > 1 else None
+        if self.slice.n > 1 and recording is not None:
             keep, also = request.kept(model), request.also(model)
-            cuts = find_cuts(record(model, runs[0][1]), self.slice.n, keep, also)
+            cuts = find_cuts(recording, self.slice.n, keep, also)
             self._refuse_uncut(cuts)
             choices["tensor"] = _tell(cuts, model)
         names = self._by_first_name(model)
+        axis, stages = self.plan.axis("pipe"), None
+        if self.pipe.size > 1 and recording is not None and isinstance(axis, Pipe):
+            slices = cuts.values, self.slice.n
+            stages = PipePlan(axis, model, recording, runs, slices=slices, autocast=autocast)
+            self._users = stages.users
+            choices["pipe"] = stages.tell()
         if self.slice.n > 1:
             slice_model(model, cuts, self.slice)
+        if self.shard.size > 1:
+            choices["shard"] = self._shard(model, runs[0][1], autocast)
         for name, tensor in tensors_of(model).items():
+            rows = self.shard.size if isinstance(tensor, nn.Parameter) else 1
             pieces = tuple(
-                self._piece(cuts, names[name], shapes[name], place) for place in self.places
+                self._piece(cuts, names[name], shapes[name], place, rows) for place in self.places
             )
             self.held[name] = Held(tensor.dtype, pieces)
+        if stages is not None:
+            self.pipeline = stages.build(model, self.pipe, self.device)
+            drop([tensor for name, tensor in tensors_of(model).items() if not self._has(name)])
         return choices
+
+    def _has(self, name: str) -> bool:
+        return self.held[name].pieces[self.mates.rank] is not None
 
     def _refuse_uncut(self, cuts: TensorPlan) -> None:
         if cuts.uses:
@@ -97,6 +135,23 @@ class Parted(Whole):
             f"data({axis.n})",
         )
 
+    def _shard(self, model: nn.Module, run: Run, autocast: Autocast) -> str:
+        """Keep this rank's rows of all parameters; what was chosen, in words."""
+        try:
+            recording = record(model, run)
+        except UserError:  # then nobody knows which modules run as one
+            recording = None
+        blocks = find_blocks(model, recording)
+        with autocast():
+            shortened = torch.is_autocast_enabled(self.device.type)
+        made = shard_model(model, blocks, self.shard, shortened=shortened)
+        largest = max((each.numbers for each in made if each.again), default=0)
+        return (
+            f"{len(blocks)} blocks of up to {format_count(largest)} parameters are brought together"
+            f" when they run, {format_count(sum(m.numbers for m in made if not m.again))} others "
+            "for the whole step"
+        )
+
     def _by_first_name(self, model: nn.Module) -> dict[str, str]:
         """The first name of each parameter and buffer, of which some have several."""
         first: dict[int, str] = {}
@@ -105,24 +160,54 @@ class Parted(Whole):
         return {name: first[id(tensor)] for name, tensor in tensors_of(model).items()}
 
     def _piece(
-        self, cuts: TensorPlan, name: str, shape: tuple[int, ...], place: Mapping[str, int]
+        self,
+        cuts: TensorPlan,
+        name: str,
+        shape: tuple[int, ...],
+        place: Mapping[str, int],
+        rows: int,
     ) -> Piece | None:
-        """What the rank at a place of the replica has of a tensor."""
+        """What the rank at a place of the replica has of a tensor, whose rows so many share."""
+        if place.get("pipe", 0) not in self._users.get(name, (place.get("pipe", 0),)):
+            return None
         cut = cuts.cuts.get(name)
         if cut is None:
-            return whole_piece(shape)
-        return cut.lie(shape, cuts.n, place.get("tensor", 0))
+            piece = whole_piece(shape)
+        else:
+            piece = cut.lie(shape, cuts.n, place.get("tensor", 0))
+        return shard_piece(piece, rows, place["shard"]) if rows > 1 else piece
 
     def count(self, model: nn.Module) -> int:
         names = [name for name, _ in model.named_parameters()]
         shapes = [next(p for p in self.held[name].pieces if p is not None).whole for name in names]
         return sum(math.prod(shape) for shape in shapes)
 
+    # Gradients under a pipeline, which come to their end microbatch by microbatch.
+
+    def watch(self, parameters: Sequence[Parameter], final: Callable[[int], None]) -> None:
+        if self.pipe.size == 1:
+            super().watch(parameters, final)
+
+    def fuses(self, name: str) -> bool:
+        shared = {} if self.pipeline is None else self.pipeline.shared
+        return name not in shared or self.pipe.rank == shared[name][0]
+
+    def spread(self, parameters: Mapping[str, Parameter]) -> None:
+        if self.pipeline is not None:
+            self.pipeline.spread(parameters)
+
+    def level(self, model: nn.Module) -> None:
+        if self.pipeline is not None:
+            self.pipeline.level(dict(model.named_parameters()))
+
     # What the ranks of a replica settle among themselves.
 
     @property
     def answers(self) -> bool:
-        return self.mates.rank == 0
+        here = self.places[self.mates.rank]
+        if self.pipeline is not None and self.pipe.rank != self.pipeline.teller:
+            return False
+        return not here.get("tensor", 0)
 
     def norm(self, gradients: Mapping[str, Tensor]) -> Tensor:
         rank = self.mates.rank
@@ -174,6 +259,13 @@ class Parted(Whole):
                 self.mates.receive(part, other, operation).wait()
                 piece.put(part, whole)
         return whole
+
+
+def drop(tensors: Iterable[Tensor]) -> None:
+    """Take the memory from tensors, which keep their shapes and types, and learn nothing."""
+    for tensor in tensors:
+        tensor.requires_grad_(False)
+        tensor.data = torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

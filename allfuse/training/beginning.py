@@ -48,7 +48,7 @@ def begin(
             **s.state.kinds(),
         }
         s.keeper.begin(facts, {"data": data, "model": s.state.fingerprint()})
-    cut_model(s, source)
+    cut_model(s, source, size)
     found = s.keeper.newest(s.survival.agree)
     if found is not None:
         s._restore(found)

@@ -56,6 +56,7 @@ class Course:
         self._turn: tuple[int, Loader | IterableLoader] | None = None
         self._seed = seed
         self._loops = 0
+        stepper.before_forward = self._seed_stage
         self._in_loop = False
         self._stop: str | None = None
         self._end_of_loop: str | None = None
@@ -149,6 +150,13 @@ class Course:
         if self.place.world.has_process_groups:  # threads share one process's generators
             seed_all(self.place.device, self._seed, self.cursor.steps, self.place.replica_index)
         self.stepper.open(portion)
+
+    def _seed_stage(self, stage: int, microbatch: int) -> None:
+        """Before the forward pass of a stage: what it draws depends on these alone."""
+        place = self.place
+        if place.world.has_process_groups:
+            key = (self._seed, self.cursor.steps, place.replica_index, stage, microbatch)
+            seed_all(place.device, *key)
 
     def open_step_for(self, learner: Learner) -> Step:
         """The step that the next loss belongs to. Batches of the script's own open it."""

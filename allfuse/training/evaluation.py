@@ -42,6 +42,7 @@ def measure_together(
                 link=s.place.replicas,
                 device=s.device,
                 autocast=s.precision.autocast,
+                pipeline=s.split.pipeline,
             )
 
     def hear(handed: Handed) -> tuple[dict[str, float], int]:

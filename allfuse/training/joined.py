@@ -33,7 +33,8 @@ def join_states(states: list[State]) -> State:
     whole = states[0]
     found: dict[Path, list[tuple[Piece | None, Tensor]]] = {}
     for state in states:
-        pieces = {name: Piece.of(plain) for name, plain in state.get("pieces", {}).items()}
+        told = state.get("pieces", {}).items()
+        pieces = {name: Piece.of(plain) for name, plain in told if plain is not None}
         for path, name, value in tied(state):
             piece = pieces.get(name)
             if piece is not None and not _fits(value, piece.own):
@@ -48,7 +49,20 @@ def join_states(states: list[State]) -> State:
             ) from None
     for kept in _fusions(whole):
         kept["kept"] = {}  # what codecs remember of pieces means nothing for the whole
+    _add_the_rest(whole, states[1:])
     return {**whole, "pieces": {}}
+
+
+def _add_the_rest(whole: State, others: list[State]) -> None:
+    """What is of parameters that the first rank has not, and no tensor."""
+    for state in others:
+        trained = whole.setdefault("trained", [])
+        trained += [name for name in state.get("trained", ()) if name not in trained]
+        for number, kept in enumerate(state.get("optimizers", ())):
+            slots = whole["optimizers"][number]["state"]
+            for index, found in kept["state"].items():
+                own = slots.setdefault(index, {})
+                own |= {kind: value for kind, value in found.items() if kind not in own}
 
 
 def _joined(parts: list[tuple[Piece | None, Tensor]]) -> Tensor:
@@ -70,10 +84,18 @@ def cut_state(state: State, pieces: Mapping[str, Piece | None]) -> State:
             _drop(state, path)
         elif _fits(value, piece.whole):
             _put(state, path, piece.take(value))
+    for number, names in enumerate(state.get("optimized", ())):
+        slots = state["optimizers"][number]["state"]
+        for index in [index for index in slots if _is_elsewhere(names[int(index)], pieces)]:
+            del slots[index]
     if pieces:
         for kept in _fusions(state):
             kept["kept"] = {}
     return state
+
+
+def _is_elsewhere(name: str, pieces: Mapping[str, Piece | None]) -> bool:
+    return name in pieces and pieces[name] is None
 
 
 def tied(state: State) -> Iterator[tuple[Path, str, Tensor]]:
@@ -124,4 +146,4 @@ def _put(state: Any, path: Path, value: Tensor) -> None:
 def _drop(state: Any, path: Path) -> None:
     for key in path[:-1]:
         state = state[key]
-    del state[path[-1]]
+    state.pop(path[-1], None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,10 +95,16 @@ class Learner:
                 parameter.grad = None
         self.names = [names[id(p)] for p in self.parameters]
         kept = self.fusion.capture()
-        self.fusion = GradientFusion(self.names, self.parameters, self._fuser)
+        self._make_fusion()
         self.fusion.restore(kept)
+
+    def _make_fusion(self) -> None:
+        """Of the parameters that this rank fuses."""
+        named = zip(self.names, self.parameters, strict=True)
+        fused = {name: parameter for name, parameter in named if self.split.fuses(name)}
+        self.fusion = GradientFusion([*fused], [*fused.values()], self._fuser)
         if self.fusion.buckets:
-            self.split.watch(self.parameters, self.fusion.final)
+            self.split.watch([*fused.values()], self.fusion.final)
 
     def take_cut(self) -> None:
         """The model was cut: what is fused has other shapes now."""
@@ -117,11 +123,9 @@ class Learner:
         rounds = self.fusion.rounds
         self.fusion.buckets.clear()  # hooks of the parameters still hold on to it
         self.link, self._fuser = fuser.link, fuser
-        self.fusion = GradientFusion(self.names, self.parameters, fuser)
+        self._make_fusion()
         self.fusion.rounds = rounds
         self.fusion.restore(kept)
-        if self.fusion.buckets:
-            self.split.watch(self.parameters, self.fusion.final)
 
     def _has_changed(self) -> bool:
         """Whether parameters were added or thawed since they were taken."""
@@ -141,18 +145,26 @@ class Learner:
                 "loss computed from the model's outputs; next: look for detach(), no_grad() or "
                 "item() on the way, and for frozen parameters"
             )
-        if not self._unfinished:
-            if self._spent:
-                self._clear()
-            self._set_aside()
+        self._begin()
         if self.precision.scaler is not None:
             loss = self.precision.scaler.scale(loss)
-        self._unscaled, self._unfinished = False, True
         self.fusion.listening = True
         try:
             self.split.backward(loss, () if self.alone else self.parameters, last)
         finally:
             self.fusion.listening = False
+
+    def collect(self, work: Callable[[Sequence[Parameter]], None]) -> None:
+        """Have `work` add the gradients of a step, of these parameters (all, when empty)."""
+        self._begin()
+        work(() if self.alone else self.parameters)
+
+    def _begin(self) -> None:
+        if not self._unfinished:
+            if self._spent:
+                self._clear()
+            self._set_aside()
+        self._unscaled, self._unfinished = False, True
 
     def _clear(self) -> None:
         """What zero_grad does, without its record for the profiler: 50 us in a small step."""
@@ -180,6 +192,7 @@ class Learner:
     def finish(self, factor: float) -> None:
         """Wait for the fusions; `factor` corrects gradients that were scaled by a guessed count."""
         self.fusion.finish()
+        self.split.spread(self.named())
         if factor != 1.0 and (gradients := self.gradients()):
             foreach_multiply(gradients, factor)
         for parameter, kept in self._aside:
@@ -202,6 +215,9 @@ class Learner:
     def may_skip(self) -> bool:
         """Whether the scaler leaves out steps whose gradients are not finite."""
         return self.precision.scaler is not None
+
+    def named(self) -> dict[str, Parameter]:
+        return dict(zip(self.names, self.parameters, strict=True))
 
     def gradients(self) -> list[Tensor]:
         return [p.grad for p in self.parameters if p.grad is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,12 @@ from allfuse.base.errors import JobError
 from allfuse.base.tensors import map_nest
 from allfuse.fusion.statistics import GlobalBatchNorm
 from allfuse.job import Metric, MetricFunction
+from allfuse.split.elsewhere import ELSEWHERE
 
 if TYPE_CHECKING:
     from allfuse.link import Link
     from allfuse.split.data import IterableLoader, Loader
+    from allfuse.split.pipe.pipeline import Pipeline
 
 
 def sum_and_count(value: Any, rows: int, name: str) -> tuple[Tensor, float, float]:
@@ -82,11 +85,13 @@ def measure(
     link: Link,
     device: torch.device,
     autocast: Callable[[], Any],
+    pipeline: Pipeline | None = None,
 ) -> tuple[dict[str, float], int]:
     """The figures, equal on all ranks, and the number of samples they are over.
 
     Each rank measures its share of every batch; sums and counts are added in float64 in one
     transfer at the end. A rank without samples runs the stand-in of the loader and adds zeros.
+    In a pipeline the last stage measures, and tells the others.
     """
     was_training = model.training
     model.eval()
@@ -98,11 +103,17 @@ def measure(
             for norm in norms:  # those without running statistics use the batch's
                 norm.weight_of_rows = float(portion.rows > 0)
             batch = to_device(portion.batch, device)
+            rows = max(portion.rows, 1)
             with autocast():
-                outputs = forward(model, batch)
+                if pipeline is None:
+                    outputs = forward(model, batch)
+                else:
+                    outputs = pipeline.predict(rows, functools.partial(forward, model, batch))
             samples += sum(portion.shares)
+            if outputs is ELSEWHERE:
+                continue
             for name, metric in metrics.items():
-                part = _measured(name, metric, outputs, batch, max(portion.rows, 1))
+                part = _measured(name, metric, outputs, batch, rows)
                 part = part.to(device=device, dtype=torch.float64)
                 if portion.rows == 0:
                     part = torch.zeros_like(part)
@@ -117,7 +128,11 @@ def measure(
             name: piece.view_as(value)
             for (name, value), piece in zip(sums.items(), pieces, strict=True)
         }
-    return {name: _figure(metrics[name], total) for name, total in sums.items()}, samples
+    figures = {name: _figure(metrics[name], total) for name, total in sums.items()}
+    if pipeline is not None and samples:
+        told = pipeline.tell([figures.get(name, math.nan) for name in metrics])
+        figures = dict(zip(metrics, told, strict=True))
+    return figures, samples
 
 
 def _measured(

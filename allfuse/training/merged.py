@@ -106,7 +106,7 @@ def _read_own(
     )
     state = read(lead)
     saved = state.get("pieces", {})
-    if saved != {name: piece.plain() for name, piece in pieces.items() if piece is not None}:
+    if saved != plain_pieces(pieces):
         return None
     if rank == lead:
         return state
@@ -117,6 +117,11 @@ def _read_own(
     share = 1 / _size(plan, "data")
     state["fusions"] = [share_out(kept, share) for kept in zip(*parts, strict=True)]
     return state
+
+
+def plain_pieces(pieces: Mapping[str, Piece | None]) -> dict[str, Any]:
+    """What a rank has of tensors, as lists of numbers for files; None where it has nothing."""
+    return {name: None if piece is None else piece.plain() for name, piece in pieces.items()}
 
 
 def _stands_beside(plan: Plan, writer: int, rank: int) -> bool:

@@ -17,8 +17,10 @@ from allfuse.split.whole import Whole
 from allfuse.training.measure import to_device
 
 if TYPE_CHECKING:
+    from allfuse.split.pipe.pipeline import Pipeline
     from allfuse.training.place import Place
     from allfuse.training.session import Session
+    from allfuse.training.settings import Settings
 
 ROWS = (2, 3)
 """Of the two batches on which a forward pass is followed, to tell what depends on the rows."""
@@ -30,10 +32,41 @@ def make_split(place: Place) -> Split:
         return Whole()
     from allfuse.split.parted import Parted
 
-    return Parted(place.plan, place.rank, place.mates, place.tensor, place.device)
+    return Parted(
+        place.plan,
+        place.rank,
+        place.mates,
+        tensor=place.tensor,
+        pipe=place.pipe,
+        shard=place.shard,
+        device=place.device,
+    )
 
 
-def cut_model(s: Session, source: Source | Stream) -> None:
+def refuse_in_stages(place: Place, settings: Settings, has_norms: bool) -> None:
+    """Refuse what a model that is cut between its layers cannot keep to.
+
+    Raises:
+        PlanError: says which setting can be.
+    """
+    if place.pipe.size == 1:
+        return
+    axis, nearest = str(place.plan.axis("pipe")), f"data({place.plan.workers})"
+    if has_norms and settings.batch_statistics == "global":
+        why = (
+            "BatchNorm over the whole batch would need the rows of all microbatches at once; "
+            'allowed: batch_statistics="local", which is over those of each microbatch'
+        )
+    elif settings.precision == "fp16":
+        why = "the loss scaler of fp16 knows one stage alone; allowed: precision bf16 or fp32"
+    elif settings.compile:
+        why = "compile=True makes one program of all stages; allowed: compile=False"
+    else:
+        return
+    raise PlanError(axis, why, nearest)
+
+
+def cut_model(s: Session, source: Source | Stream, batch_size: int | None) -> None:
     """Cut the model, once it is known what it is trained on and before anything is restored.
 
     Raises:
@@ -48,9 +81,30 @@ def cut_model(s: Session, source: Source | Stream) -> None:
             f"data({s.plan.workers})",
         )
     (model,), (forward,), (request,) = s.models.values(), s.forwards, s.requests
-    s.choices |= s.split.cut(model, runs_on(s.plan, source, forward, s.device), request)
+    runs = runs_on(s.plan, source, forward, s.device)
+    s.choices |= s.split.cut(model, runs, request, s.precision.autocast)
+    elsewhere = frozenset(name for name, piece in s.split.pieces().items() if piece is None)
+    s.state.elsewhere = s.rounds.elsewhere = elsewhere
+    s.rounds.level = lambda: s.split.level(model)
+    if s.split.pipeline is not None and batch_size is not None:
+        _refuse_few(s, s.split.pipeline, batch_size)
     for learner in s.learners:
         learner.take_cut()
+
+
+def _refuse_few(s: Session, pipeline: Pipeline, batch_size: int) -> None:
+    """Refuse more microbatches than samples. Raises UserError."""
+    parts, count = s.place.parts, pipeline.axis.microbatches
+    rows = batch_size // parts // s.settings.accumulate
+    if count is not None and rows < count:
+        by = f" by {parts} replicas" if parts > 1 else ""
+        by += f" and accumulate={s.settings.accumulate}" if s.settings.accumulate > 1 else ""
+        raise UserError(
+            f"microbatches={count} of {s.plan}: batch_size={batch_size} divided{by} gives {rows} "
+            f"samples; allowed: from 1 to {rows} microbatches; next: pipe({pipeline.axis.n}), "
+            f"which derives them, or a batch_size of at least "
+            f"{count * parts * s.settings.accumulate}"
+        )
 
 
 def runs_on(

@@ -41,7 +41,8 @@ class Place:
     Attributes:
         data, site: links to the peers on those axes (a lone link where the plan has no such axis).
         data_fuser, site_fuser: what fuses over them.
-        replicas: a link to the same coordinates of all replicas that divide the batch.
+        sharers: a link to all in step that this rank's site shares its part of a batch with.
+        replicas: the same of all sites.
         mates: a link to the ranks that hold this replica's model together.
         everyone: a link to all ranks that are in step.
         index, parts: which of the replicas that divide the batch this rank belongs to.
@@ -104,10 +105,11 @@ class Place:
         self.site = self._link("site", "site")
         self.data_fuser = self._fuser("data", self.data, seed)
         self.site_fuser = self._fuser("site", self.site, seed)
-        both = self.data.size > 1 and self.site.size > 1
-        only = self.data if self.data.size > 1 else self.site
-        self.replicas = self._link_of_replicas() if both else only
-        self.mates = self.tensor = self._link("tensor", "tensor")
+        self.tensor, self.shard = self._link("tensor", "tensor"), self._link("shard", "shard")
+        self.pipe = self._link("pipe", "pipe")
+        self.sharers = self._link_of("sharers", self.data, self.shard)
+        self.replicas = self._link_of("replicas", self.sharers, self.site)
+        self.mates = self._link_of("mates", self.tensor, self.pipe, self.shard)
         self.everyone = self.replicas
         if self.mates.size > 1:
             everyone = tuple(range(self.plan.workers))
@@ -192,15 +194,25 @@ class Place:
         )
         return Fuser(fusion, own, layout, seed, auto)
 
-    def _link_of_replicas(self) -> Link:
-        """To all ranks that differ from this one on the axes that divide the batch."""
-        undivided = {axis.name for axis in self.plan.axes if not axis.divides_batch}
-
-        def key(rank: int) -> list[int]:
-            return [c for name, c in self.plan.coordinates(rank).items() if name in undivided]
-
-        members = [rank for rank in range(self.plan.workers) if key(rank) == key(self.rank)]
-        return self.world.link("replicas", tuple(members), self.device)
+    def _link_of(self, name: str, *links: Link) -> Link:
+        """To all ranks that differ from this one only on axes of some links."""
+        several = [link for link in links if link.size > 1]
+        if len(several) < 2:
+            return several[0] if several else links[0]
+        places = [self.plan.coordinates(rank) for rank in range(self.plan.workers)]
+        free = {
+            axis
+            for axis in self.coordinates
+            for link in several
+            if len({places[member][axis] for member in link.members}) > 1
+        }
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for rank, place in enumerate(places):
+            groups.setdefault(tuple(place[axis] for axis in place if axis not in free), []).append(
+                rank
+            )
+        members = next(tuple(group) for group in groups.values() if self.rank in group)
+        return self.world.link(name, members, self.device, sorted(map(tuple, groups.values())))
 
     def _link(self, axis: str, name: str) -> Link:
         groups = {self.plan.peers(rank, axis) for rank in range(self.plan.workers)}
@@ -211,17 +223,31 @@ class Place:
     def statistics(self) -> Link:
         """A link of its own for batch statistics, of all models: their transfers come in between
         those of gradients, in an order that may differ from rank to rank."""
-        return self._link("data", "statistics")
+        if self.shard.size == 1:
+            return self._link("data", "statistics")
+        return self.world.link("statistics", self.sharers.members, self.device)
 
     @property
     def replica_index(self) -> int:
-        """Which of all replicas this rank belongs to."""
-        return self.rank // self.plan.replica_size
+        """Which of all replicas this rank belongs to; of one that shares out its batch, which
+        part of it has the same samples."""
+        return self.rank // self.plan.replica_size * self.shard.size + self.shard.rank
 
     @property
     def links(self) -> list[Link]:
         """The links that there are by now, each once."""
-        names = ("data", "site", "replicas", "mates", "everyone", "statistics")
+        names = (
+            "data",
+            "site",
+            "tensor",
+            "pipe",
+            "shard",
+            "sharers",
+            "replicas",
+            "mates",
+            "everyone",
+            "statistics",
+        )
         made = [self.__dict__[name] for name in names if name in self.__dict__]
         made += [fuser.link for fuser in self.fusers]
         return list({id(link): link for link in made}.values())

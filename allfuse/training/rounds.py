@@ -74,6 +74,8 @@ class Rounds:
         self.place, self.bus, self._settle = place, bus, settle
         self.active = place.site.size > 1  # also when later only one is left
         self.survive: Survive | None = None
+        self.elsewhere: frozenset[str] = frozenset()  # what another rank of the replica has
+        self.level: Callable[[], None] = lambda: None  # called after weights were fused
         self._take_axis()
         self.steps_since = 0
         self.quiet_until = 0  # up to this step no rounds start
@@ -217,6 +219,7 @@ class Rounds:
         departure.wait()
         self._settle()
         departure.flight.land(self.axis.outer, OWN_SHARE if self.axis.delay else 0.0)
+        self.level()
         self.wish = max(self.wish, departure.wish)
         if self.axis.fragments == 1 and not self.axis.delay:
             self.steps_since = 0
@@ -259,6 +262,7 @@ class Rounds:
     def _land_exactly(self, flight: Flight, keep: bool) -> None:
         steps = self.axis.every == "end"
         flight.land(self.axis.outer if steps else Average(), keep=keep and steps)
+        self.level()
 
     # After a loss.
 
@@ -295,7 +299,7 @@ class Rounds:
 
     def _build(self, models: Iterable[nn.Module]) -> None:
         """Fusions of all weights that there are by now; what is kept of those before stays."""
-        named = named_tensors(models)
+        named = self._named(models)
         held = [id(tensor) for tensor in named.values()]
         if held == self._held:
             return
@@ -305,6 +309,10 @@ class Rounds:
         self._held, self._fusion = held, self._make(named, self.axis.fragments)
         if kept is not None:
             self._fusion.restore(kept)
+
+    def _named(self, models: Iterable[nn.Module]) -> dict[str, Tensor]:
+        found = named_tensors(models)
+        return {name: value for name, value in found.items() if name not in self.elsewhere}
 
     def _make(self, named: Mapping[str, Tensor], fragments: int) -> WeightFusion:
         fuser, outer, tensors = self.place.site_fuser, self.axis.outer, list(named.values())
@@ -348,7 +356,7 @@ class Rounds:
         self.steps_since = state["steps_since"]
         self._departed.clear()
         if state["fusion"] is not None and self.place.site_fuser.fusion.codec.lossless:
-            add_unsent(named_tensors(models), state["fusion"], self.place.site.size)
+            add_unsent(self._named(models), state["fusion"], self.place.site.size)
         if not self.active:
             return
         self._build(models)
@@ -402,7 +410,7 @@ class Rounds:
             yield
             return
         models = list(models)
-        held = [t for m in models for t in (*m.parameters(), *m.buffers()) if t.is_floating_point()]
+        held = [t for t in self._named(models).values() if t.is_floating_point()]
         own = [tensor.detach().clone() for tensor in held]
         try:
             for departure in self._departed:

@@ -33,7 +33,8 @@ from allfuse.training.loading import (
     make_loader,
 )
 from allfuse.training.measure import to_device
-from allfuse.training.parting import make_split
+from allfuse.training.merged import plain_pieces
+from allfuse.training.parting import make_split, refuse_in_stages
 from allfuse.training.place import Place
 from allfuse.training.rounds import Rounds
 from allfuse.training.settings import Settings
@@ -224,8 +225,9 @@ class Session:
             hear=lambda handed: take_over(held, handed.state),
             give=lambda: held,
         )
-        shared = self.place.data.size > 1 and self.settings.batch_statistics == "global"
+        shared = self.place.sharers.size > 1 and self.settings.batch_statistics == "global"
         has_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
+        refuse_in_stages(self.place, self.settings, has_norms)
         if self.apart is not None:
             self.apart.refuse_global_statistics(has_norms, self.settings.batch_statistics)
         if shared and has_norms:
@@ -443,6 +445,12 @@ class Session:
                 "backward() with precision fp16: the loss scaler must step the optimizer; "
                 "allowed: bf16 or fp32 here, or s.step(batch, loss)"
             )
+        if self.split.pipeline is not None:
+            raise UserError(
+                f"backward() under {self.plan}: a loss of the script's own is one of the last "
+                "stage alone, and stages go forth and back in microbatches; next: s.step(batch, "
+                "loss), or a plan without pipe"
+            )
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
             raise UserError(
@@ -503,7 +511,7 @@ class Session:
     def _capture(self) -> tuple[dict[str, Any], list[Tensor]]:
         state, sooner = self.state.capture()
         own = {**self.course.capture(), "loss": self.loss}
-        own["pieces"] = {n: p.plain() for n, p in self.split.pieces().items() if p is not None}
+        own["pieces"] = plain_pieces(self.split.pieces())
         return {**state, **own}, sooner
 
     def _restore(self, step: int) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -76,6 +76,7 @@ class State:
         self.learners: list[Learner] = []
         self.schedulers: list[Scheduler] = []
         self.parts: dict[str, Any] = {}
+        self.elsewhere: frozenset[str] = frozenset()  # what another rank has of the model
 
     def add_model(self, name: str, module: nn.Module) -> None:
         if name in self.models:
@@ -134,7 +135,7 @@ class State:
         scaler = self.precision.scaler
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         state = {
-            "models": {name: module.state_dict() for name, module in self.models.items()},
+            "models": {name: self._held(module) for name, module in self.models.items()},
             "trained": [
                 [prefix, name]
                 for prefix, module in self.models.items()
@@ -152,6 +153,11 @@ class State:
         sooner = [buffer for module in self.models.values() for buffer in module.buffers()]
         sooner += [leaf for leaf in leaves(state["fusions"]) if isinstance(leaf, Tensor)]
         return state, sooner + [leaf for leaf in leaves(parts) if isinstance(leaf, Tensor)]
+
+    def _held(self, module: nn.Module) -> dict[str, Any]:
+        """What this rank has of a state dict."""
+        found = module.state_dict()
+        return {name: value for name, value in found.items() if name not in self.elsewhere}
 
     def restore(self, state: Mapping[str, Any], *, complete: bool) -> None:
         """Take a state back, in place.
@@ -179,7 +185,7 @@ class State:
                     steps, epochs = state["cursor"][:2]
                     self.schedulers[key].advance(steps, epochs)
                 elif key in held:
-                    _load(kind, key, part, held[key])
+                    _load(kind, key, part, held[key], self.elsewhere)
                 elif complete:
                     raise _misfit(kind, key, "it holds none of that name")
         for learner, kept in zip(self.learners, state["fusions"], strict=False):
@@ -205,9 +211,14 @@ class State:
         return hashlib.sha256("\n".join(shapes).encode()).hexdigest()[:16]
 
 
-def _load(kind: str, key: Any, part: Any, held: Any) -> None:
+def _load(kind: str, key: Any, part: Any, held: Any, elsewhere: Collection[str]) -> None:
     try:
-        part.load_state_dict(held)
+        if kind == "models" and elsewhere:
+            missing, strange = part.load_state_dict(held, strict=False)
+            if wrong := [*(name for name in missing if name not in elsewhere), *strange]:
+                raise KeyError(f"{wrong[0]} is missing, or strange")
+        else:
+            part.load_state_dict(held)
     except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise _misfit(kind, key, str(error)) from None
 

@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from allfuse.base.errors import DataError, NonFiniteLoss, UserError
 from allfuse.base.tensors import count_rows, cut_rows, share
@@ -21,6 +23,7 @@ from allfuse.training.wishes import Wishes
 
 if TYPE_CHECKING:
     from allfuse.split.base import Split
+    from allfuse.split.pipe.pipeline import Pipeline
     from allfuse.training.outflow import Outflow
 
 NORM_EVERY_S = 0.25  # of work: how often the gradient's norm is taken only to be shown
@@ -61,7 +64,7 @@ class Step:
 
     @property
     def reference(self) -> float:
-        """Samples of the whole batch in this rank's data axis; 1 a rank when nobody knows.
+        """Samples of the whole batch that the group shares; 1 a rank when nobody knows.
 
         0 where a site has no sample of a batch: then it is idle and learns nothing.
         """
@@ -71,7 +74,7 @@ class Step:
 
     @property
     def weights(self) -> list[float]:
-        """How much each rank of the data axis counts: its samples, all alike when nobody knows."""
+        """How much each rank of the group counts: its samples, all alike when nobody knows."""
         if self.portion is None:
             return [1.0] * self._size
         return [float(self.portion.shares[index]) for index in self.group]
@@ -123,6 +126,7 @@ class Stepper:
         self.outflow: Outflow | None = None
         self.current: Step | None = None
         self._how_to_go_on = how_to_go_on
+        self.before_forward: Callable[[int, int], None] = lambda stage, microbatch: None
         self._busy_s = 0.0
         self._since_norm_s = math.inf
 
@@ -131,18 +135,26 @@ class Stepper:
         for norm in self.norms:
             norm.weight_of_rows = 1.0 if portion is None or portion.rows else 0.0
             norm.waited_s = 0.0
-        self.current = Step(portion, self.group, self.place.data.size)
+        self.current = Step(portion, self.group, self.place.sharers.size)
 
     def meet_peers(self) -> None:
         """Take the places of the peers in the plan, and the link to them, as they are now."""
         place = self.place
-        self.group = [place.plan.replica_index(member) for member in place.data.members]
-        self.exchange = Exchange(place.data, place.device)
+        self.group = [place.plan.replica_index(member) for member in place.sharers.members]
+        self.exchange = Exchange(place.sharers, place.device)
+        columns = [
+            place.plan.coordinates(member).get("data", 0) for member in place.sharers.members
+        ]
+        self._columns = [
+            [at for at, column in enumerate(columns) if column == peer]
+            for peer in sorted(set(columns))
+        ]
 
     def keep_peers(self, places: Sequence[int]) -> None:
         """Go on with some of the peers, which keep their shares until batches are cut anew."""
         self.group = [self.group[place] for place in places]
-        self.exchange = Exchange(self.place.data, self.place.device)
+        self.exchange = Exchange(self.place.sharers, self.place.device)
+        self._columns = [[at] for at in range(len(places))]
         if self.current is not None:
             self.current.keep_peers(places)
 
@@ -170,6 +182,8 @@ class Stepper:
         if self.passes(learner):
             return None
         pieces = self._pieces(step, batch)
+        if self.split.pipeline is not None:
+            return self._learn_in_stages(self.split.pipeline, step, learner, pieces, compute)
         for number, (piece, rows) in enumerate(pieces, start=1):
             loss, factor, count = sum_and_count(compute(piece), rows, "the loss")
             is_last = number == len(pieces)
@@ -180,17 +194,64 @@ class Stepper:
             self.outflow.close()
         return self.finish(learner)
 
+    def _learn_in_stages(
+        self,
+        pipeline: Pipeline,
+        step: Step,
+        learner: Learner,
+        pieces: list[tuple[Any, int]],
+        compute: Callable[[Any], Any],
+    ) -> Figures:
+        """The same where the model is cut between its layers: each piece goes through the stages in
+        microbatches. The last stage tells the others what the losses came to."""
+        losses: list[tuple[Tensor, float]] = []
+        told = [0.0, 0.0]
+        begin_s = pipeline.waited_s
+
+        def lose(value: Any, rows: int) -> Tensor:
+            loss, factor, count = sum_and_count(value, rows, "the loss")
+            if not step.takes_part:
+                factor = count = 0.0
+            losses.append((loss.detach(), factor))
+            told[1] += count
+            return loss * (factor / step.reference)
+
+        def work(inputs: Sequence[Parameter]) -> None:
+            first = 0
+            for piece, rows in pieces:
+                parts = pipeline.cut(piece, rows)
+                pipeline.learn(parts, compute, lose, self._before(first), inputs)
+                first += len(parts)
+
+        learner.refresh()
+        if learner not in step.differentiated:
+            step.differentiated.append(learner)
+        learner.collect(work)
+        pipeline.gather(learner.named())
+        told[0] = sum([float(loss) * factor for loss, factor in losses])
+        total, count = pipeline.tell(told)
+        step.losses.append((torch.tensor(total, dtype=torch.float64), 1.0))
+        step.count += count
+        step.waited_s += pipeline.waited_s - begin_s
+        self._tell_peers(step, learner)
+        return self.finish(learner)
+
+    def _before(self, first: int) -> Callable[[int, int], None]:
+        """What is done before a forward pass, where so many microbatches went before."""
+        return lambda stage, microbatch: self.before_forward(stage, first + microbatch)
+
     def _pieces(self, step: Step, batch: Any) -> list[tuple[Any, int]]:
         """The batch in the pieces that it is accumulated over, and the rows of each.
 
-        Where batch statistics meet in each piece, all ranks cut as many, none without a row; a
-        stand-in then is used for every piece.
+        Where ranks meet in each piece, for batch statistics or since they share a model, all cut as
+        many, none without a row; a stand-in then is used for every piece.
         """
         rows = self._rows(step, batch)
         if self.accumulate == 1:
             return [(batch, rows)]
         count = min(self.accumulate, rows)
-        if self.norms and step.portion is not None:
+        meets = self.norms or self.place.shard.size > 1
+        if meets and step.portion is not None:
             shares = [step.portion.shares[index] for index in step.group]
             count = min(self.accumulate, *(size for size in shares if size > 0))
         if count == 1 or not step.takes_part:
@@ -223,12 +284,25 @@ class Stepper:
             step.differentiated.append(learner)
         learner.refresh()
         if last:
-            learner.fusion.weigh(step.reference, step.count, step.weights)
-            step.pending = self.exchange.start(
-                step.losses, step.count, self._busy_s, self.wishes.own, learner.fusion
-            )
+            self._tell_peers(step, learner)
         weight = factor / step.reference
         learner.backward(loss if weight == 1.0 else loss * weight, last)
+
+    def _tell_peers(self, step: Step, learner: Learner) -> None:
+        self._weigh(step, learner)
+        step.pending = self.exchange.start(
+            step.losses, step.count, self._busy_s, self.wishes.own, learner.fusion
+        )
+
+    def _weigh(self, step: Step, learner: Learner) -> None:
+        """Say how much each replica of the data axis counts; its shards have parts of its share."""
+        weights, count = step.weights, step.count
+        replicas = [sum([weights[at] for at in column]) for column in self._columns]
+        if self.place.shard.size > 1 and not learner.fusion.is_mean:
+            total = torch.tensor([count], dtype=torch.float64, device=self.place.device)
+            self.place.shard.all_reduce(total, "count what a replica's mean is over").wait()
+            count = float(total)
+        learner.fusion.weigh(step.reference, count, replicas)
 
     def finish(self, learner: Learner) -> Figures:
         """Wait for exchange and fusions, correct, clip. Afterwards the optimizer may step.
@@ -274,7 +348,7 @@ class Stepper:
 
     def _place_of(self, member: int) -> str:
         """Which rank of the data axis it is; of a group that a scheduler knows, of which worker."""
-        rank = f" on rank {self.place.world.ids[self.place.data.members[member]]}"
+        rank = f" on rank {self.place.world.ids[self.place.sharers.members[member]]}"
         crew = self.place.world.crew
         if crew is None or self.place.whole.outer is None:
             return rank

@@ -109,7 +109,9 @@ class PipePlan:
         }
         names = [name for name, _ in model.named_parameters()]
         shared = {name: self.users[name] for name in names if len(self.users[name]) > 1}
-        return Pipeline(link, self.axis, own, len(self.stages), shared)
+        has_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+        least = 2 if has_norms else 1  # of one row there are no statistics
+        return Pipeline(link, self.axis, own, len(self.stages), shared, least)
 
 
 def keep_out_of_fast_path(model: nn.Module) -> None:

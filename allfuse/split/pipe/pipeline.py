@@ -41,6 +41,7 @@ class Pipeline:
         link: to the ranks of the pipeline, this one among them.
         stages: those of this rank, by their number. count: of all ranks.
         shared: names of parameters that stages of several ranks use, and which ranks.
+        least: rows of a microbatch, where their number is derived.
     """
 
     def __init__(
@@ -50,9 +51,11 @@ class Pipeline:
         stages: Mapping[int, Stage],
         count: int,
         shared: Mapping[str, tuple[int, ...]],
+        least: int = 1,
     ) -> None:
         self.link, self.axis, self.schedule = link, axis, axis.schedule
         self.stages, self.count, self.shared = dict(stages), count, dict(shared)
+        self.least = least
         self._orders: dict[int, list[Order]] = {}
         self._before: deque[Courier] = deque()  # of passes before, whose parcels may be under way
         self.waited_s = 0.0
@@ -73,7 +76,7 @@ class Pipeline:
         """Into how many so many rows are cut."""
         n = self.link.size
         if self.axis.microbatches is None:
-            return derive_microbatches(rows, n, self.schedule)
+            return derive_microbatches(rows, n, self.schedule, self.least)
         return self.schedule.most(min(self.axis.microbatches, rows), n)
 
     def cut(self, batch: Any, rows: int) -> list[Part]:
