@@ -35,6 +35,7 @@ from allfuse.launcher.thread import first_failure, launch_threads
 from allfuse.link.check import SUMMABLE
 from allfuse.link.group import GroupLink, StoreBoard
 from allfuse.link.lookout import Lookout
+from allfuse.plan import as_plan
 from allfuse.rule import GatherRule, Rule, SumRule
 from allfuse.store.tensorfile import read_model
 from allfuse.training.exchange import _read_later
@@ -519,6 +520,59 @@ def test_rules_train_on_a_gpu_as_on_a_cpu(rule: Rule) -> None:
     plan = f"data(2, rule={rule})"
     on_gpu = trained_by_threads(smooth_job(), plan, "cuda:0")
     assert_close(on_gpu, trained_by_threads(smooth_job(), plan, "cpu"), rtol=1e-9, atol=1e-12)
+
+
+# Models that several ranks share, as threads on one GPU.
+
+
+def shared_job(precision: str = "fp32", **more: Any) -> af.Job:
+    made = smooth_job() if precision == "fp32" else job(precision, batch_statistics="local")
+    double = precision == "fp32"
+
+    def build() -> nn.Module:
+        model = nn.Sequential(
+            nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 3)
+        )
+        return model.double() if double else model
+
+    return replace(made, model=build, **more)
+
+
+def shared_by_threads(made: af.Job, plan: str, device: str) -> af.Result:
+    def work() -> af.Result:
+        with torch.autograd.set_multithreading_enabled(False):
+            return af.train(made, device=device, quiet=True)
+
+    results = launch_threads(work, as_plan(plan).workers, plan=plan)
+    failure = first_failure(results)
+    if failure is not None:
+        raise failure
+    first: af.Result = results[0]
+    return first
+
+
+SHARED = (
+    "tensor(2)",
+    "pipe(2)",
+    "shard(2)",
+    "data(2) * tensor(2)",
+    "pipe(2) * tensor(2)",
+    "site(2, every=2) * pipe(2)",
+    "data(2, codec=int8) * shard(2)",
+)
+
+
+@pytest.mark.parametrize("plan", SHARED)
+def test_shared_models_train_on_a_gpu_as_on_a_cpu(plan: str) -> None:
+    on_gpu = shared_by_threads(shared_job(clip=0.5), plan, "cuda:0").weights
+    on_cpu = shared_by_threads(shared_job(clip=0.5), plan, "cpu").weights
+    near = {"rtol": 1e-6, "atol": 1e-8} if "codec" in plan else {"rtol": 1e-9, "atol": 1e-12}
+    assert_close(on_gpu, on_cpu, **near)
+
+
+@pytest.mark.parametrize("plan", ["tensor(2)", "pipe(2)", "shard(2)"])
+def test_shared_models_learn_in_bf16_on_a_gpu(plan: str) -> None:
+    assert shared_by_threads(shared_job("bf16"), plan, "cuda:0").test["accuracy"] > 0.95
 
 
 # Links of NCCL.
