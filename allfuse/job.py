@@ -167,6 +167,8 @@ class Job:
         accumulate: parts into which each worker cuts its share, to save memory.
         precision: "fp32", or autocast to "bf16" or "fp16".
         compile: whether to run the model through torch.compile.
+        recompute: whether blocks of the model that repeat, such as the layers of a transformer,
+            keep only what goes in and run again in the backward pass: less memory, more time.
         keep_whole, cut_also: names of modules, with * for any part: those that `tensor(n)` does not
             cut, and those that it cuts however small they are.
         batch_statistics: BatchNorm over the "global" batch, or over each worker's "local" share.
@@ -196,6 +198,7 @@ class Job:
     accumulate: int = 1
     precision: str = "fp32"
     compile: bool = False
+    recompute: bool = False
     keep_whole: Sequence[str] = ()
     cut_also: Sequence[str] = ()
     batch_statistics: str = "global"

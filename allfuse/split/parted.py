@@ -20,6 +20,7 @@ from allfuse.plan import Tensor as TensorAxis
 from allfuse.split.base import Run
 from allfuse.split.piece import Piece, whole_piece
 from allfuse.split.pipe.cutting import Autocast, PipePlan
+from allfuse.split.recompute import repeated_blocks
 from allfuse.split.record import record
 from allfuse.split.request import NO_WISHES, Request
 from allfuse.split.shard.blocks import find_blocks
@@ -107,7 +108,7 @@ class Parted(Whole):
         if self.slice.n > 1:
             slice_model(model, cuts, self.slice)
         if self.shard.size > 1:
-            choices["shard"] = self._shard(model, runs[0][1], autocast)
+            choices["shard"] = self._shard(model, runs[0][1], request, autocast)
         for name, tensor in tensors_of(model).items():
             rows = self.shard.size if isinstance(tensor, nn.Parameter) else 1
             pieces = tuple(
@@ -135,7 +136,7 @@ class Parted(Whole):
             f"data({axis.n})",
         )
 
-    def _shard(self, model: nn.Module, run: Run, autocast: Autocast) -> str:
+    def _shard(self, model: nn.Module, run: Run, request: Request, autocast: Autocast) -> str:
         """Keep this rank's rows of all parameters; what was chosen, in words."""
         try:
             recording = record(model, run)
@@ -144,7 +145,8 @@ class Parted(Whole):
         blocks = find_blocks(model, recording)
         with autocast():
             shortened = torch.is_autocast_enabled(self.device.type)
-        made = shard_model(model, blocks, self.shard, shortened=shortened)
+        twice = repeated_blocks(model) if request.recompute else []
+        made = shard_model(model, blocks, self.shard, shortened=shortened, twice=twice)
         largest = max((each.numbers for each in made if each.again), default=0)
         return (
             f"{len(blocks)} blocks of up to {format_count(largest)} parameters are brought together"

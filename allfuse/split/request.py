@@ -20,6 +20,7 @@ class Request:
     Attributes:
         keep_whole: those that `tensor(n)` does not cut.
         cut_also: those that it cuts however small they are.
+        recompute: whether blocks run again in the backward pass; see `recompute_blocks`.
 
     Example:
         Request(keep_whole=("lm_head", "layers.*.attention"))
@@ -27,6 +28,7 @@ class Request:
 
     keep_whole: tuple[str, ...] = ()
     cut_also: tuple[str, ...] = ()
+    recompute: bool = False
 
     def kept(self, model: nn.Module) -> dict[str, str]:
         """The parameters of a model that stay whole, by their first names, with the reason."""

@@ -180,6 +180,7 @@ def settings_of(job: Job, device: str | None) -> Settings:
         clip=job.clip,
         accumulate=job.accumulate,
         compile=job.compile,
+        recompute=job.recompute,
         batch_statistics=job.batch_statistics,
         device=device,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from allfuse.base.errors import PlanError, UserError
 from allfuse.plan import Plan
 from allfuse.split.base import Run, Split
 from allfuse.split.data import Source, Stream
+from allfuse.split.recompute import recompute_blocks
 from allfuse.split.whole import Whole
 from allfuse.training.measure import to_device
 
@@ -82,7 +84,10 @@ def cut_model(s: Session, source: Source | Stream, batch_size: int | None) -> No
         )
     (model,), (forward,), (request,) = s.models.values(), s.forwards, s.requests
     runs = runs_on(s.plan, source, forward, s.device)
+    request = replace(request, recompute=s.settings.recompute)
     s.choices |= s.split.cut(model, runs, request, s.precision.autocast)
+    if s.settings.recompute:
+        recompute_blocks(model)
     elsewhere = frozenset(name for name, piece in s.split.pieces().items() if piece is None)
     s.state.elsewhere = s.rounds.elsewhere = elsewhere
     s.rounds.level = lambda: s.split.level(model)

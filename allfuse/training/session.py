@@ -19,6 +19,7 @@ from allfuse.fusion.statistics import globalize_batch_norm
 from allfuse.job import Hook, Metric, MetricFunction, check_whole, default_forward, on
 from allfuse.plan import Plan
 from allfuse.split.data import IterableLoader, Loader, Portion, as_source
+from allfuse.split.recompute import recompute_blocks
 from allfuse.split.request import Request, make_request
 from allfuse.training.balance import Balance, make_balance
 from allfuse.training.beginning import begin
@@ -232,6 +233,8 @@ class Session:
             self.apart.refuse_global_statistics(has_norms, self.settings.batch_statistics)
         if shared and has_norms:
             self.stepper.norms += globalize_batch_norm(module, self.place.statistics)
+        if self.settings.recompute and not self.split.cuts:  # else once it is cut
+            recompute_blocks(module)
         if self.settings.compile:
             module.compile()
         self.state.add_model(name or ("model" if number == 0 else f"model{number}"), module)

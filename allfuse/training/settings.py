@@ -16,6 +16,7 @@ class Settings:
     clip: float | None = None
     accumulate: int = 1
     compile: bool = False
+    recompute: bool = False
     batch_statistics: str = "global"
     device: str | None = None
     keep: int = 3

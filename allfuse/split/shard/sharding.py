@@ -24,7 +24,7 @@ def shard_model(
     link: Link,
     *,
     shortened: bool = False,
-    again: bool = True,
+    twice: Sequence[str] = (),
 ) -> list[Block]:
     """Keep this rank's rows of every parameter, in place; blocks bring them together when they run.
 
@@ -35,23 +35,28 @@ def shard_model(
     Args:
         blocks: names of modules; see `find_blocks`.
         shortened: the model runs under autocast, and what that shortens travels in the short type.
-        again: gather blocks once more for the backward pass; no, where they run once more then.
+        twice: names of modules that run again in the backward pass: blocks in them are gathered
+            then anyway.
     """
     modules = dict(model.named_modules())
     taken: set[int] = set()
     made = []
     for name in [*blocks, ""]:
-        module = modules[name]
+        module, again = modules[name], bool(name) and not _is_inside(name, twice)
         parameters = [p for p in module.parameters() if id(p) not in taken]
         taken.update(map(id, parameters))
         own = [
-            Block(name, group, owners_of(model, group), link, shortens, again and bool(name))
+            Block(name, group, owners_of(model, group), link, shortens, again)
             for (_, _, shortens), group in _by_kind(model, parameters, shortened)
         ]
         if own:
             module.forward = _gathering(module.forward, own)
         made += own
     return made
+
+
+def _is_inside(name: str, others: Sequence[str]) -> bool:
+    return any(name == other or name.startswith(f"{other}.") for other in others)
 
 
 def _by_kind(

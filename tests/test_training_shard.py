@@ -1,0 +1,183 @@
+"""Training under plans that cut a model's state evenly: the numbers of one process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_training_split import CASES, Case, alone, assert_near, classes, figures, recorded
+from torch import Tensor, nn
+from training_cases import TIGHT, assert_equal, train
+
+from allfuse.base.errors import PeerLost, WorkerFailed
+from allfuse.job import Stop
+from allfuse.launcher.local import launch_local
+from allfuse.launcher.thread import launch_threads
+from allfuse.link.thread import Script
+from allfuse.plan import as_plan
+from allfuse.store.tensorfile import read_tensors
+from allfuse.training.loop import train_job
+
+PLANS = ("shard(2)", "shard(4)", "data(2) * shard(2)", "tensor(2) * shard(2)")
+
+
+class Strange(nn.Module):
+    """One row, a single number, a part that is not learned, one that a step may not use, and a
+    layer that runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.twice = nn.Linear(6, 10), nn.Linear(10, 10)
+        self.row, self.scale = nn.Parameter(torch.ones(1, 10)), nn.Parameter(torch.tensor(1.5))
+        self.frozen, self.unused = nn.Linear(10, 10), nn.Linear(10, 3)
+        self.frozen.requires_grad_(False)
+        self.last = nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.twice(torch.tanh(self.twice(self.first(x) * self.row))))
+        result: Tensor = self.last(self.frozen(x) * self.scale)
+        return result
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.last = nn.LSTM(6, 5, batch_first=True), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.last(self.inner(x)[0][:, -1])
+        return result
+
+
+CASES |= {"strange": Case(Strange, (6,), (), 4), "recurrent": Case(Recurrent, (3, 6), (), 4)}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("name", CASES)
+def test_a_sharded_model_learns_what_one_process_learns(name: str, plan: str) -> None:
+    if "tensor" in plan and name in ("strange", "recurrent"):
+        pytest.skip("tensor(2) finds nothing to cut, or not all of it")
+    result, expected = alone(name)
+    results, told = recorded(CASES[name].job(), plan)
+    for events in told:
+        torch.testing.assert_close(figures(events), expected, **TIGHT)
+    assert_near(results[0].weights, result.weights)
+
+
+@pytest.mark.parametrize("changes", [{"accumulate": 3}, {"batch_size": 6}], ids=str)
+def test_pieces_of_shares_and_ranks_without_samples_change_nothing(
+    changes: dict[str, int],
+) -> None:
+    """The last batch of 44 samples is smaller than the ranks are many, or their pieces."""
+    x, y = CASES["tied"].job().train
+    made = CASES["tied"].job(train=(x[:44], y[:44]), stop=Stop(steps=9), **changes)
+    whole = train(made, "data(1)")[0].weights
+    assert_near(train(made, "shard(3)")[0].weights, whole)
+
+
+def test_a_sharded_model_is_measured_and_trained_in_turn() -> None:
+    """torch's own layers take a faster way where nothing is learned, past their parts."""
+    x, y = CASES["tied"].job().train
+    made = CASES["tied"].job(
+        validation=(x[:13], y[:13]), metrics={"loss": classes}, evaluate_every=3
+    )
+    expected = train(made, "data(1)")[0]
+    result = train(made, "shard(3)")[0]
+    assert result.metrics == pytest.approx(expected.metrics, rel=1e-9)
+    assert_near(result.weights, expected.weights)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "site(2, every=3) * shard(2)",
+        "site(2, every=4, outer=nesterov, codec=int8) * shard(2)",
+        "data(2, codec=topk(0.2)) * shard(2)",
+        "data(2, rule=vote) * shard(2)",
+        "site(2, topology=gossip(ring)) * data(2) * shard(2)",
+    ],
+)
+def test_replicas_fuse_the_rows_that_each_rank_has(plan: str) -> None:
+    """Of sites each has the gradient of its whole share, as one that is whole has."""
+    made = CASES["mlp"].job(clip=None, batch_size=9, stop=Stop(steps=8))
+    whole = train(made, str(as_plan(plan.removesuffix(" * shard(2)"))))[0].weights
+    cut = train(made, plan)[0].weights
+    lossless = "codec" not in plan and "rule" not in plan
+    for name, value in whole.items():
+        if lossless:
+            torch.testing.assert_close(cut[name], value, **TIGHT)
+        else:
+            assert (cut[name] - value).norm() < 0.5 * value.norm()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("data(1)", "shard(2)"),
+        ("shard(2)", "data(1)"),
+        ("shard(2)", "tensor(2)"),
+        ("tensor(2)", "shard(3)"),
+        ("shard(2)", "shard(4)"),
+        ("shard(4)", "shard(4)"),
+        ("data(2) * shard(2)", "shard(2) * tensor(2)"),
+        ("shard(2) * tensor(2)", "data(3)"),
+    ],
+    ids=str,
+)
+def test_checkpoints_move_between_plans(before: str, after: str, tmp_path: Path) -> None:
+    made, out = CASES["tied"].job(save_every=10, stop=Stop(steps=10)), tmp_path / "run"
+    train(made, before, out=out)
+    whole = CASES["tied"].job(save_every=10)
+    result = train(whole, after, out=out, resume=True)[0]
+    assert result.steps == 20
+    assert_near(result.weights, alone("tied")[0].weights)
+    written = read_tensors(out / "model.safetensors")
+    assert_near(written, {name: result.weights[name] for name in written})
+
+
+@pytest.mark.parametrize("at", range(20, 28))
+def test_a_rank_that_dies_is_named_wherever_the_others_meet_it(at: int) -> None:
+    def work() -> int:
+        return train_job(CASES["tied"].job()).steps
+
+    results = launch_threads(work, 2, plan="shard(2)", script=Script(kill={(1, at)}))
+    error = results[0]
+    assert isinstance(error, PeerLost)
+    assert (error.rank, error.peer) == (0, 1)
+    assert error.operation is not None
+    assert error.operation.startswith(("gather ", "sum the gradients of ", "exchange losses"))
+
+
+def test_a_worker_process_that_is_killed_ends_the_run(tmp_path: Path) -> None:
+    def work() -> None:
+        def end(s: Any, event: Any) -> None:
+            if s.rank == 1 and s.steps == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            train_job(CASES["mlp"].job(), prepare=lambda s: s.on("step", end))
+        except PeerLost as error:
+            (tmp_path / "told").write_text(f"{error.peer} {error.step} {error.operation}")
+            raise
+
+    begin = time.monotonic()
+    with pytest.raises(WorkerFailed, match="rank 1 was killed by SIGKILL"):
+        launch_local(work, 2, plan="shard(2)", threads=1, timeout_s=60.0)
+    assert time.monotonic() - begin < 30
+    peer, step, operation = (tmp_path / "told").read_text().split(maxsplit=2)
+    assert (peer, step) == ("1", "3")
+    assert operation.startswith("gather ")
+
+
+def test_sites_of_shards_go_on_from_their_own_checkpoints(tmp_path: Path) -> None:
+    plan = "site(2, every=4, outer=nesterov, codec=int8) * shard(2)"
+    made, out = CASES["mlp"].job(save_every=5, stop=Stop(steps=10)), tmp_path / "run"
+    train(made, plan, out=out)
+    whole = CASES["mlp"].job(save_every=5, stop=Stop(steps=13))
+    result = train(whole, plan, out=out, resume=True)[0]
+    assert_equal(result.weights, train(whole, plan)[0].weights, exact=True)
