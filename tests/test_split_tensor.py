@@ -352,3 +352,24 @@ def test_names_that_the_model_has_not_are_refused_with_those_it_has() -> None:
         Request(keep_whole=("2",), cut_also=("2",)).also(blocks())
     with pytest.raises(UserError, match=r"Job\(keep_whole='head'\): allowed: a list of names"):
         make_request("Job", "head", ())
+
+
+@pytest.mark.parametrize("how", ["data", "in place"])
+def test_weights_that_the_forward_pass_changes_stay_whole_and_say_so(how: str) -> None:
+    class Unit(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                if how == "data":
+                    self.weight.data.div_(self.weight.data.norm())
+                else:
+                    self.weight.div_(self.weight.norm())
+            return super().forward(x)
+
+    model = nn.Sequential(Unit(8, 16), nn.ReLU(), nn.Linear(16, 8)).double()
+    before = model[0].weight.detach().clone()
+    plan = plan_of(model, run_on(5, 8), 2)
+    assert torch.equal(before, model[0].weight)
+    assert "0.weight" not in plan.cuts
+    assert not plan.regions
+    if how == "data":
+        assert plan.whole["0"] == "0 changes it in place"

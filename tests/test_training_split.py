@@ -20,6 +20,7 @@ from allfuse.job import Job, Stop
 from allfuse.plan import as_plan
 from allfuse.store.tensorfile import read_tensors
 from allfuse.training.loop import Result, train_job
+from allfuse.training.pieces import works_per_element
 
 
 def heavy(parameters: Any) -> torch.optim.Optimizer:
@@ -287,5 +288,132 @@ def test_batches_of_a_script_s_own_are_refused_while_nothing_is_cut() -> None:
 
 def test_a_model_of_which_nothing_can_be_cut_is_refused_with_its_reasons() -> None:
     made = Case(lambda: nn.Linear(6, 4), (6,), (), 4).job()
-    with pytest.raises(PlanError, match=r"tensor\(3\).*no layer of the model can be cut into 3"):
-        train(made, "tensor(3)")
+    with pytest.raises(PlanError, match=r"tensor\(5\).*no layer of the model can be cut into 5"):
+        train(made, "tensor(5)")
+
+
+def test_all_slices_leave_out_the_step_in_which_one_overflows() -> None:
+    """Slice 1 alone has a weight whose gradient overflows at the scaler's first scale."""
+
+    def work() -> tuple[list[bool], float, Tensor]:
+        torch.manual_seed(0)
+        with session(precision="fp16", device="cpu") as s:
+            model = s.model(
+                lambda: nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 4))
+            )
+            with torch.no_grad():
+                model[0].weight.abs_()
+                model[2].weight[:, 4:] *= 30
+            optimizer = s.optimizer(torch.optim.SGD(model.parameters(), lr=1e-4))
+            skipped = []
+            x, y = torch.linspace(1, 2, 48).view(8, 6), torch.arange(8) % 4
+            for batch in s.batches((x, y), 8, steps=12, shuffle=False):
+                before = model[0].weight.detach().clone()
+                s.step(batch, classes, optimizer=optimizer)
+                skipped.append(torch.equal(before, model[0].weight))
+            assert s.precision.scaler is not None
+            return skipped, s.precision.scaler.get_scale(), model[2].bias.detach().clone()
+
+    (skipped, scale, bias), other = under("tensor(2)", work)
+    assert other[0] == skipped
+    assert other[1] == scale
+    assert torch.equal(other[2], bias)
+    assert any(skipped)
+    assert not all(skipped)
+
+
+class Longest(torch.optim.SGD):
+    """Steps as long as the gradient of a whole tensor says."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.sub_(group["lr"] * parameter.grad / parameter.grad.norm())
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda p: torch.optim.Adafactor(p), "Adafactor.*by the rows and columns"),
+        (lambda p: Longest(p, lr=0.1), "Longest.*depends on others"),
+    ],
+)
+def test_optimizers_that_need_whole_tensors_are_refused(make: Any, why: str) -> None:
+    with pytest.raises(UserError, match=f"{why}.*AdamW.*leaves the model whole"):
+        train(CASES["mlp"].job(optimizer=make), "tensor(2)")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "ASGD", "NAdam", "RAdam", "RMSprop", "SGD"],
+)
+def test_optimizers_that_work_per_element_are_known_as_such(name: str) -> None:
+    made = getattr(torch.optim, name)([nn.Parameter(torch.zeros(2, 2))], lr=0.01)
+    assert works_per_element(made, made.param_groups[0])
+    assert not made.state.get(made.param_groups[0]["params"][0], {}).get("step", 0)
+
+
+def in_a_loop(plan: str, edit: Callable[[nn.Module], None], when: str) -> list[Any]:
+    def work() -> None:
+        with session() as s:
+            model = s.model(mlp)
+            optimizer = s.optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+            x = torch.linspace(-1, 1, 144).view(24, 6)
+            for batch in s.batches((x, torch.zeros(24, dtype=torch.long)), 6, steps=3):
+                if when == "before":
+                    edit(model)
+                s.backward(classes(model(batch[0]), batch))
+                if when == "between":
+                    edit(model)
+                optimizer.step()
+                if when == "after":
+                    edit(model)
+
+    return under(plan, work)
+
+
+def halve(model: nn.Module) -> None:
+    with torch.no_grad():
+        model[0].weight.mul_(0.5)
+
+
+def halve_bias(model: nn.Module) -> None:
+    with torch.no_grad():
+        model[2].bias.mul_(0.5)
+
+
+def clip(model: nn.Module) -> None:
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+
+@pytest.mark.parametrize("when", ["before", "between", "after"])
+def test_a_script_that_changes_slices_of_weights_is_refused_with_the_module(when: str) -> None:
+    with pytest.raises(UserError, match=r"0\.weight was changed in place.*keep_whole=\['0'\]"):
+        in_a_loop("tensor(2)", halve, when)
+
+
+def test_a_script_that_clips_slices_of_gradients_is_told_who_can() -> None:
+    with pytest.raises(UserError, match=r"gradient of 0\.weight was changed.*session\(clip=1.0\)"):
+        in_a_loop("tensor(2)", clip, "between")
+
+
+@pytest.mark.parametrize("plan", ["data(2)", "tensor(2)", "site(2, every=2) * tensor(2)"])
+def test_what_may_be_changed_is_changed(plan: str) -> None:
+    in_a_loop(plan, halve_bias if "tensor" in plan else halve, "after")
+    in_a_loop(plan, lambda model: None, "after")
+    if plan == "data(2)":
+        in_a_loop(plan, clip, "between")
+
+
+def test_sites_measure_their_mean_without_being_taken_for_a_script_s_change() -> None:
+    made = CASES["mlp"].job(
+        validation=CASES["mlp"].job().train, evaluate_every=3, stop=Stop(steps=8)
+    )
+    train(made, "site(2, every=4) * tensor(2)")
+
+
+def test_compiled_models_are_not_cut_into_slices() -> None:
+    with pytest.raises(PlanError, match=r"tensor\(2\): compile=True"):
+        train(CASES["mlp"].job(compile=True), "tensor(2)")

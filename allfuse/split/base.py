@@ -26,10 +26,12 @@ class Split(ABC):
 
     Attributes:
         cuts: whether ranks share the model, which then has to be cut before its first step.
+        sliced: names of the parameters of which this rank has a slice.
         pipeline: the stages of this rank, where the model is cut between its layers.
     """
 
     cuts = False
+    sliced: frozenset[str] = frozenset()
     pipeline: Pipeline | None = None
 
     @property

@@ -97,6 +97,7 @@ class Parted(Whole):
             keep, also = request.kept(model), request.also(model)
             cuts = find_cuts(recording, self.slice.n, keep, also)
             self._refuse_uncut(cuts)
+            self.sliced = frozenset(cuts.cuts)
             choices["tensor"] = _tell(cuts, model)
         names = self._by_first_name(model)
         axis, stages = self.plan.axis("pipe"), None

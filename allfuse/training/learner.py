@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,12 @@ from allfuse.base.errors import UserError
 from allfuse.base.torch_private import foreach_multiply
 from allfuse.fusion.bucket import sparse_gradient
 from allfuse.fusion.gradients import GradientFusion
+from allfuse.training.pieces import (
+    Untouched,
+    check_optimizer,
+    refuse_changed_gradients,
+    refuse_changed_weights,
+)
 
 if TYPE_CHECKING:
     from allfuse.fusion import Fuser
@@ -64,6 +71,7 @@ class Learner:
         self._unscaled = False
         self._spent = False  # gradients that a step has used up
         self._aside: list[tuple[Parameter, Tensor]] = []
+        self._weights, self._gradients = Untouched(), Untouched()
         self.parameters: list[Parameter] = []
         self.fusion = GradientFusion([], [], fuser)
         if precision.scaler is not None and not self.fusion.is_plain:
@@ -110,6 +118,22 @@ class Learner:
         """The model was cut: what is fused has other shapes now."""
         self.fusion.buckets.clear()  # hooks of the parameters still hold on to it
         self._take_parameters()
+        check_optimizer(self.optimizer, [id(parameter) for parameter in self._sliced().values()])
+
+    def _sliced(self) -> dict[str, Parameter]:
+        """Parameters of which this rank has a slice."""
+        if not self.split.sliced:
+            return {}
+        named = zip(self.names, self.parameters, strict=True)
+        return {name: parameter for name, parameter in named if name in self.split.sliced}
+
+    def note_weights(self) -> None:
+        """Slices of weights are as they should be."""
+        self._weights.note(self._sliced())
+
+    def check_weights(self) -> None:
+        """Refuse slices of weights that a script has changed since. Raises UserError."""
+        refuse_changed_weights(self._weights.changed())
 
     def meet_peers(self, fuser: Fuser, kept: Mapping[str, Any] | None) -> None:
         """Fuse with other peers from now on, by a fuser of the same kind; codecs go on from what is
@@ -161,6 +185,7 @@ class Learner:
 
     def _begin(self) -> None:
         if not self._unfinished:
+            self.check_weights()
             if self._spent:
                 self._clear()
             self._set_aside()
@@ -200,6 +225,11 @@ class Learner:
         self._aside.clear()
         self._unfinished, self._fused = False, True
 
+    def note_gradients(self) -> None:
+        """Gradients are ready for the optimizer."""
+        sliced = self._sliced()
+        self._gradients.note({name: p.grad for name, p in sliced.items() if p.grad is not None})
+
     def forget(self) -> None:
         """Drop what was begun and will not be finished."""
         self.fusion.forget()
@@ -227,9 +257,7 @@ class Learner:
         gradients = self.gradients()
         if not (gradients or self.split.cuts):
             return None
-        if self.precision.scaler is not None and not self._unscaled:
-            self.precision.scaler.unscale_(self.optimizer)
-            self._unscaled = True
+        self._unscale()
         if any(gradient.layout != torch.strided for gradient in gradients):  # was not fused
             raise sparse_gradient(self._find_sparse())
         norm = self.split.norm(
@@ -242,6 +270,21 @@ class Learner:
         if largest is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, largest, norm)
         return norm
+
+    def _unscale(self) -> None:
+        """Undo the loss's scale, if that was not done, and find out whether anything overflowed: on
+        any of the ranks that share the model, so that all leave out the step."""
+        scaler = self.precision.scaler
+        if scaler is None or self._unscaled:
+            return
+        if self.split.cuts:
+            gradients = self.gradients()
+            own = any(not bool(gradient.isfinite().all()) for gradient in gradients)
+            (found,) = self.split.strongest([float(own)])
+            if found and not own and gradients:
+                gradients[0].fill_(math.inf)
+        scaler.unscale_(self.optimizer)
+        self._unscaled = True
 
     def _find_sparse(self) -> str:
         named = zip(self.names, self.parameters, strict=True)
@@ -256,12 +299,16 @@ class Learner:
         if self.precision.scaler is None:
             self.optimizer.step()
         elif self.gradients():
+            self._unscale()
             self.precision.scaler.step(self.optimizer)
             self.precision.scaler.update()
         self._spent = True
 
     def check_gradients(self) -> None:
         """Refuse a step of the optimizer with gradients that are not those of the whole batch."""
+        self.check_weights()
+        if self.precision.scaler is None:  # which divides them
+            refuse_changed_gradients(self._gradients.changed())
         if self._unfinished:
             raise UserError(
                 "optimizer.step() was called while gradients wait for the last piece of the batch; "
@@ -277,6 +324,8 @@ class Learner:
     def stepped(self) -> None:
         """The optimizer has stepped: the next step needs gradients of its own."""
         self._fused = False
+        self._gradients.note({})
+        self.note_weights()
 
     def take_step(self, state: Mapping[Any, Any]) -> None:
         """Take the optimizer's state after a step that another rank has done. Rates and the like

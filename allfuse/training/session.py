@@ -363,6 +363,7 @@ class Session:
                 self._restore(self._resume_at)
             for portion in self.course.portions(number, loader, epochs, steps):
                 yield self._hand_out(portion)
+                self._check_weights()
             self._finish_loop()
         finally:
             self.make_loader = None
@@ -373,6 +374,7 @@ class Session:
     def _hand_out(self, portion: Portion) -> Any:
         """A portion's batch on the device, as a script gets it."""
         batch = to_device(portion.batch, self.device)
+        self._note_weights()
         if self.stepper.current is not None:
             self.stepper.current.handed = batch
         return batch
@@ -491,7 +493,19 @@ class Session:
         self.stepper.before_step_of(learner)
         self.keeper.settle()  # the weights change next
 
+    def _check_weights(self) -> None:
+        """Refuse what a script did to slices of weights. Raises UserError."""
+        for learner in self.learners:
+            learner.check_weights()
+
+    def _note_weights(self) -> None:
+        for learner in self.learners:
+            learner.note_weights()
+
     def _after_step(self, step: Step) -> None:
+        if not self.rounds.active:
+            self._check_weights()
+        self._note_weights()
         if self.balance is not None:
             others = step.portion is not None and len(step.portion.shares) != self.place.parts
             self.balance.hear(*((None, None) if others else (step.portion, step.figures)))
@@ -544,12 +558,14 @@ class Session:
         Sites measure the mean of their weights. `best(figures)` says whether they are the best yet.
         """
         self.course.close_learned_step()
+        self._check_weights()
         begin = time.perf_counter()
         model = model if model is not None else self.state.only_model()
         source = as_source(data, collate=collate)
         figures, samples = measure_together(
             self, model, source, metrics, batch_size, forward or default_forward
         )
+        self._note_weights()  # those of sites became their mean meanwhile
         self.bus.emit(
             "evaluated",
             split=name,

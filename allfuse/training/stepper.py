@@ -336,6 +336,7 @@ class Stepper:
             step.norm, self._since_norm_s = None if norm is None else float(norm), 0.0
             if step.norm is not None and not math.isfinite(step.norm) and not learner.may_skip:
                 raise self._refusal(learner, "the norm of the gradient", step.norm)
+        learner.note_gradients()
         return figures
 
     def _agreed(self, figures: Figures) -> Figures:

@@ -27,6 +27,10 @@ LEAST_SHARE = 0.02
 gathered, and so pay less."""
 
 
+VIEWS = ("__get__", "detach", "view", "reshape", "t", "transpose", "permute", "__getitem__")
+"""Functions of torch, by name, that give other sights of a tensor's memory; `__get__` is .data."""
+
+
 @dataclass(frozen=True)
 class Use:
     """How one call of a map is cut.
@@ -104,7 +108,8 @@ class Search:
     def __init__(
         self, recording: Recording, n: int, keep: Mapping[str, str], also: Collection[str] = ()
     ) -> None:
-        self.recording, self.n, self.keep, self.also = recording, n, keep, also
+        self.recording, self.n, self.also = recording, n, also
+        self.keep = {**_edited(recording), **keep}
         self.passing = Passing(recording, n)
         found = [find_map(recording, call) for call in recording.calls]
         self.maps = {each.call.index: each for each in found if each is not None}
@@ -420,6 +425,19 @@ def find_cuts(
                 f"cut_also: {_owner(weight)} cannot be cut into {n} slices: {reason}; next: leave "
                 "it out of cut_also"
             )
+    return found
+
+
+def _edited(recording: Recording) -> dict[str, str]:
+    """Parameters that the forward pass changes in place, which it would do to a piece alone."""
+    same = dict(recording.parameters)  # values that share memory with parameters
+    found: dict[str, str] = {}
+    for call in recording.calls:
+        held = same.get(call.inputs[0]) if call.inputs else None
+        if held is not None and (call.in_place or call.name in VIEWS):
+            same |= dict.fromkeys(call.outputs, held)
+            if call.in_place:
+                found[held] = f"{call.module or 'the model'} changes it in place"
     return found
 
 

@@ -191,10 +191,10 @@ class Following(TorchFunctionMode):
 
     def _smaller(self, name: str, args: Any, named: Any) -> tuple[Any, dict[str, Any]]:
         """Arguments with sizes of the whole replaced by those of a slice."""
-        flat = argument_leaves((tuple(args), dict(named)))
-        here = self.care.slice
+        given, here = argument_leaves((tuple(args), dict(named))), self.care.slice
+        flat = list(given)
         for place, size in self.care.sizes[name]:
-            if place < len(flat) and type(flat[place]) is int and flat[place] == size.whole:
+            if place < len(given) and type(given[place]) is int and given[place] == size.whole:
                 flat[place] = size.of(here.n, here.index)
         rest = iter(flat)
         changed: tuple[Any, dict[str, Any]] = map_arguments(
