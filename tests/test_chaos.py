@@ -69,6 +69,7 @@ class Run:
         self.folder, self.out = folder, folder / "run"
         self.pids = folder / "pids"
         self.pids.mkdir()
+        self.joined: list[subprocess.Popen[str]] = []
         self.job = folder / "job.py"
         self.job.write_text(textwrap.dedent(JOB))
         self.process = self.allfuse(
@@ -101,23 +102,34 @@ class Run:
         lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
         return [event for event in map(json.loads, lines) if event["event"] == name]
 
-    def until(self, updates: int) -> None:
-        """Wait until so many updates were ordered."""
+    def until(self, count: int, name: str = "commit") -> None:
+        """Wait until so many updates were ordered, or so often something else was told."""
         deadline = time.monotonic() + 120
-        while len(self.events("commit")) < updates:
+        while len(self.events(name)) < count:
             assert self.process.poll() is None, self.process.communicate()[0]
             assert time.monotonic() < deadline, "training does not get on"
             time.sleep(0.05)
 
-    def finish(self) -> str:
-        told, _ = self.process.communicate(timeout=180)
+    def exchange_workers(self, times: int, place: str, token: Path) -> None:
+        """Kill the oldest worker, and wait until another one, started then, has joined."""
+        for _ in range(times):
+            kill(self.workers()[0])
+            begun = len(self.events("join"))
+            self.joined.append(
+                self.allfuse("join", place, str(self.job), "--token-file", str(token), "-q")
+            )
+            self.until(begun + 1, "join")
+
+    def finish(self, within_s: float = 180) -> str:
+        told, _ = self.process.communicate(timeout=within_s)
         assert self.process.returncode == 0, told
         return told
 
     def close(self) -> None:
-        for pid in [*self.workers(), self.process.pid]:
+        for pid in [*self.workers(), self.process.pid, *(each.pid for each in self.joined)]:
             kill(pid)
-        self.process.communicate()
+        for process in [self.process, *self.joined]:
+            process.communicate()
 
 
 @pytest.fixture
@@ -238,36 +250,24 @@ def test_a_run_of_which_everything_was_killed_goes_on_under_another_plan(start: 
     assert json.loads(told.communicate(timeout=120)[0])["metrics"]["accuracy"] > 0.9
 
 
-@pytest.mark.slow
-def test_a_job_outlives_workers_that_are_killed_and_join_every_few_seconds(
-    start: Any, tmp_path: Path
-) -> None:
+def free_place() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        place = f"127.0.0.1:{free.getsockname()[1]}"
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+@pytest.mark.slow
+def test_a_job_outlives_workers_that_are_killed_and_join_again_and_again(
+    start: Any, tmp_path: Path
+) -> None:
     plan = "data(4, topology=central(servers=2), sync=asp, min=1, max=8)"
-    epochs, run_token = 30, tmp_path / "job.token"
-    run = None
-    joined = []
-    try:
-        run = start(plan, epochs, "--listen", place, "--token-file", str(run_token))
-        run.until(20)
-        begin = time.monotonic()
-        while time.monotonic() - begin < 60 and run.process.poll() is None:
-            alive = run.workers()
-            if len(alive) > 1:  # those who join need some seconds to start
-                kill(alive[0])
-            joined.append(
-                run.allfuse("join", place, str(run.job), "--token-file", str(run_token), "-q")
-            )
-            time.sleep(6)
-        run.finish()
-    finally:
-        for process in joined:
-            process.kill()
-            process.communicate()
-    assert len(run.events("lost")) >= 4
-    assert len(run.events("join")) >= 7
+    epochs, place, token = 30, free_place(), tmp_path / "job.token"
+    run = start(plan, epochs, "--listen", place, "--token-file", str(token))
+    run.until(20)
+    run.exchange_workers(8, place, token)
+    run.finish(within_s=600)
+    assert len(run.events("lost")) == 8
+    assert len(run.events("join")) == 12
     assert_every_sample_was_used_once(run, epochs)
     assert run.events("evaluated")[-1]["metrics"]["accuracy"] > 0.97
     assert (run.out / "model.safetensors").exists()

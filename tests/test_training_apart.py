@@ -138,8 +138,9 @@ def test_with_a_delay_servers_measure_what_they_sent() -> None:
                     s.evaluate({"zero": lambda outputs, batch: 0.0}, data, forward=look)
         return as_sent, other
 
-    for as_sent, other in run_crew(script, "site(2, every=2, delay=1, sync=asp)").results:
-        assert as_sent > other >= 1
+    results = run_crew(script, "site(2, every=2, delay=1, sync=asp)").results
+    assert all(as_sent > other for as_sent, other in results if other)
+    assert sum(other for _, other in results) >= 1  # of two workers one may have come too late
 
 
 def test_with_a_delay_every_sample_is_told_once() -> None:
@@ -278,7 +279,7 @@ def test_a_run_is_refused_to_go_on_with_another_job(tmp_path: Path) -> None:
     job = small_job(stop=af.Stop(steps=2))
     assert train_crew_into(tmp_path / "run", job, plan).result.steps == 2
     other = small_job(batch_size=10)
-    told = train_crew_into(tmp_path / "run", other, plan, resume=True, timeout_s=1.0)
+    told = train_crew_into(tmp_path / "run", other, plan, resume=True)
     assert "batch_size" in str(told.crew.roles["scheduler 0"])
 
 
@@ -333,7 +334,7 @@ def test_a_loss_that_is_no_number_names_the_worker_and_the_run_and_leaves_nothin
 
     job = small_job(loss=loss, stop=af.Stop(steps=6))
     plan = "data(2, topology=central(servers=2))"
-    told = train_crew_into(tmp_path / "run", job, plan, timeout_s=3.0)
+    told = train_crew_into(tmp_path / "run", job, plan)
     (error,) = [each for each in told.results if isinstance(each, NonFiniteLoss)]
     assert "the loss is nan in worker 1 at step 4" in str(error)
     assert f"held is in a checkpoint in {tmp_path / 'run'}" in str(error)
@@ -442,18 +443,18 @@ def test_what_a_script_asks_for_every_so_often_is_due(plan: str) -> None:
 
 
 def test_a_worker_waits_for_a_slow_one_longer_than_for_a_scheduler_that_is_silent() -> None:
-    """In step: without a word nobody would be waited for more than 2 s."""
+    """In step: without a word nobody would be waited for more than 3 s."""
     is_slow = threading.Lock()
 
     def loss(outputs: Any, batch: Any) -> torch.Tensor:
         if is_slow.acquire(blocking=False):  # once, of all workers
-            time.sleep(3.5)  # emulated computing
+            time.sleep(4.5)  # emulated computing
         return torch.nn.functional.cross_entropy(outputs, batch[1])
 
     plan = "data(2, topology=central(servers=1))"
     assert train_crew(small_job(stop=af.Stop(steps=1)), plan).result.steps == 1  # all is loaded
     job = small_job(loss=loss, stop=af.Stop(steps=2))
-    assert run_crew(lambda: train_job(job), plan, timeout_s=2.0).result.steps == 2
+    assert run_crew(lambda: train_job(job), plan, timeout_s=3.0).result.steps == 2
 
 
 def losses_of_steps(out: Path) -> list[float]:

@@ -213,7 +213,7 @@ def test_without_a_codec_what_sites_had_not_sent_becomes_part_of_their_weights(
     under(plan, work)
     for number, name in enumerate(dict(wide_network().named_parameters())):
         held = [state["models"]["model"][name] for state in states]
-        lost = sum(each[str(number)] for each in unsent).view(held[0].shape)
+        lost = sum(each[name] for each in unsent).view(held[0].shape)
         mean = torch.stack([each[number] for each in taken]).mean(0)
         torch.testing.assert_close(mean, torch.stack(held).mean(0) + lost, rtol=0, atol=1e-12)
     assert any(bool(each.any()) for each in unsent[0].values())

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from allfuse.base.errors import AllfuseError, Interrupted, WorkerFailed
 from allfuse.launcher.base import entered
 from allfuse.launcher.crew import Crew
 from allfuse.launcher.crewmate import SCHEDULER, SERVER, WORKER, Crewmate, CrewRequest
@@ -21,7 +22,7 @@ class ThreadCrew:
 
     Nothing is raised: `results` holds what each group's ranks returned, exceptions in their place,
     and `roles` what the scheduler and the servers did. Servers and the scheduler are told to end
-    when all workers have.
+    when all workers have; all are where one has failed by an error of ours.
 
     Args:
         crew: what is run; `on_loss` has no meaning here.
@@ -80,7 +81,7 @@ class ThreadCrew:
 
     def _role(self, role: str, index: int, function: Callable[[], Any]) -> threading.Thread:
         world = ThreadWorld(Hub(1), 0, self.timeout_s)
-        world.crew = self._mate(role, index)
+        world.crew = mate = self._mate(role, index)
         self._role_worlds.append(world)
 
         def work() -> None:
@@ -89,15 +90,19 @@ class ThreadCrew:
                     self.roles[f"{role} {index}"] = function()
             except BaseException as error:  # its outcome, judged by the caller
                 self.roles[f"{role} {index}"] = error
+                if isinstance(error, AllfuseError):
+                    mate.tell_end(error)
 
         return self._thread(f"{role}-{index}", work)
 
     def _work(self, group: int, rank: int) -> None:
         world = ThreadWorld(self.hubs[group], rank, self.timeout_s)
-        world.plan, world.crew = self.crew.inner, self._mate(WORKER, group)
+        world.plan, world.crew = self.crew.inner, (mate := self._mate(WORKER, group))
         try:
             with entered(world):
                 assert self.crew.worker is not None
                 self.results[group][rank] = self.crew.worker()
         except BaseException as error:
             self.results[group][rank] = error
+            if isinstance(error, AllfuseError) and not isinstance(error, Interrupted):
+                mate.tell_end(WorkerFailed(f"a worker ended with {error}", rank=-1))
