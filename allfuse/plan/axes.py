@@ -272,6 +272,11 @@ class Pipe(Axis):
             nearest = replace(self, microbatches=most)
             raise PlanError(given, why, str(nearest))
 
+    @property
+    def teller(self) -> int:
+        """Where on the axis the last stage is, and so what the model gives."""
+        return self.schedule.owner(self.n * self.schedule.each - 1, self.n)
+
     def explain(self) -> str:
         each = self.schedule.each
         stages = f"{_count(self.n * each, 'stage')}, {'one' if each == 1 else each} per rank"

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from allfuse.base.errors import JobError
+from allfuse.base.errors import DistributedError, JobError
 from allfuse.job import Job, default_forward
 from allfuse.prediction.answers import Columns, answer
 from allfuse.prediction.restore import Restored
 from allfuse.split.base import Run, Split
+from allfuse.split.elsewhere import ELSEWHERE
 from allfuse.training.learner import Precision
 from allfuse.training.parting import ROWS
+
+if TYPE_CHECKING:
+    from allfuse.split.pipe.pipeline import Pipeline
 
 
 class Scorer:
@@ -25,6 +31,7 @@ class Scorer:
         self.model = restored.model.to(device).eval()
         self._forward = self.job.forward or default_forward
         self._autocast = Precision(self.job.precision, device).autocast
+        self._pipeline: Pipeline | None = None
 
     def cut(self, split: Split) -> None:
         """Keep this rank's part of the model, where a plan cuts it.
@@ -39,10 +46,12 @@ class Scorer:
             batch = (torch.zeros(rows, len(require_inputs(self.job)), device=self.device),)
             return rows, lambda made: self._forward(made, batch)
 
-        split.cut(self.model, [run(rows) for rows in ROWS], self.job.request)
+        split.cut(self.model, [run(rows) for rows in ROWS], self.job.request, self._autocast)
+        self._pipeline = split.pipeline
 
-    def answer(self, numbers: Tensor, first_row: int) -> Columns:
-        """The columns that the model gives for a batch of inputs, float32 (rows, inputs).
+    def answer(self, numbers: Tensor, first_row: int) -> Columns | None:
+        """The columns that the model gives for a batch of inputs, float32 (rows, inputs). None
+        where another stage of it has them.
 
         `first_row` is for errors: where the batch begins in the table.
 
@@ -52,7 +61,9 @@ class Scorer:
         """
         try:
             with torch.no_grad(), self._autocast():
-                outputs = self._forward(self.model, (numbers.to(self.device),))
+                outputs = self._run((numbers.to(self.device),))
+        except DistributedError:
+            raise
         except Exception as error:
             last = first_row + len(numbers) - 1
             full = isinstance(error, torch.OutOfMemoryError)
@@ -62,7 +73,15 @@ class Scorer:
                 f"received a batch (x,) with x float32 {tuple(numbers.shape)}; next: "
                 f"{'a smaller --batch-size' if full else remedy}"
             ) from error
+        if outputs is ELSEWHERE:
+            return None
         return answer(outputs, len(numbers), self.job.classes)
+
+    def _run(self, batch: tuple[Tensor]) -> Any:
+        if self._pipeline is None:
+            return self._forward(self.model, batch)
+        compute = functools.partial(self._forward, self.model, batch)
+        return self._pipeline.predict(len(batch[0]), compute)
 
 
 def require_inputs(job: Job) -> list[str]:

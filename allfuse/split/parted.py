@@ -207,10 +207,9 @@ class Parted(Whole):
 
     @property
     def answers(self) -> bool:
-        here = self.places[self.mates.rank]
-        if self.pipeline is not None and self.pipe.rank != self.pipeline.teller:
-            return False
-        return not here.get("tensor", 0)
+        here, axis = self.places[self.mates.rank], self.plan.axis("pipe")
+        ends = not isinstance(axis, Pipe) or axis.teller == here["pipe"]
+        return ends and not here.get("tensor", 0)
 
     def norm(self, gradients: Mapping[str, Tensor]) -> Tensor:
         rank = self.mates.rank

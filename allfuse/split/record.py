@@ -19,6 +19,10 @@ RANDOM = ("dropout", "bernoulli", "rand", "scaled_dot_product_attention", "multi
 """How the names of functions begin that draw at random."""
 
 
+LOOKS_AT_MASK = (nn.TransformerEncoder, nn.TransformerDecoder)
+"""Modules of torch that ask whether their mask is a causal one, to compute the same faster."""
+
+
 @dataclass(frozen=True)
 class Ref:
     """A value of a recording, by its number, in the place of the tensor."""
@@ -129,6 +133,7 @@ class Recorder(TorchFunctionMode):
         self.stack: list[str] = []  # names of the modules that run, innermost last
         self._begun: list[tuple[int, int, tuple[int, ...]]] = []
         self._passes = 0
+        self._looking: list[bool] = []  # of the modules that run: whether it looks at its mask
         self.failed = ""  # the module that made a call which failed
         self._parameters, self._buffers = parameters, buffers
         self._numbers: dict[int, int] = {}
@@ -150,8 +155,9 @@ class Recorder(TorchFunctionMode):
                 recording.strange.add(number)
         return self._numbers[key]
 
-    def enter(self, module: str, arguments: Any) -> None:
+    def enter(self, module: str, arguments: Any, looks: bool) -> None:
         """A module begins to run."""
+        self._looking.append(looks)
         self.stack.append(module)
         taken = tuple(self.number(tensor) for tensor in tensors_in(arguments))
         self._begun.append((self._passes, len(self.recording.calls), taken))
@@ -160,6 +166,7 @@ class Recorder(TorchFunctionMode):
     def leave(self, result: Any) -> None:
         """The innermost module ends."""
         module, (began, begin, taken) = self.stack.pop(), self._begun.pop()
+        self._looking.pop()
         end, result = len(self.recording.calls), map_nest(self._as_ref, result)
         self.recording.visits.append(Visit(module, began, begin, end, taken, result))
 
@@ -167,6 +174,8 @@ class Recorder(TorchFunctionMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         named = dict(kwargs or {})
+        if function is Tensor.__bool__ and self._looking and self._looking[-1]:
+            return False  # whether a mask is a causal one, which changes no shape
         if function is Tensor.__iter__:  # gives no tensors that could be seen, but a promise
             return iter(self.__torch_function__(Tensor.unbind, types, args, named))
         before = map_arguments(self._as_ref, (tuple(args), named))
@@ -298,7 +307,9 @@ def _listening(model: nn.Module, recorder: Recorder) -> Iterator[None]:
     """Tell a recorder which modules run."""
 
     def enter(name: str) -> Callable[..., None]:
-        return lambda _, args, kwargs: recorder.enter(name, (args, kwargs))
+        return lambda module, args, kwargs: recorder.enter(
+            name, (args, kwargs), isinstance(module, LOOKS_AT_MASK)
+        )
 
     def leave(_: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         recorder.leave(result)

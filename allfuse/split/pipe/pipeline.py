@@ -64,11 +64,6 @@ class Pipeline:
     def running(self) -> bool:
         return any(stage.active for stage in self.stages.values())
 
-    @property
-    def teller(self) -> int:
-        """The rank that has the last stage, and so what the model gives."""
-        return self.owner(self.count - 1)
-
     def owner(self, stage: int) -> int:
         return self.schedule.owner(stage, self.link.size)
 
@@ -151,13 +146,13 @@ class Pipeline:
         told = torch.tensor(list(numbers), dtype=torch.float64)
         link, device = self.link, next(iter(self.stages.values())).device
         told = told.to(device)
-        if link.rank == self.teller:
+        if link.rank == self.axis.teller:
             works = [link.send(told, peer, operation) for peer in range(link.size)
                      if peer != link.rank]  # fmt: skip
             for work in works:
                 work.wait()
         else:
-            link.receive(told, self.teller, operation).wait()
+            link.receive(told, self.axis.teller, operation).wait()
         found: list[float] = told.tolist()
         return found
 
