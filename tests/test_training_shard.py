@@ -14,7 +14,7 @@ from test_training_split import CASES, Case, alone, assert_near, classes, figure
 from torch import Tensor, nn
 from training_cases import TIGHT, assert_equal, train
 
-from allfuse.base.errors import PeerLost, WorkerFailed
+from allfuse.base.errors import PeerLost, PlanError, WorkerFailed
 from allfuse.job import Stop
 from allfuse.launcher.local import launch_local
 from allfuse.launcher.thread import launch_threads
@@ -181,3 +181,8 @@ def test_sites_of_shards_go_on_from_their_own_checkpoints(tmp_path: Path) -> Non
     whole = CASES["mlp"].job(save_every=5, stop=Stop(steps=13))
     result = train(whole, plan, out=out, resume=True)[0]
     assert_equal(result.weights, train(whole, plan)[0].weights, exact=True)
+
+
+def test_shards_of_stages_are_refused_with_a_plan_that_can_be() -> None:
+    with pytest.raises(PlanError, match=r"stage of pipe.*data\(2\) \* pipe\(2\)"):
+        train(CASES["mlp"].job(), "pipe(2) * shard(2)")

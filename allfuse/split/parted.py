@@ -20,7 +20,7 @@ from allfuse.plan import Tensor as TensorAxis
 from allfuse.split.base import Run
 from allfuse.split.piece import Piece, whole_piece
 from allfuse.split.pipe.cutting import Autocast, PipePlan
-from allfuse.split.recompute import repeated_blocks
+from allfuse.split.recompute import recompute_blocks, repeated_blocks
 from allfuse.split.record import record
 from allfuse.split.request import NO_WISHES, Request
 from allfuse.split.shard.blocks import find_blocks
@@ -116,6 +116,8 @@ class Parted(Whole):
                 self._piece(cuts, names[name], shapes[name], place, rows) for place in self.places
             )
             self.held[name] = Held(tensor.dtype, pieces)
+        if request.recompute:
+            recompute_blocks(model, () if stages is None else stages.begins)
         if stages is not None:
             self.pipeline = stages.build(model, self.pipe, self.device)
             drop([tensor for name, tensor in tensors_of(model).items() if not self._has(name)])

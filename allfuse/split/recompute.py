@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -44,12 +44,16 @@ def _holds_only(module: nn.Module) -> bool:
     return isinstance(module, nn.ModuleList | nn.ModuleDict)
 
 
-def recompute_blocks(model: nn.Module) -> None:
+def recompute_blocks(model: nn.Module, apart: Collection[str] = ()) -> None:
     """Have the repeated blocks of a model run again in the backward pass, in place.
 
     The numbers are those of a model that keeps everything, random ones included. Costs one forward
     pass more for each step; of activations what goes into each block stays, and those of one block
     at a time.
+
+    Args:
+        apart: names of modules before which a model is cut into stages. Blocks that they are parts
+            of keep everything.
 
     Raises:
         UserError: there are no such blocks.
@@ -63,6 +67,8 @@ def recompute_blocks(model: nn.Module) -> None:
         )
     modules = dict(model.named_modules())
     for name in names:
+        if any(other.startswith(f"{name}.") for other in apart):
+            continue
         modules[name].forward = _recomputed(modules[name])
 
 

@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from allfuse.base.errors import PlanError, UserError
-from allfuse.plan import Plan
+from allfuse.plan import Pipe, Plan
 from allfuse.split.base import Run, Split
 from allfuse.split.data import Source, Stream
-from allfuse.split.recompute import recompute_blocks
 from allfuse.split.whole import Whole
 from allfuse.training.measure import to_device
 
@@ -53,7 +52,8 @@ def refuse_in_stages(place: Place, settings: Settings, has_norms: bool) -> None:
     """
     if place.pipe.size == 1:
         return
-    axis, nearest = str(place.plan.axis("pipe")), f"data({place.plan.workers})"
+    axis, nearest = place.plan.axis("pipe"), f"data({place.plan.workers})"
+    assert isinstance(axis, Pipe)
     if has_norms and settings.batch_statistics == "global":
         why = (
             "BatchNorm over the whole batch would need the rows of all microbatches at once; "
@@ -63,9 +63,14 @@ def refuse_in_stages(place: Place, settings: Settings, has_norms: bool) -> None:
         why = "the loss scaler of fp16 knows one stage alone; allowed: precision bf16 or fp32"
     elif settings.compile:
         why = "compile=True makes one program of all stages; allowed: compile=False"
+    elif settings.recompute and axis.schedule.in_two:
+        why = (
+            "recompute=True runs a block again for its whole gradient at once, which this schedule "
+            "finds in two turns; allowed: schedule=1f1b, gpipe or interleaved"
+        )
     else:
         return
-    raise PlanError(axis, why, nearest)
+    raise PlanError(str(axis), why, nearest)
 
 
 def cut_model(s: Session, source: Source | Stream, batch_size: int | None) -> None:
@@ -94,8 +99,6 @@ def cut_model(s: Session, source: Source | Stream, batch_size: int | None) -> No
     runs = runs_on(s.plan, source, forward, s.device)
     request = replace(request, recompute=s.settings.recompute)
     s.choices |= s.split.cut(model, runs, request, s.precision.autocast)
-    if s.settings.recompute:
-        recompute_blocks(model)
     elsewhere = frozenset(name for name, piece in s.split.pieces().items() if piece is None)
     s.state.elsewhere = s.rounds.elsewhere = elsewhere
     s.rounds.level = lambda: s.split.level(model)

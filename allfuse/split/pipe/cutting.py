@@ -93,10 +93,14 @@ class PipePlan:
         schedule, n = self.axis.schedule, self.axis.n
         return tuple(sorted({schedule.owner(stage, n) for stage in stages}))
 
+    @property
+    def begins(self) -> list[str]:
+        """The modules before which stages begin, but the first."""
+        return [stage.first.module for stage in self.stages if stage.first is not None]
+
     def tell(self) -> str:
         """Where the stages begin, in words."""
-        places = [stage.first.module for stage in self.stages if stage.first is not None]
-        return f"{len(self.stages)} stages; cut before {', '.join(places)}"
+        return f"{len(self.stages)} stages; cut before {', '.join(self.begins)}"
 
     def build(self, model: nn.Module, link: Link, device: torch.device) -> Pipeline:
         """This rank's stages of a model, whose modules are changed in place."""
@@ -111,7 +115,9 @@ class PipePlan:
         shared = {name: self.users[name] for name in names if len(self.users[name]) > 1}
         has_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
         least = 2 if has_norms else 1  # of one row there are no statistics
-        return Pipeline(link, self.axis, own, len(self.stages), shared, least)
+        pipeline = Pipeline(link, self.axis, own, len(self.stages), shared, least)
+        model.register_forward_pre_hook(lambda *_: pipeline.refuse_alone())
+        return pipeline
 
 
 def keep_out_of_fast_path(model: nn.Module) -> None:
