@@ -35,6 +35,13 @@ def verify(
     steps: Annotated[
         int | None, typer.Option(metavar="N", help="Steps to compare; 10 unless given.")
     ] = None,
+    every: Annotated[
+        bool,
+        typer.Option("--all", help="Verify every plan with --ranks ranks that makes sense."),
+    ] = False,
+    ranks: Annotated[
+        int | None, typer.Option(metavar="N", help="Ranks of the plans of --all; 2 unless given.")
+    ] = None,
     as_trained: Annotated[
         bool,
         typer.Option(
@@ -57,6 +64,8 @@ def verify(
 
     allfuse verify examples/digits.py --plan "data(2)"
 
+    allfuse verify examples/digits.py --all --ranks 4
+
     allfuse verify runs/digits
     """
     from allfuse.launcher.torchrun import started_by_torchrun
@@ -69,35 +78,51 @@ def verify(
     from allfuse.store.run import is_run
 
     past = is_run(job)
-    if past and (plan, workers, steps, device, settings or None, as_trained or None) != (None,) * 6:
+    given = (plan, workers, steps, device, settings or None, as_trained or None, every or None)
+    refuse_beside_all(every, ranks, plan, workers)
+    if past and given != (None,) * 7:
         raise UserError(
             f"verify {job}: it is a run, which has its plan, arguments and steps; allowed beside "
             "it: --quiet, --json, --debug; next: leave the others out, or verify the job's file"
         )
     chosen = choose_plan(plan, workers, default="data(2)")
     warm_up(PRELOAD)
-    from allfuse.verify import verify_job, verify_run
+    from allfuse.verify import verify_all, verify_job, verify_run
 
     def show(name: str, **data: Any) -> None:
         """Progress of the comparison, as plain lines: a run takes seconds."""
-        if name == "note":
-            print(data["text"], file=sys.stderr, flush=True)
+        if name in ("note", "verified"):
+            print(data["text" if name == "note" else "line"], file=sys.stderr, flush=True)
 
-    on_event = None if quiet else show
+    options: dict[str, Any] = {
+        "settings": parse_settings(settings),
+        "steps": 10 if steps is None else steps,
+        "double": not as_trained,
+        "device": device,
+        "on_event": None if quiet else show,
+    }
+    report: Any
     if past:
-        report = verify_run(job, on_event=on_event)
+        report = verify_run(job, on_event=options["on_event"])
+    elif every:
+        report = verify_all(str(job), 2 if ranks is None else ranks, **options)
     else:
-        report = verify_job(
-            str(job),
-            chosen,
-            settings=parse_settings(settings),
-            steps=10 if steps is None else steps,
-            double=not as_trained,
-            device=device,
-            on_event=on_event,
-        )
+        report = verify_job(str(job), chosen, **options)
     print("\n".join(report.lines()), file=sys.stderr if as_json else sys.stdout)
     if as_json:
         print_json({"command": "verify", **report.as_dict()})
     if not report.ok:
         raise typer.Exit(1)
+
+
+def refuse_beside_all(
+    every: bool, ranks: int | None, plan: str | None, workers: int | None
+) -> None:
+    """Refuse what --all decides itself, and --ranks without it."""
+    if every and (plan is not None or workers is not None):
+        given = f"--plan {plan!r}" if plan is not None else f"--workers {workers}"
+        raise UserError(f"--all and {given}: allowed: one of the two; next: --all --ranks 4")
+    if ranks is not None and not every:
+        raise UserError(f"--ranks {ranks} without --all: next: --all --ranks {ranks}, or --plan")
+    if ranks is not None and ranks < 2:
+        raise UserError(f"--ranks {ranks}: allowed: a whole number from 2")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from allfuse.verify.every import Summary, verify_all
 from allfuse.verify.past import verify_run
 from allfuse.verify.report import Difference, Report, Row
 from allfuse.verify.verify import verify_job
 
-__all__ = ["verify_job", "verify_run", "Report", "Row", "Difference"]
+__all__ = ["verify_job", "verify_run", "verify_all", "Summary", "Report", "Row", "Difference"]
