@@ -190,12 +190,14 @@ class Saving:
         told = self.agreement.ask("folder", self.agreement.writers[0], self._deadline())
         name = str(told.get("name"))
         partial = self.folder / name
-        if not name.startswith(PARTIAL) or Path(name).name != name or not partial.is_dir():
+        is_named = name.startswith(PARTIAL) and Path(name).name == name
+        if is_named:
+            self._partial = partial  # it may be gone again, where the first writer has failed
+        if not is_named or not partial.is_dir():
             raise CheckpointError(
                 f"rank {self.agreement.rank} does not see {partial}; the run folder must be on a "
                 "file system that all writing ranks share"
             )
-        self._partial = partial
         return partial
 
     def _commit(self, partial: Path, mine: FileRecord) -> tuple[Path, int]:
