@@ -284,6 +284,20 @@ def test_backward_of_a_script_s_own_is_refused() -> None:
         under("pipe(2)", work)
 
 
+def test_a_model_that_is_called_by_itself_is_refused() -> None:
+    def work() -> None:
+        made = JOBS["mlp"]()
+        with session() as s:
+            model = s.model(made.model)
+            s.optimizer(decayed(model.parameters()))
+            for batch in s.batches(made.train, 8, steps=1):
+                s.step(batch, made.loss)
+                model(batch[0])
+
+    with pytest.raises(UserError, match=r"some stages of it only.*s\.evaluate"):
+        under("pipe(2)", work)
+
+
 def test_a_forward_pass_that_looks_at_numbers_is_refused() -> None:
     class Looks(nn.Module):
         def __init__(self) -> None:

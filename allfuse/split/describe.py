@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 
@@ -11,12 +10,11 @@ from torch import nn
 from allfuse.base.units import format_bytes, format_count
 from allfuse.plan import Pipe, Plan, Tensor
 from allfuse.split.base import Run
-from allfuse.split.pipe.boundary import cut_stages
-from allfuse.split.record import Recording, record
+from allfuse.split.pipe.describe import tell_pipe
+from allfuse.split.record import record
 from allfuse.split.request import NO_WISHES, Request
 from allfuse.split.shapes import Shapes
 from allfuse.split.tensor.attention import unfold_attention
-from allfuse.split.tensor.maps import find_map
 from allfuse.split.tensor.search import TensorPlan, Use, find_cuts
 
 
@@ -46,6 +44,7 @@ def describe_splits(
     (few, run), (more, run_more) = runs
     shapes = Shapes(record(model, run), few, record(model, run_more), more)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    cuts = TensorPlan(1)
     for axis in plan.axes:
         if isinstance(axis, Tensor) and axis.n > 1:
             cuts = find_cuts(shapes.one, axis.n, request.kept(model), request.also(model))
@@ -57,10 +56,10 @@ def describe_splits(
                 "modules": {use.map.weight: use.way for use in cuts.uses.values()},
                 "whole": cuts.whole,
             }
-        elif isinstance(axis, Pipe) and axis.n > 1:
-            told, stages = _tell_pipe(axis.n, shapes, sizes, rows)
+    for axis in plan.axes:
+        if isinstance(axis, Pipe) and axis.n > 1:
+            told, facts["pipe"] = tell_pipe(axis, shapes, sizes, rows, cuts.values)
             lines += told
-            facts["pipe"] = {"stages": stages}
     return lines, facts
 
 
@@ -133,48 +132,3 @@ def _sent(plan: TensorPlan, shapes: Shapes, rows: int) -> int:
         if name in plan.partial:
             summed += shapes.bytes(number, rows)
     return round((plan.n - 1) / plan.n * (2 * summed + gathered))
-
-
-def _tell_pipe(
-    n: int, shapes: Shapes, sizes: dict[str, int], rows: int
-) -> tuple[list[str], list[dict[str, object]]]:
-    costs = count_operations(shapes.one)
-    lines, stages = [f"  pipe        {n} stages"], list[dict[str, object]]()
-    for number, stage in enumerate(cut_stages(shapes.one, n, costs)):
-        first, last = stage.first, stage.last
-        begin = 0 if first is None else first.call
-        end = len(costs) if last is None else last.call
-        share = sum(costs[begin:end]) / max(sum(costs), 1)
-        held = sum(sizes[name] for name in stage.parameters)
-        text = f"from {first.module}" if first else "from the batch"
-        text += f" to before {last.module}" if last else " to the end"
-        passed = (
-            "" if last is None else f", passes on {format_bytes(shapes.bytes(last.value, rows))}"
-        )
-        lines.append(
-            f"    stage {number}: {text}: {format_count(held)} parameters, {share:.0%} of the "
-            f"arithmetic{passed}"
-        )
-        stages.append({"begins": first and first.module, "parameters": held, "share": share})
-    return lines, stages
-
-
-def count_operations(recording: Recording) -> list[float]:
-    """Multiplications of each call, by the shapes: what maps take, and one for each number that
-    comes out of others."""
-    costs = []
-    for call in recording.calls:
-        numbers = sum(math.prod(recording.shapes[number]) for number in call.outputs)
-        found = find_map(recording, call)
-        if found is not None and found.kind != "embedding":
-            shape = next(
-                recording.shapes[i]
-                for i, name in recording.parameters.items()
-                if name == found.weight
-            )
-            numbers *= math.prod(shape) // max(shape[found.out_of], 1) // found.packs
-        elif "attention" in call.name:
-            q, k = (recording.shapes[number] for number in call.inputs[:2])
-            numbers = 2 * math.prod(q) * k[-2]
-        costs.append(float(numbers))
-    return costs

@@ -60,9 +60,14 @@ class Pipeline:
         self._before: deque[Courier] = deque()  # of passes before, whose parcels may be under way
         self.waited_s = 0.0
 
-    @property
-    def running(self) -> bool:
-        return any(stage.active for stage in self.stages.values())
+    def refuse_alone(self) -> None:
+        """Refuse a forward pass that no stage makes. Raises UserError."""
+        if not any(stage.active for stage in self.stages.values()):
+            raise UserError(
+                f"the model was called under {self.axis}, where this rank has some stages of it "
+                "only; allowed: s.step(batch, loss) and s.evaluate(metrics, data), which run all "
+                "stages; next: `allfuse predict` with the saved run, or the weights it holds"
+            )
 
     def owner(self, stage: int) -> int:
         return self.schedule.owner(stage, self.link.size)
