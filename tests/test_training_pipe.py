@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ from test_training_split import CASES, Case, assert_near, decayed, figures, reco
 from torch import Tensor, nn
 from training_cases import TIGHT, assert_equal, session, train, under
 
-from allfuse.base.errors import JobError, PeerLost, PlanError, UserError
+from allfuse.base.errors import JobError, PeerLost, PlanError, UserError, WorkerFailed
 from allfuse.job import Job, Stop
+from allfuse.launcher.local import launch_local
 from allfuse.launcher.thread import launch_threads
 from allfuse.link.thread import Script
 from allfuse.store.tensorfile import read_tensors
@@ -343,3 +346,44 @@ def test_a_rank_that_dies_ends_all_within_the_deadline() -> None:
     lost = [each for each in results if isinstance(each, PeerLost)]
     assert len(lost) == 3
     assert any(each.peer == 2 for each in lost)
+
+
+# Processes, which have random generators of their own.
+
+
+def dropping(chance: float) -> nn.Module:
+    first, second = nn.Linear(6, 16), nn.Linear(16, 12)
+    return nn.Sequential(first, nn.Dropout(chance), second, nn.Dropout(chance), nn.Linear(12, 4))
+
+
+def drawing(chance: float = 0.3, **changes: Any) -> Job:
+    made: dict[str, Any] = {"save_every": 2, "stop": Stop(steps=4)}
+    return Case(lambda: dropping(chance), (6,), (), 4).job(**{**made, **changes})
+
+
+def test_dropout_repeats_itself_and_goes_on_to_the_bit(tmp_path: Path) -> None:
+    def work() -> dict[str, Any]:
+        out = tmp_path / "run"
+        once, again = train_job(drawing()), train_job(drawing())
+        train_job(drawing(stop=Stop(steps=2)), out=out)
+        resumed = train_job(drawing(), out=out, resume=True)
+        plain = train_job(drawing(0.0))
+        kinds = {"once": once, "again": again, "resumed": resumed, "plain": plain}
+        return {name: result.weights for name, result in kinds.items()}
+
+    found = launch_local(work, 2, plan="pipe(2)")
+    assert_equal(found["again"], found["once"], exact=True)
+    assert_equal(found["resumed"], found["once"], exact=True)
+    assert not torch.equal(found["plain"]["0.weight"], found["once"]["0.weight"])
+
+
+def test_a_killed_process_ends_its_pipeline_and_is_named() -> None:
+    def work() -> None:
+        def die(session: Any, event: Any) -> None:
+            if event.step == 3 and session.rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        train_job(drawing(stop=Stop(steps=10**6)), prepare=lambda s: s.on("step", die))
+
+    with pytest.raises(WorkerFailed, match="rank 0 lost rank 1 in .* at step 3"):
+        launch_local(work, 2, plan="pipe(2)")
