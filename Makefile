@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# Two at a time, each through half of the files in their order; who is done takes half of the rest.
-TOGETHER := --numprocesses 2 --dist worksteal
+# Three at a time on two cores, since many wait for processes; each goes through its share of the files
+# in their order, and who is done takes half of the rest of another.
+TOGETHER := --numprocesses 3 --dist worksteal
 
 .PHONY: help setup demo check test test-all bench clean
 

@@ -35,7 +35,7 @@ def job(pids="", pause=0.02, epochs=4, save_every=0):
     y = (x.sum(1) > 0).long()
     def loss(outputs, batch):
         if trains and torch.is_grad_enabled():
-            time.sleep(pause)
+            time.sleep(0.5 if os.path.exists(f"{pids}.slow") else pause)
         return torch.nn.functional.cross_entropy(outputs, batch[1])
     return af.Job(
         model=lambda: torch.nn.Sequential(
@@ -111,7 +111,12 @@ class Run:
             time.sleep(0.05)
 
     def exchange_workers(self, times: int, place: str, token: Path) -> None:
-        """Kill the oldest worker, and wait until another one, started then, has joined."""
+        """Kill the oldest worker, and wait until another one, started then, has joined.
+
+        Training is slow meanwhile: else a machine that is would be done before.
+        """
+        slow = self.pids.with_suffix(".slow")
+        slow.touch()
         for _ in range(times):
             kill(self.workers()[0])
             begun = len(self.events("join"))
@@ -119,6 +124,7 @@ class Run:
                 self.allfuse("join", place, str(self.job), "--token-file", str(token), "-q")
             )
             self.until(begun + 1, "join")
+        slow.unlink()
 
     def finish(self, within_s: float = 180) -> str:
         told, _ = self.process.communicate(timeout=within_s)
@@ -129,7 +135,8 @@ class Run:
         for pid in [*self.workers(), self.process.pid, *(each.pid for each in self.joined)]:
             kill(pid)
         for process in [self.process, *self.joined]:
-            process.communicate()
+            if process.stdout is not None and not process.stdout.closed:
+                process.communicate()
 
 
 @pytest.fixture

@@ -67,10 +67,21 @@ def loss_of(plan: str, stop: Stop) -> float:
     return float(train(wide_job(stop=stop), plan)[0].loss)
 
 
-@pytest.mark.parametrize("codec", LOSSY, ids=str)
+RESUMED = [
+    "data(3, codec={})",
+    "site(2, every=2, codec={})",
+    "site(2, every=2) * data(2, codec={})",
+]
+
+
 @pytest.mark.parametrize(
-    "plan",
-    ["data(3, codec={})", "site(2, every=2, codec={})", "site(2, every=2) * data(2, codec={})"],
+    ("plan", "codec"),
+    [  # each codec once, each plan with every third one; make test-all takes all pairs
+        pytest.param(plan, codec, marks=() if (i + j) % 3 == 0 else pytest.mark.slow)
+        for i, plan in enumerate(RESUMED)
+        for j, codec in enumerate(LOSSY)
+    ],
+    ids=str,
 )
 def test_what_was_not_sent_is_saved_so_that_resuming_is_bit_equal(
     codec: Codec, plan: str, tmp_path: Path
