@@ -561,7 +561,10 @@ def careless(read: Callable[..., Flight]) -> Callable[..., Flight]:
         ("site(2, every=3, fragments=0)", "a whole number from 1"),
         ("site(2, every=3, delay=-1)", "a whole number of steps from 0"),
         ("site(2, every=3, delay=soon)", "a whole number of steps from 0"),
-        ("site(2, every=3, fragments=2, topology=central(servers=1))", "as a whole; nearest"),
+        (
+            "site(2, every=4, fragments=2, delay=2, topology=central(servers=1))",
+            "every / fragments, 4 / 2; nearest.*delay=1",
+        ),
         ("site(2, topology=gossip, outer=nesterov)", "their momenta would go apart"),
         ("site(2, every=3, topology=gossip, fragments=2)", "mixes whole models"),
     ],

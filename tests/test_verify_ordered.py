@@ -23,6 +23,7 @@ from allfuse.plan import as_plan
 from allfuse.roles import shard as shards
 from allfuse.roles.messages import Weights
 from allfuse.roles.replica import Replica
+from allfuse.roles.rotation import ALL
 from allfuse.roles.shard import Shard
 from allfuse.roles.terms import terms_of
 from allfuse.roles.updates import Updates
@@ -310,7 +311,7 @@ def record(plan: str = ASP, limit: int = 3) -> tuple[History, Any]:
         worker, read = "ab"[part], max(0, number - 1)
         update = Update(
             number, worker, part, step, step, 1, part, read, weight=1.0, loss=1.0, count=5.0,
-            options=[],
+            options=[], fragment=ALL, behind=5.0,
         )  # fmt: skip
         events.append(Event(number + 1, [update], [worker]))
     return History(events, limit, 0, 0), terms_of(as_plan(plan), 30.0)

@@ -208,7 +208,7 @@ def tell_job(
             if axis.has_roles:
                 lines.append(
                     f"  {axis.name:<11} each update pushes {format_bytes(encoded)} and pulls as "
-                    "much, for each replica"
+                    f"much, for each replica{tell_parts(axis)}"
                 )
                 facts[f"{axis.name}_bytes_per_update"] = 2 * encoded
                 lines += tell_hosts(axis, leaving_to_servers(plan, encoded, hosts), facts)

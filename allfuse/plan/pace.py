@@ -40,9 +40,13 @@ def refuse_pace(
     elif delay >= every:
         why = f"what is fused is taken in before it is fused again: delay is below every={every}"
         nearest = _say(n, every, fragments, every - 1)
-    elif has_roles and fragments > 1:
-        why = "servers take what a site has changed as a whole"
-        nearest = _say(n, every, fragments, delay)
+    elif has_roles and delay >= every // fragments:
+        why = (
+            "what comes of one fragment is taken in before the next one is handed in: delay is "
+            f"below every / fragments, {every} / {fragments}"
+        )
+        most = every // fragments - 1
+        nearest = given.replace(f", delay={delay}", f", delay={most}" if most else "")
     else:
         return
     raise PlanError(given, why, nearest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from allfuse.base.choice import build
 from allfuse.base.errors import PlanError, UserError
 from allfuse.codec import CODECS, Codec, MessageCodec
+from allfuse.fusion.weights import cut_fragments
 from allfuse.link.post import Malformed
 from allfuse.plan.parse import read_call
 from allfuse.roles.cutting import Block
@@ -33,6 +34,7 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MOST_BYTES = 1 << 44
+MOST_FRAGMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,14 @@ class Held:
 class Group:
     """Tensors that one optimizer steps.
 
-    optimizer: a class of torch.optim. options: its plain arguments.
+    optimizer: a class of torch.optim. options: its plain arguments. fragment: of the weights, that
+    these tensors are of: those of one are pushed and sent together.
     """
 
     optimizer: str
     options: Mapping[str, Any]
     pushed: Pushed = "gradient"
+    fragment: int = 0
 
 
 @dataclass(frozen=True)
@@ -126,22 +130,27 @@ class Blueprint:
         options: Mapping[str, Any],
         codec: str = "identity",
         share: float = 1.0,
+        fragments: int = 1,
     ) -> Blueprint:
         """Of a model whose sites step on their own and push what that changed.
 
         Args:
             optimizer: the outer one; SGD with lr=1 over averaged changes is the average of sites.
+            fragments: into how many parts the tensors are cut, as by `cut_fragments`; each has a
+                group of its own, and another one for its buffers.
 
         Raises:
-            UserError, PlanError: as `of_gradients`.
+            UserError, PlanError: as `of_gradients`; more fragments than tensors.
         """
         found = find_class(optimizer)
         if found is None:
             raise UserError(f"there is no torch.optim.{optimizer}")
         check_optimizer(found, options)
-        tensors = [_held(name, tensor, 0) for name, tensor in parameters]
-        groups = [Group(optimizer, dict(options), "change")]
-        return cls._with_buffers(tensors, groups, buffers, codec, share)
+        parameters, buffers = list(parameters), _floating(buffers)
+        homes = _fragments_of([*parameters, *buffers], fragments)
+        tensors = [_held(name, tensor, homes[name]) for name, tensor in parameters]
+        groups = [Group(optimizer, dict(options), "change", n) for n in range(fragments)]
+        return cls._with_buffers(tensors, groups, buffers, codec, share, homes)
 
     @classmethod
     def _with_buffers(
@@ -151,13 +160,22 @@ class Blueprint:
         buffers: Iterable[tuple[str, Tensor]],
         codec: str,
         share: float,
+        homes: Mapping[str, int] | None = None,
     ) -> Blueprint:
-        floating = [(name, buffer) for name, buffer in buffers if buffer.is_floating_point()]
-        tensors += [_held(name, buffer, len(groups)) for name, buffer in floating]
-        if floating:
-            groups.append(Group("SGD", {"lr": float(share)}, "change"))
+        """homes: the fragment of each buffer, by name; 0 where it is not told."""
+        floating, homes = _floating(buffers), homes or {}
+        found = sorted({homes.get(name, 0) for name, _ in floating})
+        numbers = {fragment: number for number, fragment in enumerate(found, len(groups))}
+        for name, buffer in floating:
+            tensors.append(_held(name, buffer, numbers[homes.get(name, 0)]))
+        groups += [Group("SGD", {"lr": float(share)}, "change", fragment) for fragment in numbers]
         read_codec(codec)
         return cls(tuple(tensors), tuple(groups), codec)
+
+    @cached_property
+    def fragments(self) -> int:
+        """Into how many parts the weights are cut that travel by themselves."""
+        return max((group.fragment for group in self.groups), default=0) + 1
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
@@ -166,7 +184,13 @@ class Blueprint:
         for held in self.tensors:
             found.setdefault((held.group, held.dtype), []).append(held)
         return tuple(
-            Block(group, dtype, tuple(h.name for h in held), tuple(h.shape for h in held))
+            Block(
+                group,
+                dtype,
+                tuple(h.name for h in held),
+                tuple(h.shape for h in held),
+                self.groups[group].fragment,
+            )
             for (group, dtype), held in found.items()
         )
 
@@ -196,10 +220,7 @@ class Blueprint:
         """As lists, dicts, numbers and texts."""
         return {
             "tensors": [[h.name, list(h.shape), NAMES[h.dtype], h.group] for h in self.tensors],
-            "groups": [
-                {"optimizer": g.optimizer, "options": dict(g.options), "pushed": g.pushed}
-                for g in self.groups
-            ],
+            "groups": [_group_to_plain(group) for group in self.groups],
             "codec": self.codec,
         }
 
@@ -228,6 +249,31 @@ class Blueprint:
         return hashlib.sha256(json.dumps(self.plain(), sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _floating(tensors: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    return [(name, tensor) for name, tensor in tensors if tensor.is_floating_point()]
+
+
+def _fragments_of(tensors: Sequence[tuple[str, Tensor]], fragments: int) -> dict[str, int]:
+    """The fragment of each tensor, by its name.
+
+    Raises:
+        PlanError: there are more fragments than tensors.
+    """
+    if fragments > max(len(tensors), 1):
+        raise PlanError(
+            f"fragments={fragments}",
+            f"fragments are of whole tensors, and there are {len(tensors)}",
+            f"fragments={len(tensors)}",
+        )
+    cut = cut_fragments([tensor.nbytes for _, tensor in tensors], fragments)
+    return {tensors[number][0]: fragment for fragment, held in enumerate(cut) for number in held}
+
+
+def _group_to_plain(group: Group) -> dict[str, Any]:
+    plain = {"optimizer": group.optimizer, "options": dict(group.options), "pushed": group.pushed}
+    return {**plain, "fragment": group.fragment} if group.fragment else plain
+
+
 def _held(name: str, tensor: Tensor, group: int) -> Held:
     if tensor.dtype not in NAMES:
         raise UserError(
@@ -239,12 +285,15 @@ def _held(name: str, tensor: Tensor, group: int) -> Held:
 def _read_group(plain: Any) -> Group:
     name, options, pushed = plain["optimizer"], plain["options"], plain["pushed"]
     found = find_class(name) if isinstance(name, str) else None
-    if found is None or pushed not in get_args(Pushed) or len(plain) != 3:
+    fragment = plain.get("fragment", 0)
+    if found is None or pushed not in get_args(Pushed) or len(plain) != 3 + ("fragment" in plain):
         raise ValueError(f"optimizer {name!r}, pushed {pushed!r}")
+    if type(fragment) is not int or not 0 <= fragment < MOST_FRAGMENTS:
+        raise ValueError(f"fragment {fragment!r}")
     if not all(isinstance(key, str) and is_option(value) for key, value in options.items()):
         raise ValueError(f"options of {name}")
     check_optimizer(found, options)
-    return Group(name, dict(options), pushed)
+    return Group(name, dict(options), pushed, fragment)
 
 
 def _read_held(plain: Any, groups: int) -> Held:

@@ -22,6 +22,7 @@ from allfuse.roles.records import (
     State,
     Work,
     Worker,
+    split_readers,
 )
 
 FORMAT = 2
@@ -276,7 +277,7 @@ class Book:
             "INSERT INTO orders VALUES (?, ?, ?, ?, ?, ?)",
             order.sequence,
             order.updates,
-            _pack(order.to),
+            _pack(order.readers),
             _pack(order.dropped),
             int(order.save),
             order.factor,
@@ -289,22 +290,14 @@ class Book:
             "WHERE sequence BETWEEN ? AND ? ORDER BY sequence",
             (first, last),
         ).fetchall()
-        return [
-            Order(
-                sequence,
-                updates,
-                [
-                    (each.lease, each.weight)
-                    for each in self.commits(sequence, sequence)
-                    if each.weight
-                ],
-                _unpack(readers),
-                _unpack(dropped),
-                bool(save),
-                factor,
-            )
-            for sequence, updates, readers, dropped, save, factor in rows
-        ]
+        found = []
+        for sequence, updates, readers, dropped, save, factor in rows:
+            commits = self.commits(sequence, sequence)
+            counting = [(each.lease, each.weight) for each in commits if each.weight]
+            to, of = split_readers(_unpack(readers))
+            dropped = _unpack(dropped)
+            found.append(Order(sequence, updates, counting, to, dropped, bool(save), factor, of))
+        return found
 
     def newest(self) -> tuple[int, int]:
         """The last sequence, -1 for none, and the number of updates up to it."""

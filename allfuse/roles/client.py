@@ -31,6 +31,7 @@ from allfuse.roles.messages import (
     Welcome,
 )
 from allfuse.roles.replica import Replica
+from allfuse.roles.rotation import ALL
 from allfuse.roles.server import GIVEN
 from allfuse.roles.updates import Updates
 
@@ -134,23 +135,30 @@ class Client:
     def _has_weights(self) -> bool:
         if self.lease is None or self._phase is not Phase.WAITING or self._current is not None:
             return False
-        return self.replica.is_whole(self.lease.sequence)
+        return self.replica.is_whole(
+            self.lease.sequence, ALL if self.lease.due else self.lease.takes
+        )
 
     # What the worker does.
 
     def begin(self, now_s: float) -> Lease:
         """Work on the lease that is ready; `replica.tensors` hold its weights, or a mean of those
-        and what they have come to."""
+        and what they have come to; where the lease takes in one fragment of them, the others are
+        what they have come to."""
         if not self.is_ready or self.lease is None:
             raise RuntimeError("no lease is ready; wait for `is_ready`")
         lease = self.lease
         own = self.own_share if -1 < self._begun < lease.sequence else 0.0
+        if lease.follows != self.updates.lease:
+            self.replica.rewind()
+        if lease.takes == ALL or lease.sequence != self._begun:
+            self.replica.settle(own, lease.takes)
+        self.replica.remember()
         self._begun = lease.sequence
-        self.replica.settle(own)
         self.updates.undo(own)
-        self.updates.begin(lease.lease, lease.clock)
+        self.updates.begin(lease.lease, lease.clock, lease.fragment)
         self._phase = Phase.WORKING
-        self._current = Delivery(lease.lease, lease.clock, lease.sequence)
+        self._current = Delivery(lease.lease, lease.clock, lease.sequence, lease.fragment)
         self._deliveries[lease.lease] = self._current
         return lease
 
@@ -194,6 +202,7 @@ class Client:
                 piece=piece,
                 pieces=len(self.replica.shards[server]),
                 options=self.options,
+                fragment=delivery.fragment,
                 tensors=self.updates.piece(server, piece),
             )
             delivery.pieces[server, piece] = message

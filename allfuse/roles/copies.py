@@ -131,7 +131,8 @@ class Backup:
         known = message.piece not in self.stage.missing(message.lease)
         options = self.stage.read_options(message.options)
         values = self.stage.read(message.piece, message.pieces, message.tensors)
-        bundle = Bundle(message.worker, message.sequence, options)
+        fragment = self.stage.read_fragment(message.piece, message.fragment)
+        bundle = Bundle(message.worker, message.sequence, options, fragment)
         self.stage.add(message.lease, message.piece, values, bundle, message.tensors, replaces=True)
         return known
 

@@ -21,6 +21,7 @@ class Copy(Message):
     piece: int
     pieces: int
     options: list[dict[str, Any]]
+    fragment: int = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,8 @@ class Part(Message):
     answer: birth of who gives it, and its count of what it gave: only parts of one answer belong
     together. sequence: that the weights are of. lease -1: weights and states of a piece, by names;
     with the first part, ended: runs of leases of which nothing is kept. Else a piece of an update
-    that was staged: worker, read and options are sender, sequence and options of its `Push`.
+    that was staged: worker and read are sender and sequence of its `Push`, options and fragment
+    what it said.
     """
 
     kind: ClassVar[str] = "part"
@@ -75,6 +77,7 @@ class Part(Message):
     worker: str = ""
     read: int = -1
     options: list[dict[str, Any]] = field(default_factory=list)
+    fragment: int = -1
 
 
 COPYING: tuple[type[Message], ...] = (Copy, Copied, Fetch, Part)

@@ -16,6 +16,7 @@ from allfuse.roles.norms import clip_factor
 from allfuse.roles.ordering import Ordering
 from allfuse.roles.outbox import Outbox
 from allfuse.roles.records import Commit, Offer, Presence, State, Work, Worker
+from allfuse.roles.rotation import ALL
 from allfuse.roles.saves import Saves
 from allfuse.roles.terms import Terms
 
@@ -194,11 +195,13 @@ class Course:
             self.end(leases, Outcome(self.stop or "all work is done"))
         told += self._finals(leases, sequence)
         to = [worker.name for worker in told if worker.held == sequence]
+        sent = {worker.name: leases.sends(worker) for worker in told}
+        of = {name: fragment for name, fragment in sent.items() if fragment != ALL}
         hold = leases.keeps and any((work := leases.of(each)) and work.due for each in told)
         save = hold or self.saves.is_wanted
         if commits or to or is_last or save:
             order = ordering.place(
-                commits, to, leases.drop(), factor=factor, save=save, is_last=is_last
+                commits, to, leases.drop(), of=of, factor=factor, save=save, is_last=is_last
             )
             if order.save:
                 self.saves.placed(order, leases.ledger, hold=hold)
@@ -261,6 +264,8 @@ class Course:
             if self._terms.in_step or self._clocks.may_begin(worker.name):
                 base = worker.base
                 is_fresh = base is not None and base.updates == offer.updates
+                if self._terms.fragments > 1 and not leases.has_begun(worker):
+                    is_fresh = False  # what it takes in is older than its base
                 if leases.keeps and leases.due:
                     is_fresh = False  # a checkpoint may be of these weights
                 leases.grant(worker, base if base is not None and is_fresh else offer)

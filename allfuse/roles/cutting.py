@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,18 +31,26 @@ class Span(NamedTuple):
         return self.stop - self.start
 
 
-Piece: TypeAlias = tuple[Span, ...]
-"""What travels as one, in the order of blocks."""
+class Piece(tuple[Span, ...]):
+    """What travels as one, in the order of blocks. fragment: of the weights, that it is part of."""
+
+    fragment: int
+
+    def __new__(cls, spans: Iterable[Span] = (), fragment: int = 0) -> Piece:
+        piece = super().__new__(cls, spans)
+        piece.fragment = fragment
+        return piece
 
 
 @dataclass(frozen=True)
 class Block:
-    """Tensors of one group and one type, end to end."""
+    """Tensors of one group and one type, end to end. fragment: that of the group."""
 
     group: int
     dtype: torch.dtype
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
+    fragment: int = 0
 
     @property
     def sizes(self) -> list[int]:
@@ -73,19 +81,24 @@ def find_places(blocks: Sequence[Block]) -> dict[str, Span]:
     return found
 
 
-def cut_shards(blocks: Sequence[Block], servers: int) -> list[list[Span]]:
-    """The spans of each server: all blocks end to end, cut at equal bytes.
+def cut_shards(
+    blocks: Sequence[Block], servers: int, fragment: int | None = None
+) -> list[list[Span]]:
+    """The spans of each server: all blocks, or those of a fragment, end to end, cut at equal bytes.
 
     Shards differ by less than two elements in size, or two grains where they are of `FINE_BYTES` or
     more. Some are empty where there are more servers than elements.
     """
-    total = sum(block.bytes for block in blocks)
+    own = [block for block in blocks if fragment is None or block.fragment == fragment]
+    total = sum(block.bytes for block in own)
     grain = GRAIN if total >= servers * FINE_BYTES else 1
     shards = []
     for index in range(servers):
         low, high = total * index // servers, total * (index + 1) // servers
         spans, at = [], 0
         for number, block in enumerate(blocks):
+            if fragment is not None and block.fragment != fragment:
+                continue
             first, last = (
                 _at_grain(min(max(edge - at, 0), block.bytes) // block.dtype.itemsize, block, grain)
                 for edge in (low, high)
@@ -122,12 +135,16 @@ def cut_pieces(
             pieces[-1].append(Span(span.block, start, stop))
             room -= (stop - start) * size
             start = stop
-    return [tuple(piece) for piece in pieces]
+    return [Piece(piece) for piece in pieces]
 
 
 def cut(blocks: Sequence[Block], servers: int) -> list[list[Piece]]:
-    """The pieces of each server."""
-    return [cut_pieces(blocks, spans) for spans in cut_shards(blocks, servers)]
+    """The pieces of each server, fragment by fragment: each fragment is shared out evenly."""
+    shards: list[list[Piece]] = [[] for _ in range(servers)]
+    for fragment in sorted({block.fragment for block in blocks} or {0}):
+        for own, spans in zip(shards, cut_shards(blocks, servers, fragment), strict=True):
+            own += [Piece(piece, fragment) for piece in cut_pieces(blocks, spans)]
+    return shards
 
 
 def cut_at_grains(blocks: Sequence[Block], servers: int) -> list[bool]:

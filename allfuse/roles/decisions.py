@@ -48,6 +48,10 @@ class Lease(Message):
     all where they are in step. first_step: of the run, counted from 0. part, parts: which share of
     each batch. sequence: the version of the weights to begin with, which the servers send; -1 where
     none come: at the end of a job that failed, or has not begun. done: batches learned by all.
+    fragment: of the weights, that the update is to be of. takes: that the worker takes in before it
+    begins, of the version; -1 is all. Servers send that, and all where something is due. follows:
+    the last lease of this worker that was ordered, where there are fragments: what came of later
+    ones is forgotten.
     due: what falls to this worker before it begins: "evaluate", "save", and at the end "finish".
     notes: states that were handed in, where something is due and at the end. reason: why there is
     no more work. failed: it is an error.
@@ -62,6 +66,9 @@ class Lease(Message):
     parts: int
     sequence: int
     done: int
+    fragment: int = -1
+    takes: int = -1
+    follows: int = -1
     due: list[str] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
@@ -83,9 +90,10 @@ class Orders(Message):
     """To servers: what to do next, in order.
 
     first: the sequence of the first entry. entries: each [[lease, weight] ..., workers who get the
-    weights of this sequence, leases to forget, whether to write the shard to disk], and at the end
-    the factor that shortens the sum of gradients, where it is clipped. Answered by `Applied`; those
-    that a server is past are nothing new to it.
+    weights of this sequence (a name, or a name and the fragment that it gets), leases to forget,
+    whether to write the shard to disk], and at the end the factor that shortens the sum of
+    gradients, where it is clipped. Answered by `Applied`; those that a server is past are nothing
+    new to it.
     """
 
     kind: ClassVar[str] = "orders"

@@ -12,6 +12,7 @@ from allfuse.roles.messages import SCHEDULER, Ask, Finished, Mail, Message, Stag
 class Delivery:
     """What was sent of an update, or of the first weights, and which servers hold all of it.
 
+    fragment: of the weights, that it is of; -1 is all.
     pieces: those that were sent, by (server, piece). births: of the servers that hold all.
     finished: what the scheduler is told then, once all pieces were sent. is_told: it was, of these
     births. was_told: it was, of any.
@@ -20,6 +21,7 @@ class Delivery:
     lease: int
     clock: int
     sequence: int
+    fragment: int = -1
     pieces: dict[tuple[int, int], Message] = field(default_factory=dict)
     births: dict[int, int] = field(default_factory=dict)
     finished: dict[str, Any] | None = None

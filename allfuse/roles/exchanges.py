@@ -22,7 +22,7 @@ class Push(Message):
     """A piece of an update's shard, as values or encoded.
 
     sequence: the version that it was made from. options: those of the optimizer that changed, by
-    group.
+    group. fragment: of the weights, that the update is of; -1 is all.
     """
 
     kind: ClassVar[str] = "push"
@@ -31,6 +31,7 @@ class Push(Message):
     piece: int
     pieces: int
     options: list[dict[str, Any]]
+    fragment: int = -1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from allfuse.roles.clocks import Clocks, Staleness
 from allfuse.roles.ledger import Ledger, Unit
 from allfuse.roles.members import Task
 from allfuse.roles.records import Commit, Offer, Result, State, Work, Worker
+from allfuse.roles.rotation import ALL, Rotation, Turn
 from allfuse.roles.terms import Terms
 from allfuse.split.data import Stretch
 
@@ -36,7 +37,13 @@ class Leases:
         self._book, self._terms, self._clocks = book, terms, clocks
         rest = [[Stretch(*each) for each in block] for block in book.get("rest", [])]
         begin = book.get("begin", 0)
-        self.ledger = Ledger(terms.parts, terms.every, task.limit, begin=begin, rest=rest)
+        self.ledger = Ledger(
+            terms.parts, terms.every, task.limit, fragments=terms.fragments, begin=begin, rest=rest
+        )
+        self.rotation = Rotation(terms.fragments)
+        if terms.fragments > 1:
+            for work, _ in sorted(book.history(), key=lambda pair: pair[0].lease):
+                self._turn(work)
         self.keeps = task.every("save_every") is not None
         self.staleness = Staleness()
         self._every = {kind: task.every(f"{kind}_every") for kind in KINDS}
@@ -137,9 +144,31 @@ class Leases:
         assert all(work.unit.block == block for work in self.open.values())
         return sorted(staged, key=lambda work: work.unit.part) if whole else []
 
+    def brings(self, work: Work) -> int:
+        """The fragment of the weights that an update is of, or `ALL`."""
+        is_late = is_last_turn(self._terms, self.ledger, work.unit)
+        return self.rotation.brings(work.clock, is_late=is_late)
+
+    def takes(self, work: Work) -> int:
+        """The fragment of the weights that a worker takes in for a lease, or `ALL`."""
+        return self.rotation.takes(work.worker)
+
+    def sends(self, worker: Worker) -> int:
+        """The fragment that servers send a worker: all where something is done with all of them."""
+        work = self.of(worker)
+        return ALL if work is None or work.due else self.takes(work)
+
+    def has_begun(self, worker: Worker) -> bool:
+        """Whether a worker has an open lease besides."""
+        return any(work.worker == worker.name for work in self.open.values())
+
     def weights(self, works: list[Work]) -> list[float]:
         """How much the updates of an order count; nothing where their losses are over nothing."""
-        counts = [work.result.count for work in works if work.result is not None]
+        counts = [
+            self.rotation.behind(work.worker, work.clock, self.brings(work), work.result.count)
+            for work in works
+            if work.result is not None
+        ]
         total = sum(counts)
         if self._terms.in_step:
             return [count / total if total > 0 else 0.0 for count in counts]
@@ -163,8 +192,16 @@ class Leases:
             del self.open[work.lease]
             work.state = State.COMMITTED
             self._book.put_commit(work, commit)
+        for work in sorted(works, key=lambda work: work.lease):
+            self._turn(work)
         self._fall_due(before)
         return commits
+
+    def _turn(self, work: Work) -> None:
+        """A worker has brought what its turn was."""
+        assert work.result is not None, "an update without a result was ordered"
+        turn = Turn(work.lease, self.brings(work), work.result.count)
+        self.rotation.add(work.worker, work.clock, turn)
 
     def drop(self) -> list[int]:
         """The leases that servers are to forget, once."""
@@ -192,7 +229,7 @@ class Leases:
 
     def message(self, work: Work) -> say.Lease:
         """What its worker is told."""
-        stretch = self.ledger.stretch(work.unit)
+        stretch, last = self.ledger.stretch(work.unit), self.rotation.last(work.worker)
         return say.Lease(
             lease=work.lease,
             clock=work.clock,
@@ -201,6 +238,9 @@ class Leases:
             part=stretch.part,
             parts=stretch.parts,
             sequence=work.offers[-1].sequence,
+            fragment=self.brings(work),
+            takes=self.takes(work),
+            follows=-1 if last is None else last.lease,
             done=self.ledger.done,
             due=list(work.due),
             notes=self.plain_notes() if work.due else {},
@@ -240,3 +280,12 @@ class Leases:
         if due != self.due:
             self.due = due
             self._book.put("due", due)
+
+
+def is_last_turn(terms: Terms, ledger: Ledger, unit: Unit) -> bool:
+    """Whether a worker may get no other unit after this one: in step of the last block, else of the
+    last `every` steps."""
+    if ledger.limit is None:
+        return False
+    end = ledger.first_step(unit) + ledger.steps(unit)
+    return end >= ledger.limit if terms.in_step else end > ledger.limit - terms.every

@@ -19,12 +19,13 @@ class Unit(NamedTuple):
 class Ledger:
     """Hands out units block by block and part by part; those given back come first.
 
-    Block b is the steps from b * every up to (b + 1) * every, cut at `limit`. Samples count as used
+    Block b is the steps from b * every up to (b + 1) * every, cut at `limit`; of several fragments
+    each such stretch is cut into as many blocks, at even distances. Samples count as used
     when their unit is consumed, not when it is handed out.
 
     Args:
         parts: into how many each batch is cut.
-        every: steps of a block.
+        every: steps of a block, or of one for each fragment.
         limit: steps of the whole run; None is endless.
         begin: the first step of those blocks, where an earlier leg of the run went on to there.
         rest: blocks that come before, of what that leg left out: what a unit of each is.
@@ -41,11 +42,12 @@ class Ledger:
         every: int = 1,
         limit: int | None = None,
         *,
+        fragments: int = 1,
         begin: int = 0,
         rest: Sequence[Sequence[Stretch]] = (),
     ) -> None:
         self.parts, self.every, self.limit, self.begin = parts, every, limit, begin
-        self._rest = rest
+        self._fragments, self._rest = fragments, rest
         self._next = Unit(0, 0)
         self._returned: list[Unit] = []
         self._out: set[Unit] = set()
@@ -148,8 +150,9 @@ class Ledger:
         """The steps of a block, not cut at the limit."""
         if block < len(self._rest):
             return self._rest[block][0].first, self._rest[block][0].end
-        first = self.begin + (block - len(self._rest)) * self.every
-        return first, first + self.every
+        turn, fragment = divmod(block - len(self._rest), self._fragments)
+        first, count = self.begin + turn * self.every, self._fragments
+        return first + self.every * fragment // count, first + self.every * (fragment + 1) // count
 
     def _count(self, unit: Unit) -> None:
         """A unit is consumed."""

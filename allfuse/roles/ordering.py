@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,11 +94,14 @@ class Ordering:
         to: list[str],
         dropped: list[int],
         *,
+        of: Mapping[str, int],
         factor: float = 1.0,
         save: bool = False,
         is_last: bool = False,
     ) -> Order:
         """Write the next order into the book and send it to all servers.
+
+        of: the fragment of the weights that some of those in `to` get; the others get all.
 
         What counts nothing is no update: servers forget it.
         """
@@ -114,6 +118,7 @@ class Ordering:
             dropped + void,
             is_last or save or self._is_save_due(),
             factor,
+            of,
         )
         if order.save:
             self._ordered_save = order.sequence

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,13 +12,16 @@ from allfuse.base.keys import mix
 from allfuse.codec import MessageCodec
 from allfuse.roles.shard import Values
 
+Place: TypeAlias = tuple[str, int]
+"""A worker, and a fragment of the weights."""
+
 
 @dataclass
 class Base:
-    """What a worker was sent last. is_held: it has worked from it since."""
+    """What a worker was sent last of a fragment, by piece. is_held: it has worked from it since."""
 
     sequence: int
-    pieces: list[Values] = field(default_factory=list)
+    pieces: dict[int, Values] = field(default_factory=dict)
     is_held: bool = False
 
 
@@ -32,18 +36,19 @@ class Readers:
     def __init__(self, codec: MessageCodec | None, index: int) -> None:
         self.codec, self.index = codec, index
         self.sequence = -1
-        self._bases: dict[str, Base] = {}
-        self._next: dict[str, Base] = {}
+        self._bases: dict[Place, Base] = {}
+        self._next: dict[Place, Base] = {}
         self._made: dict[int, tuple[Values, Values]] = {}  # by what is held
 
     def confirm(self, worker: str, sequence: int) -> None:
         """A worker has made an update from the weights of a sequence."""
-        base = self._bases.get(worker)
-        if base is not None and base.sequence == sequence:
-            base.is_held = True
+        for (reader, _), base in self._bases.items():
+            if reader == worker and base.sequence == sequence:
+                base.is_held = True
 
     def forget(self, worker: str) -> None:
-        self._bases.pop(worker, None)
+        for place in [place for place in self._bases if place[0] == worker]:
+            del self._bases[place]
 
     def begin(self, sequence: int) -> None:
         """Weights of a sequence are sent next, piece by piece, each to all its readers."""
@@ -51,20 +56,24 @@ class Readers:
         self._next.clear()
         self._made.clear()
 
-    def message(self, worker: str, piece: int, weights: Values) -> tuple[int, Values]:
-        """What to send for the next piece of weights, and to which sequence it is to be added."""
+    def message(
+        self, worker: str, fragment: int, piece: int, weights: Values
+    ) -> tuple[int, Values]:
+        """What to send for a piece of the weights of a fragment, and to which sequence it is to be
+        added."""
         if self.codec is None:
             return -1, weights
-        following = self._next.setdefault(worker, Base(self.sequence))
-        base = self._bases.get(worker)
+        place = worker, fragment
+        following = self._next.setdefault(place, Base(self.sequence))
+        base = self._bases.get(place)
         if base is None or not base.is_held or not self.codec.encodes(self.sequence):
-            following.pieces.append(weights)
+            following.pieces[piece] = weights
             return -1, weights
         before = base.pieces[piece]
         if id(before) not in self._made:
             self._made[id(before)] = self._encode(self.codec, piece, before, weights)
         message, after = self._made[id(before)]
-        following.pieces.append(after)
+        following.pieces[piece] = after
         return base.sequence, message
 
     def end(self) -> None:

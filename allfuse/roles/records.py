@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -115,7 +116,8 @@ class Order:
     """What all servers do next. leases: whose updates, with their weights, in the order of summing.
     to: workers that get the weights of the version that comes of it. dropped: leases to forget.
     save: servers write their shards to disk. updates: how many there were in all, this included.
-    factor: of the sum of gradients, below 1 where it is clipped."""
+    factor: of the sum of gradients, below 1 where it is clipped. of: the fragment of the weights
+    that some of those workers get; the others get all."""
 
     sequence: int
     updates: int
@@ -124,11 +126,23 @@ class Order:
     dropped: list[int]
     save: bool
     factor: float = 1.0
+    of: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def readers(self) -> list[str | list[Any]]:
+        """Who gets the weights: a name, or a name and a fragment."""
+        return [[name, self.of[name]] if name in self.of else name for name in self.to]
 
     @property
     def plain(self) -> list[Any]:
-        entry = [[list(each) for each in self.leases], self.to, self.dropped, self.save]
+        entry = [[list(each) for each in self.leases], self.readers, self.dropped, self.save]
         return entry if self.factor == 1.0 else [*entry, self.factor]
+
+
+def split_readers(readers: Sequence[Any]) -> tuple[list[str], dict[str, int]]:
+    """The names, and the fragments of those who get one, of what `Order.readers` gives."""
+    of = {each[0]: each[1] for each in readers if not isinstance(each, str)}
+    return [each if isinstance(each, str) else each[0] for each in readers], of
 
 
 class Commit(NamedTuple):

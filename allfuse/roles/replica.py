@@ -13,13 +13,16 @@ from allfuse.roles.blueprint import Blueprint, read_codec
 from allfuse.roles.cutting import cut, view_all
 from allfuse.roles.messages import Weights
 from allfuse.roles.readers import add_message
+from allfuse.roles.rotation import ALL
 
 
 class Replica:
     """Flat tensors, one for each block of a blueprint.
 
     Attributes:
-        read: the weights as they came from the servers.
+        sent: the weights as they came from the servers.
+        read: those that this worker has taken in, to which its changes are: `sent` itself, but
+            where the weights are taken in fragment by fragment.
         live: those to train with. Of blocks whose gradients are pushed they are `read` itself; of
             blocks whose changes are pushed they are memory of their own.
         tensors: views of `live` by name, of the shapes of the model.
@@ -37,7 +40,10 @@ class Replica:
         self.blueprint = blueprint
         blocks = blueprint.blocks
         self.shards = cut(blocks, servers)
-        self.read = [torch.zeros(b.elements, dtype=b.dtype, device=device) for b in blocks]
+        self.sent = [torch.zeros(b.elements, dtype=b.dtype, device=device) for b in blocks]
+        self.read = self.sent
+        if blueprint.fragments > 1:
+            self.read = [flat.clone() for flat in self.sent]
         self.live = [
             flat.clone() if blueprint.pushes_changes(number) else flat
             for number, flat in enumerate(self.read)
@@ -47,19 +53,25 @@ class Replica:
         self._codec = read_codec(blueprint.codec)
         self._arrived: set[tuple[int, int]] = set()
         self._versions: dict[tuple[int, int], int] = {}
-        self._count = sum(map(len, self.shards))
+        self._wanted: dict[int, set[tuple[int, int]]] = {}  # pieces of each fragment, and of all
+        for server, pieces in enumerate(self.shards):
+            for number, piece in enumerate(pieces):
+                for fragment in (piece.fragment, ALL):
+                    self._wanted.setdefault(fragment, set()).add((server, number))
+        self._begun: list[Tensor] = []
 
     @torch.no_grad()
     def load(self, values: Mapping[str, Tensor]) -> None:
         """Begin with these weights, by name."""
         foreach_copy(list(self.tensors.values()), [values[name] for name in self.tensors])
-        for read, live in zip(self.read, self.live, strict=True):
-            if read is not live:
-                read.copy_(live)
+        for sent, read, live in zip(self.sent, self.read, self.live, strict=True):
+            for flat in (sent, read):
+                if flat is not live:
+                    flat.copy_(live)
 
-    def is_whole(self, sequence: int) -> bool:
-        """Whether all pieces are of that version."""
-        return sequence == self.sequence and len(self._arrived) == self._count
+    def is_whole(self, sequence: int, fragment: int = ALL) -> bool:
+        """Whether all pieces of a fragment, or all there are, are of that version."""
+        return sequence == self.sequence and self._wanted[fragment] <= self._arrived
 
     @torch.no_grad()
     def take(self, server: int, message: Weights) -> bool:
@@ -80,7 +92,7 @@ class Replica:
             return False
         self._versions[place] = -1  # until all spans are in
         for span, tensor in zip(self.shards[server][message.piece], tensors, strict=True):
-            flat = self.read[span.block][span.start : span.stop]
+            flat = self.sent[span.block][span.start : span.stop]
             flat.copy_(tensor if message.base < 0 else self._decode(tensor, flat))
         self._versions[place] = message.sequence
         self._arrived.add(place)
@@ -93,7 +105,7 @@ class Replica:
         spans = pieces[message.piece]
         fits = len(message.tensors) == len(spans)
         for span, tensor in zip(spans, message.tensors, strict=False):
-            dtype, elements = self.read[span.block].dtype, span.elements
+            dtype, elements = self.sent[span.block].dtype, span.elements
             if message.base >= 0:
                 size = self._codec.encoded_bytes(elements) if self._codec else -1
                 fits = fits and tensor.dtype == torch.uint8 and tensor.shape == (size,)
@@ -111,13 +123,39 @@ class Replica:
             raise Malformed(f"a difference that cannot be decoded: {error}") from error
 
     @torch.no_grad()
-    def settle(self, own: float = 0.0) -> None:
-        """Go back to the weights as they were read, or keep a share of those worked on."""
-        for read, live in zip(self.read, self.live, strict=True):
+    def settle(self, own: float = 0.0, fragment: int = ALL) -> None:
+        """Take in the weights of a fragment, or all, as they were sent; keep a share of those
+        worked on."""
+        each = zip(self.blueprint.blocks, self.sent, self.read, self.live, strict=True)
+        for block, sent, read, live in each:
+            if fragment not in (ALL, block.fragment):
+                continue
+            if sent is not read:
+                read.copy_(sent)
             if read is not live:
                 live.copy_(torch.lerp(read, live, own) if own else read)
 
+    @torch.no_grad()
+    def show(self) -> None:
+        """Have the weights as they were sent in `live`, until that is written back."""
+        for sent, live in zip(self.sent, self.live, strict=True):
+            if sent is not live:
+                live.copy_(sent)
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Work begins here, of weights that were taken in fragment by fragment."""
+        if self.read is not self.sent:
+            self._begun = self._begun or [torch.empty_like(live) for live in self.live]
+            foreach_copy(self._begun, self.live)
+
+    @torch.no_grad()
+    def rewind(self) -> None:
+        """Go back to where work began last."""
+        if self._begun:
+            foreach_copy(self.live, self._begun)
+
     def copy(self, server: int, piece: int) -> tuple[Tensor, ...]:
-        """A copy of the weights of a piece as they were read, on the CPU."""
+        """A copy of the weights of a piece as they were sent, on the CPU."""
         spans = self.shards[server][piece]
-        return tuple(self.read[s.block][s.start : s.stop].cpu().clone() for s in spans)
+        return tuple(self.sent[s.block][s.start : s.stop].cpu().clone() for s in spans)

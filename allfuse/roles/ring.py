@@ -137,6 +137,7 @@ class Ring:
             piece=piece,
             pieces=len(stage.pieces),
             options=[dict(changed) for changed in bundle.options],
+            fragment=bundle.fragment,
             tensors=bundle.came[piece],
         )
         for place in self.keepers.places.values():
@@ -151,7 +152,7 @@ class Ring:
             if not stage.missing(lease) and not self.keepers.hold(lease, bundle.sequence)
         }
         for lease in sorted(waiting & self._waiting):
-            yield from self.pass_on(lease, 0, stage)
+            yield from self.pass_on(lease, min(stage.get(lease).came), stage)
         self._waiting = waiting
 
     def answer_all(self, own: Own | None) -> Iterator[Mail]:

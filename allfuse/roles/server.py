@@ -266,9 +266,10 @@ class Server:
             raise Malformed(f"lease {message.lease}; they count from 0")
         options = self._stage.read_options(message.options)
         values = self._stage.read(message.piece, message.pieces, message.tensors)
+        fragment = self._stage.read_fragment(message.piece, message.fragment)
         self._readers.confirm(sender, message.sequence)
         bundle, lease, piece = (
-            Bundle(sender, message.sequence, options),
+            Bundle(sender, message.sequence, options, fragment),
             message.lease,
             message.piece,
         )
@@ -298,7 +299,7 @@ class Server:
         if self.shard is None or lease in self._stage.ended or self._stage.missing(lease):
             return
         for piece in message.missing:
-            if 0 <= piece < len(self._stage.pieces):
+            if piece in self._stage.get(lease).came:
                 yield from self.ring.pass_on(lease, piece, self._stage)
         if not message.missing:
             self.ring.keepers.confirm(lease, message.sequence, message.birth)
@@ -345,12 +346,13 @@ class Server:
                     "the weights can go no further: start the job again from its last snapshot"
                 )
         self._readers.begin(sequence)
-        for piece in range(len(shard.pieces)):
+        for piece, spans in enumerate(shard.pieces):
             carry_out(order, piece, shard, stage)
-            if order.to:
+            to = [worker for worker in order.to if order.gets(worker, spans)]
+            if to:
                 weights = shard.read(piece)
-            for worker in order.to:
-                base, tensors = self._readers.message(worker, piece, weights)
+            for worker in to:
+                base, tensors = self._readers.message(worker, spans.fragment, piece, weights)
                 yield (
                     worker,
                     Weights(

@@ -15,6 +15,7 @@ from allfuse.roles.blueprint import Blueprint
 from allfuse.roles.cutting import Piece
 from allfuse.roles.elementwise import is_option
 from allfuse.roles.readers import to_exact
+from allfuse.roles.rotation import ALL
 from allfuse.roles.shard import Options, Values
 
 
@@ -22,12 +23,14 @@ from allfuse.roles.shard import Options, Values
 class Bundle:
     """The pieces of one lease, or of the first weights, that came so far.
 
-    pieces: their values. came: the tensors that they came in, which may be encoded.
+    fragment: of the weights, that it is of, or `ALL`. pieces: their values. came: the tensors that
+    they came in, which may be encoded.
     """
 
     sender: str
     sequence: int = -1
     options: Options = ()
+    fragment: int = ALL
     pieces: dict[int, Values] = field(default_factory=dict)
     came: dict[int, Values] = field(default_factory=dict)
 
@@ -95,9 +98,13 @@ class Stage:
         self.ended = Numbers()
 
     def missing(self, lease: int) -> list[int]:
-        bundle = self._bundles.get(lease)
-        held = bundle.pieces if bundle else {}
-        return [number for number in range(len(self.pieces)) if number not in held]
+        """The pieces that are not here; of which fragment they are is known once one has come."""
+        bundle = self._bundles.get(lease) or Bundle("")
+        return [
+            number
+            for number, piece in enumerate(self.pieces)
+            if bundle.fragment in (ALL, piece.fragment) and number not in bundle.pieces
+        ]
 
     def add(
         self,
@@ -122,10 +129,11 @@ class Stage:
             return False
         if held.sequence < bundle.sequence and (replaces or self.missing(lease)):
             held = self._bundles[lease] = bundle
-        if held.sequence == bundle.sequence:
+        is_same = (held.sequence, held.fragment) == (bundle.sequence, bundle.fragment)
+        if is_same:
             held.pieces.setdefault(piece, values)
             held.came.setdefault(piece, came)
-        return held.sequence == bundle.sequence
+        return is_same
 
     def held(self) -> Iterator[tuple[int, Bundle]]:
         """What there is of each lease."""
@@ -161,6 +169,16 @@ class Stage:
                 like = to_exact(tensor.new_empty(0, dtype=dtype))
                 read.append(_decode(self.codec, tensor, span.elements, like))
         return tuple(read)
+
+    def read_fragment(self, piece: int, fragment: int) -> int:
+        """The fragment that a push is of.
+
+        Raises:
+            Malformed: the piece is of another one.
+        """
+        if fragment not in (ALL, self.pieces[piece].fragment):
+            raise Malformed(f"piece {piece} of fragment {fragment}")
+        return fragment
 
     def check(self, piece: int, pieces: int, tensors: int) -> None:
         """

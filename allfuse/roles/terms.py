@@ -18,7 +18,8 @@ class Terms:
 
     Args:
         parts: into how many each batch is cut.
-        every: steps between two updates of a worker.
+        every: steps between two updates of a worker, of the same fragment.
+        fragments: parts of the weights, each with updates of its own, at even distances.
         sync: how far workers may be apart.
         servers: shards of the weights, a server each; 0 where workers gossip.
         replicas: copies of each shard, on other servers.
@@ -32,6 +33,7 @@ class Terms:
 
     parts: int
     every: int = 1
+    fragments: int = 1
     sync: Sync = BSP
     servers: int = 1
     replicas: int = 0
@@ -69,6 +71,7 @@ class Terms:
     def plain(self) -> dict[str, Any]:
         """What a book must agree on with those who go on from it."""
         own = {"parts": self.parts, "every": self.every, "servers": self.servers}
+        own |= {"fragments": self.fragments} if self.fragments > 1 else {}
         return {**own, "sync": str(self.sync)}
 
 
@@ -81,6 +84,7 @@ def terms_of(plan: Plan, timeout_s: float) -> Terms:
     return Terms(
         parts=outer.n,
         every=every,
+        fragments=getattr(outer, "fragments", 1),
         sync=outer.sync,
         servers=plan.servers,
         replicas=getattr(outer.topology, "replicas", 0),

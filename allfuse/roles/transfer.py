@@ -69,6 +69,7 @@ def parts_of(
             worker=bundle.sender,
             read=bundle.sequence,
             options=[dict(changed) for changed in bundle.options],
+            fragment=bundle.fragment,
             tensors=bundle.came[piece],
         )
 
@@ -126,8 +127,10 @@ class Transfer:
         stage.tidy()
         for part in self._parts.values():
             if part.lease != STATE and part.lease not in stage.ended:
-                bundle = Bundle(part.worker, part.read, stage.read_options(part.options))
                 values = stage.read(part.piece, len(shard.pieces), part.tensors)
+                options = stage.read_options(part.options)
+                fragment = stage.read_fragment(part.piece, part.fragment)
+                bundle = Bundle(part.worker, part.read, options, fragment)
                 stage.add(part.lease, part.piece, values, bundle, part.tensors, replaces=True)
 
 

@@ -15,6 +15,7 @@ from allfuse.roles.blueprint import Blueprint, read_codec
 from allfuse.roles.cutting import Span, find_places, overlaps, view_all
 from allfuse.roles.readers import to_exact
 from allfuse.roles.replica import Replica
+from allfuse.roles.rotation import ALL
 
 
 class Sheet:
@@ -65,6 +66,7 @@ class Updates:
         if self.codec is not None:
             self._new = self._zeros()
         self.clock, self.lease, self._has_encoded, self._was_kept = 0, -1, False, False
+        self._fragment = ALL
 
     def _zeros(self) -> list[Tensor]:
         if self.codec is None:
@@ -83,19 +85,29 @@ class Updates:
         """What was not sent yet, by name: live tensors, none where nothing is lost."""
         return view_all(self.blueprint.blocks, self._left) if self._left else {}
 
-    def begin(self, lease: int, clock: int) -> None:
-        """The next update is that of a lease. What an earlier one still needs stays as it is."""
+    def begin(self, lease: int, clock: int, fragment: int = ALL) -> None:
+        """The next update is that of a lease, of one fragment or of all. What an earlier one still
+        needs stays as it is."""
         self.sheet = self._idle_sheet()
         self.lease, self.clock, self._has_encoded = lease, clock, False
+        self._fragment = fragment
         self._came = set()
         self._waits = {
-            (server, piece): 0
+            (server, number): 0
             for server, pieces in enumerate(self.replica.shards)
-            for piece in range(len(pieces))
+            for number, piece in enumerate(pieces)
+            if fragment in (ALL, piece.fragment)
         }
         for homes in self._homes.values():
             for home in homes:
-                self._waits[home] += 1
+                if home in self._waits:
+                    self._waits[home] += 1
+
+    @property
+    def _blocks(self) -> list[int]:
+        """Those that the update is of."""
+        blocks = enumerate(self.blueprint.blocks)
+        return [n for n, block in blocks if self._fragment in (ALL, block.fragment)]
 
     @torch.no_grad()
     def put(self, gradients: Mapping[str, Tensor], scale: float = 1.0) -> list[tuple[int, int]]:
@@ -126,12 +138,12 @@ class Updates:
         for name in self.pushed:
             if name not in self._came:
                 self.sheet.tensors[name].zero_()
-        for number, (read, live) in enumerate(
-            zip(self.replica.read, self.replica.live, strict=True)
-        ):
+        for number in self._blocks:
+            read, live = self.replica.read[number], self.replica.live[number]
             if read is not live:
                 torch.sub(read, live, out=self.sheet.flats[number])
-        return empty + self._arrive(list(self._homes))
+        blocks = self.blueprint.blocks
+        return empty + self._arrive([name for n in self._blocks for name in blocks[n].names])
 
     def _is_empty(self, home: tuple[int, int]) -> bool:
         server, piece = home
@@ -160,7 +172,8 @@ class Updates:
     def keep(self) -> None:
         """The update counts: what its encoding lost is added to the next one."""
         if self._has_encoded:
-            self._left, self._new = self._new, self._left
+            for n in self._blocks:
+                self._left[n], self._new[n] = self._new[n], self._left[n]
             self._has_encoded, self._was_kept = False, True
 
     @torch.no_grad()
@@ -168,6 +181,6 @@ class Updates:
         """A share of what the last update brought is still in the weights that are worked on, and
         will be brought again: of what was not sent the same share stays as it was before."""
         if self._was_kept and own:
-            for left, before in zip(self._left, self._new, strict=True):
-                left.lerp_(before, own)
+            for n in self._blocks:
+                self._left[n].lerp_(self._new[n], own)
         self._was_kept = False

@@ -11,6 +11,10 @@ The course of a lease, for weights of B bytes and a group of m ranks:
 
 Under `delay=d` a site hands its update in d steps before a lease ends, and goes on: what comes of
 it is mixed with what it has come to when the next lease begins. Those of the last lease are all in.
+
+Under `fragments=k` a lease is from the step where one fragment of the weights is due to that of the
+next. Its update is of that one alone (B / k), of which newer weights are taken in then; the others
+are what the site has come to. The last leases bring all.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ from allfuse.plan import Site
 from allfuse.roles.agent import Agent
 from allfuse.roles.messages import Join, Lease
 from allfuse.roles.replica import Replica
+from allfuse.roles.rotation import ALL
 from allfuse.roles.terms import terms_of
 from allfuse.store.run import RunFolder, is_run
 from allfuse.training.holdings import held_tensors, make_blueprint
@@ -47,6 +52,7 @@ if TYPE_CHECKING:
 
     from allfuse.base.events import Bus, Event
     from allfuse.launcher.crewmate import Crewmate
+    from allfuse.roles.blueprint import Blueprint
     from allfuse.training.learner import Learner
     from allfuse.training.place import Place
     from allfuse.training.state import State
@@ -93,9 +99,10 @@ class Apart:
             bus.subscribe(self._tell, TOLD)
         self._options: Callable[[], list[dict[str, Any]]] = list
         self._loss = self._count = self._begin_s = 0.0
-        self._rows = self._done_before = 0
+        self._rows = self._done_before = self._steps_done = 0
         self._clip: float | None = None
         self._clips_here = False
+        self._fragments: int = getattr(outer, "fragments", 1)
         self._delay: int = getattr(outer, "delay", 0)
         self._limit: int | None = None
         self._is_handed_in = False
@@ -226,7 +233,23 @@ class Apart:
         self._part = WorkerPart(state, learner, self.replica.tensors, inner)
         if self.pushes_gradients:
             self._options = lambda: blueprint.changed_options(learner.optimizer)
+        elif self._fragments > 1:
+            self._options = lambda: self._options_of_change(blueprint)
         self._next()
+
+    def _options_of_change(self, blueprint: Blueprint) -> list[dict[str, Any]]:
+        """Those of the servers' step by what the last update of a site brings: a fragment that is
+        not due is averaged, without a step of the outer optimizer, which belongs to a whole
+        round."""
+        lease = self.lease
+        if lease is None or lease.fragment != ALL:
+            return []
+        due, share = lease.clock % self._fragments, 1.0 if self.terms.in_step else 1 / self.outer.n
+        plain = {"lr": share, "momentum": 0.0, "nesterov": False}
+        return [
+            {name: plain[name] for name in group.options if group.fragment != due}
+            for group in blueprint.groups
+        ]
 
     # From lease to lease.
 
@@ -244,8 +267,10 @@ class Apart:
         last one wait for the next lease."""
         lease = self.lease
         assert lease is not None
-        if done == steps_until_handed_in(lease, self._delay, self._limit):
+        delay = 0 if lease.fragment == ALL and self._fragments > 1 else self._delay
+        if done == steps_until_handed_in(lease, delay, self._limit):
             self._hand_in()
+        self._steps_done = done
         if done == lease.steps:
             self._next()
 
@@ -285,6 +310,7 @@ class Apart:
             self.lease = self._agent.next_lease()
         self.lease = self._shared(self.lease)
         self._begin_lease(before)
+        self._steps_done = 0
         for flat in self.replica.live:
             if self.place.replicas.size > 1 and flat.numel():
                 self.place.replicas.broadcast(flat, "spread the weights of a lease").wait()
@@ -307,11 +333,12 @@ class Apart:
         """The weights as the servers sent them last, for a moment, where a site has others: not
         while new ones come in."""
         replica, link = self.replica, self.place.replicas
-        if not self._delay or replica is None or self.is_over or self._is_handed_in:
+        has_others = self._delay > 0 or self._fragments > 1
+        if not has_others or replica is None or self.is_over or self._is_handed_in:
             yield
             return
         own = [flat.clone() for flat in replica.live]
-        replica.settle()
+        replica.show()
         for flat in replica.live:
             if link.size > 1 and flat.numel():
                 link.broadcast(flat, "spread the weights as they were sent").wait()
@@ -342,9 +369,10 @@ class Apart:
         """Whether what is done every so many steps, or every "epoch", falls to this group now.
 
         What the scheduler was told of falls to one group; what only a script knows of, to each.
+        Once for a lease, before its first step.
         """
         lease = self.lease
-        if lease is None or every is None:
+        if lease is None or every is None or self._steps_done:
             return False
         kinds = [kind for kind in ("evaluate", "save") if self.facts.get(f"{kind}_every") == every]
         if kinds:

@@ -31,8 +31,10 @@ def make_blueprint(
     names, buffers = state.names(), floating_buffers(state)
     parameters = [(names[id(p)], p) for p in learner.parameters]
     if isinstance(outer, Site):
-        options = outer.outer.options(share)
-        return Blueprint.of_changes(parameters, buffers, options=options, codec=codec, share=share)
+        options, fragments = outer.outer.options(share), outer.fragments
+        return Blueprint.of_changes(
+            parameters, buffers, options=options, codec=codec, share=share, fragments=fragments
+        )
     return Blueprint.of_gradients(learner.optimizer, parameters, buffers, codec=codec, share=share)
 
 

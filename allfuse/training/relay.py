@@ -156,7 +156,7 @@ def _begin_book(path: Path, state: Mapping[str, Any], plan: Plan) -> None:
     terms = terms_of(plan, timeout_s=0.0)
     whole = int(state["cursor"][0])
     learned = Learned(state.get("learned", ())).after(whole)
-    rest = learned.rest(whole, terms.parts, terms.every)
+    rest = learned.rest(whole, terms.parts, terms.every // terms.fragments)
     book = Book(path)
     try:
         with book.transaction():

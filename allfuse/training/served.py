@@ -123,6 +123,7 @@ class Binder:
         begin, step = time.perf_counter(), int(versions[0]["whole"])
         try:
             for version in versions:
+                self._link(version["sequence"])  # one made of it before has let go of the links
                 paths = self._paths(version["sequence"], True)
                 if all(path.is_file() for path in paths):
                     is_first = version is versions[0]

@@ -16,22 +16,25 @@ from torch import Tensor
 from allfuse.base.keys import mix
 from allfuse.roles.blueprint import Blueprint, read_codec
 from allfuse.roles.cutting import Span, cut
+from allfuse.roles.rotation import ALL
 
 Named = dict[str, Tensor]
 
 
-def flatten(blueprint: Blueprint, values: Mapping[str, Tensor]) -> list[Tensor]:
-    """Copies of the tensors end to end, for each block, in float32 or wider."""
-    return [
-        wide(torch.cat([values[name].reshape(-1) for name in block.names])).clone()
-        for block in blueprint.blocks
-    ]
+def flatten(blueprint: Blueprint, values: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """Copies of the tensors end to end, for each block of which there are values, in float32 or
+    wider."""
+    return {
+        number: wide(torch.cat([values[name].reshape(-1) for name in block.names])).clone()
+        for number, block in enumerate(blueprint.blocks)
+        if block.names[0] in values
+    }
 
 
-def name_again(blueprint: Blueprint, flats: Sequence[Tensor]) -> Named:
+def name_again(blueprint: Blueprint, flats: Mapping[int, Tensor]) -> Named:
     found: Named = {}
-    for block, flat in zip(blueprint.blocks, flats, strict=True):
-        found |= block.views(flat)
+    for number, flat in flats.items():
+        found |= blueprint.blocks[number].views(flat)
     return found
 
 
@@ -46,16 +49,15 @@ class Inward:
         self.blueprint, self.codec = blueprint, read_codec(blueprint.codec)
         self.shards = cut(blueprint.blocks, servers)
         self.key = zlib.crc32(worker.encode())
-        self._left: list[Tensor] = []
-        self._before: list[Tensor] = []
+        self._left: dict[int, Tensor] = {}  # by block
+        self._before: dict[int, Tensor] = {}
 
     def undo(self, own: float) -> None:
         """A share of the last update is still in the worker's weights: so much of what was not
         sent stays as it was."""
-        if self._before:
-            pairs = zip(self._left, self._before, strict=True)
-            self._left = [torch.lerp(left, before, own) for left, before in pairs]
-            self._before = []
+        for number, before in self._before.items():
+            self._left[number] = torch.lerp(self._left[number], before, own)
+        self._before = {}
 
     @torch.no_grad()
     def bring(self, lease: int, clock: int, values: Named) -> Named:
@@ -63,9 +65,12 @@ class Inward:
         if self.codec is None or not self.codec.encodes(clock):
             return values
         flats = flatten(self.blueprint, values)
-        self._left = self._left or [torch.zeros_like(flat) for flat in flats]
-        self._before = [left.clone() for left in self._left]
+        for number, flat in flats.items():
+            self._left.setdefault(number, torch.zeros_like(flat))
+        self._before = {number: self._left[number].clone() for number in flats}
         for span, number in spans_of(self.shards):
+            if span.block not in flats:
+                continue
             part = slice(span.start, span.stop)
             whole = self._left[span.block][part] + flats[span.block][part]
             seed = mix(self.key, lease, span.block, span.start, number)
@@ -83,41 +88,60 @@ class Outward:
     def __init__(self, blueprint: Blueprint, servers: int) -> None:
         self.blueprint, self.codec = blueprint, read_codec(blueprint.codec)
         self.shards = cut(blueprint.blocks, servers)
-        self._sent: dict[str, tuple[int, Named]] = {}
-        self._worked_from: dict[str, int] = {}
+        self._sent: dict[tuple[str, int], int] = {}  # the sequence, by worker and fragment
+        self._held: dict[str, Named] = {}
+        self._worked_from: set[tuple[str, int]] = set()
 
     def confirm(self, worker: str, sequence: int) -> None:
         """A worker has made an update of a version, so that it is known to have it."""
-        self._worked_from[worker] = sequence
+        self._worked_from.add((worker, sequence))
 
     @torch.no_grad()
-    def send(self, worker: str, sequence: int, weights: Named) -> Named:
-        """What a worker then has."""
-        if self.codec is None:
+    def send(self, worker: str, sequence: int, weights: Named, fragment: int = ALL) -> Named:
+        """What a worker then has of all that it was sent: newest of that fragment."""
+        if self.codec is None and self.blueprint.fragments == 1:
             return weights
-        base, held = self._sent.get(worker, (-1, {}))
-        arrived = weights
-        if base >= 0 and self._worked_from.get(worker) == base and self.codec.encodes(sequence):
-            arrived = self._add_difference(sequence, held, weights)
-        self._sent[worker] = sequence, arrived
-        return arrived
+        held = dict(self._held.get(worker, {}))
+        for each in range(self.blueprint.fragments):
+            if fragment not in (ALL, each):
+                continue
+            own = names_of(self.blueprint, each)
+            base = self._sent.get((worker, each), -1)
+            knows = base >= 0 and (worker, base) in self._worked_from
+            arrived = {name: weights[name] for name in own}
+            if self.codec is not None and knows and self.codec.encodes(sequence):
+                before = {name: held[name] for name in own}
+                arrived = self._add_difference(sequence, each, before, arrived)
+            self._sent[worker, each] = sequence
+            held |= arrived
+        self._held[worker] = held
+        return held
 
-    def _add_difference(self, sequence: int, held: Named, weights: Named) -> Named:
+    def _add_difference(self, sequence: int, fragment: int, held: Named, weights: Named) -> Named:
         assert self.codec is not None
         before, now = flatten(self.blueprint, held), flatten(self.blueprint, weights)
         for server, pieces in enumerate(self.shards):
             for number, piece in enumerate(pieces):
-                for place, span in enumerate(piece):
+                for place, span in enumerate(piece if piece.fragment == fragment else ()):
                     part = slice(span.start, span.stop)
                     difference = now[span.block][part] - before[span.block][part]
                     seed = mix(sequence, server, number, place)
                     message = self.codec.encode(difference, seed)
                     self.codec.decode(message, difference)
                     before[span.block][part] += difference
-        flats = [
-            flat.to(block.dtype) for flat, block in zip(before, self.blueprint.blocks, strict=True)
-        ]
+        blocks = self.blueprint.blocks
+        flats = {number: flat.to(blocks[number].dtype) for number, flat in before.items()}
         return name_again(self.blueprint, flats)
+
+
+def names_of(blueprint: Blueprint, fragment: int) -> list[str]:
+    """The tensors of a fragment, or all."""
+    return [
+        name
+        for block in blueprint.blocks
+        if fragment in (ALL, block.fragment)
+        for name in block.names
+    ]
 
 
 def spans_of(shards: Sequence[Sequence[Sequence[Span]]]) -> list[tuple[Span, int]]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from allfuse.base.errors import AllfuseError
 from allfuse.roles.book import Book
 from allfuse.roles.diary import Entry
+from allfuse.roles.leases import is_last_turn
 from allfuse.roles.ledger import Ledger, Unit
 from allfuse.roles.records import Commit, State, Work
+from allfuse.roles.rotation import Rotation, Turn
 from allfuse.roles.terms import Terms
 
 ROOM = 1 << 62  # more clocks than there are
@@ -24,6 +27,8 @@ class Update:
     number: of its worker, in the order of joining. first_step, steps, part: what it was made of.
     read: the version of the weights that it was made from. weight: what it counted. loss, count:
     the sum of losses that the worker told, and what their mean is over. options: of the optimizer.
+    fragment: of the weights, that it is of, or `ALL`. behind: what losses were over of all that is
+    in it; that of its own lease, where it is of all.
     """
 
     lease: int
@@ -38,19 +43,23 @@ class Update:
     loss: float
     count: float
     options: list[dict[str, Any]]
+    fragment: int
+    behind: float
 
 
 @dataclass(frozen=True)
 class Event:
     """An order: updates in the order in which they are summed, then who got the weights.
 
-    factor: by which their sum was shortened.
+    factor: by which their sum was shortened. of: the fragment that some of those readers got; the
+    others got all.
     """
 
     sequence: int
     updates: list[Update]
     readers: list[str]
     factor: float = 1.0
+    of: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def moves(self) -> bool:
@@ -119,15 +128,18 @@ class History:
             task = book.get("task") or {}
             numbers = {worker.name: worker.number for worker, _ in book.workers()}
             orders = book.orders(0, book.newest()[0])
-            made: dict[int, list[Update]] = {}
-            ledger = Ledger(terms.parts, terms.every, limit_of(task))
-            for work, commit in book.history():
-                update = _as_update(work, commit, ledger, numbers)
-                made.setdefault(commit.sequence, []).append(update)
+            ledger = _ledger_of(terms, limit_of(task))
+            made = _updates(book, terms, ledger, numbers)
             tally = book.tally()
             return cls(
                 [
-                    Event(order.sequence, made.get(order.sequence, []), order.to, order.factor)
+                    Event(
+                        order.sequence,
+                        made.get(order.sequence, []),
+                        order.to,
+                        order.factor,
+                        order.of,
+                    )
                     for order in orders
                 ],
                 ledger.limit,
@@ -177,11 +189,9 @@ class History:
             raise AllfuseError(f"the record says that part {part} of step {step} was learned twice")
         if self.limit is None or self.stopped:
             return
-        wanted = {
-            (step, part)
-            for step in range(0, self.limit, terms.every)
-            for part in range(terms.parts)
-        }
+        ledger, wanted = _ledger_of(terms, self.limit), set()
+        while (unit := ledger.take()) is not None:
+            wanted.add((ledger.first_step(unit), unit.part))
         never = sorted(wanted - units.keys())
         if never:
             step, part = never[0]
@@ -198,9 +208,40 @@ def limit_of(task: dict[str, Any]) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def _as_update(work: Work, commit: Commit, ledger: Ledger, numbers: dict[str, int]) -> Update:
+def _ledger_of(terms: Terms, limit: int | None) -> Ledger:
+    return Ledger(terms.parts, terms.every, limit, fragments=terms.fragments)
+
+
+def _updates(
+    book: Book, terms: Terms, ledger: Ledger, numbers: dict[str, int]
+) -> dict[int, list[Update]]:
+    """Those of each sequence."""
+    rotation = Rotation(terms.fragments)
+    made: dict[int, list[tuple[Work, Commit]]] = {}
+    for work, commit in book.history():
+        made.setdefault(commit.sequence, []).append((work, commit))
+    found: dict[int, list[Update]] = {}
+    for sequence, pairs in made.items():
+        found[sequence] = [
+            _as_update(work, commit, terms, ledger, numbers, rotation) for work, commit in pairs
+        ]
+        for update in sorted(found[sequence], key=lambda update: update.lease):
+            turn = Turn(update.lease, update.fragment, update.count)
+            rotation.add(update.worker, update.clock, turn)
+    return found
+
+
+def _as_update(
+    work: Work,
+    commit: Commit,
+    terms: Terms,
+    ledger: Ledger,
+    numbers: dict[str, int],
+    rotation: Rotation,
+) -> Update:
     result, unit = work.result, Unit(*work.unit)
     assert result is not None, "an update without a result was ordered"
+    fragment = rotation.brings(work.clock, is_late=is_last_turn(terms, ledger, unit))
     return Update(
         lease=work.lease,
         worker=work.worker,
@@ -214,18 +255,20 @@ def _as_update(work: Work, commit: Commit, ledger: Ledger, numbers: dict[str, in
         loss=result.loss,
         count=result.count,
         options=result.options,
+        fragment=fragment,
+        behind=rotation.behind(work.worker, work.clock, fragment, result.count),
     )
 
 
 def _weights(event: Event, before: list[int], terms: Terms) -> list[float]:
     """What the updates of an order count by the plan. before: updates until each sequence."""
     if terms.in_step:
-        total = sum(update.count for update in event.updates)
-        return [update.count / total if total > 0 else 0.0 for update in event.updates]
+        total = sum(update.behind for update in event.updates)
+        return [update.behind / total if total > 0 else 0.0 for update in event.updates]
     weights = []
     for update in event.updates:
         missed = before[-1] - before[update.read + 1] if terms.is_scaled else 0
-        weights.append((update.count > 0) / (missed + 1))
+        weights.append((update.behind > 0) / (missed + 1))
     return weights
 
 

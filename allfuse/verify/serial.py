@@ -25,11 +25,12 @@ from allfuse.plan import Site
 from allfuse.roles.blueprint import Blueprint
 from allfuse.roles.cutting import Block, cut_at_grains, view_all
 from allfuse.roles.elementwise import find_class, from_plain, is_per_element, to_plain, to_text
+from allfuse.roles.rotation import ALL
 from allfuse.roles.terms import Terms
 from allfuse.split.data import BatchPlan, Source, as_source, plan_batches
 from allfuse.training.measure import sum_and_count
 from allfuse.training.start import build_model
-from allfuse.verify.encoded import Inward, Outward
+from allfuse.verify.encoded import Inward, Outward, names_of
 from allfuse.verify.history import Event, History, Update
 from allfuse.verify.reference import AUTOCAST, cut_into_pieces
 
@@ -102,7 +103,8 @@ class Pupil:
         self.scheduler = None if job.scheduler is None else job.scheduler(self.optimizer)
         vars(self.optimizer)["_opt_called"] = True  # what schedulers of torch look for
         self._advanced = 0
-        self._read_last = -1
+        self._read_last = self._clock = -1
+        self._begun: Named = {}
         self._late = Lesson()  # what is told, with the next update, of steps after the last one
         named = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         self.held = {held.name: named[held.name] for held in blueprint.tensors}
@@ -119,6 +121,7 @@ class Pupil:
         steps_here: bool,
         own: float = 0.0,
         late: int = 0,
+        takes: int = ALL,
     ) -> Lesson:
         """Work on an update's samples from the weights that it was made of.
 
@@ -126,15 +129,18 @@ class Pupil:
             steps_here: the optimizer steps (`site`); else the gradient of the one step is it.
             own: the share of its own weights that the worker keeps.
             late: steps that are done after the update was handed in, and are in the next one.
+            takes: the fragment that the worker takes in before; others are what it has come to.
         """
-        for name, tensor in self.held.items():
+        for name in names_of(self.blueprint, takes):
+            tensor = self.held[name]
             mixed = torch.lerp(read[name], tensor.detach(), own) if own else read[name].detach()
             tensor.data = mixed.clone()
+        self._begin_clock(update)
         lesson, after = self._late, Lesson()
         end = update.first_step + update.steps
         for step in range(update.first_step, end - late):
             self.step(step, update.part, lesson, steps_here)
-        self._hand_in(read, lesson)
+        self._hand_in(read, lesson, update.fragment)
         for step in range(end - late, end):
             self.step(step, update.part, after, steps_here)
         lesson.figures += after.figures
@@ -142,10 +148,20 @@ class Pupil:
         self._read_last = update.read
         return lesson
 
-    def _hand_in(self, read: Mapping[str, Tensor], lesson: Lesson) -> None:
+    def _begin_clock(self, update: Update) -> None:
+        """A second update of one clock begins where the first one did, where the weights are taken
+        in fragment by fragment."""
+        if self.blueprint.fragments > 1:
+            if update.clock == self._clock:
+                for name, tensor in self.held.items():
+                    tensor.data = self._begun[name].clone()
+            self._begun = {name: tensor.detach().clone() for name, tensor in self.held.items()}
+            self._clock = update.clock
+
+    def _hand_in(self, read: Mapping[str, Tensor], lesson: Lesson, fragment: int) -> None:
         lesson.options = [to_plain(g, type(self.optimizer)) for g in self.optimizer.param_groups]
         for block in self.blueprint.blocks:
-            for name in block.names:
+            for name in block.names if fragment in (ALL, block.fragment) else ():
                 now, pushes = self.held[name], self.blueprint.groups[block.group].pushed
                 if pushes == "change":
                     lesson.values[name] = read[name] - now.detach()
@@ -233,19 +249,28 @@ class Central:
         updates: Sequence[tuple[float, Named]],
         options: list[dict[str, Any]],
         factor: float = 1.0,
+        averaged: Mapping[int, float] | None = None,
     ) -> None:
-        """One step by the weighted sum of updates.
+        """One step of what is in them by the weighted sum of updates.
 
         Args:
-            options: of each group whose gradients are pushed; the others' never change.
+            options: of each group whose gradients are pushed; the others' are the blueprint's.
             factor: of gradients.
+            averaged: fragments that are averaged, without an outer step, and at which rate.
         """
         each = zip(self.blueprint.blocks, self._flats, self._optimizers, strict=True)
         for block, flat, optimizer in each:
-            scale = 1.0
-            if self.blueprint.groups[block.group].pushed == "gradient":
+            if block.names[0] not in updates[0][1]:
+                continue
+            scale, group = 1.0, self.blueprint.groups[block.group]
+            if group.pushed == "gradient":
                 optimizer.param_groups[0].update(from_plain(options[block.group]))
                 scale = factor
+            else:
+                optimizer.param_groups[0].update(from_plain(group.options))
+            if averaged and block.fragment in averaged:
+                plain = {"lr": averaged[block.fragment], "momentum": 0.0, "nesterov": False}
+                optimizer.param_groups[0].update(plain)
             summed = [
                 add_up([(weight * scale, values[name]) for weight, values in updates])
                 for name in block.names
@@ -301,6 +326,8 @@ class Serial:
         self.pupils: dict[str, Pupil] = {}
         self._versions: dict[tuple[str, int], Named] = {}  # by reader and sequence
         self._limit: int | None = None
+        self._brought: dict[str, int] = {}  # the fragment that each worker brought last
+        self._read: dict[str, Named] = {}  # to which its updates are
 
     @property
     def _clips_sums(self) -> bool:
@@ -333,14 +360,21 @@ class Serial:
                 self._apply(event, due, learned)
                 now = self.central.copy()
             held = {worker: self._send(worker, event, now) for worker in event.readers}
-            for worker, values in held.items():
+            for worker in held:
                 if (worker, event.sequence) in due:
-                    self._versions[worker, event.sequence] = values
+                    held[worker] = self._take_in(worker, held[worker])
+                    self._versions[worker, event.sequence] = held[worker]
             arrived(event, now, held)
         return now
 
     def _send(self, worker: str, event: Event, now: Named) -> Named:
-        return self.outward.send(worker, event.sequence, now)
+        return self.outward.send(worker, event.sequence, now, event.of.get(worker, ALL))
+
+    def _take_in(self, worker: str, sent: Named) -> Named:
+        """The weights to which the next update of a worker will be: newer ones of what it brought
+        last."""
+        names = names_of(self.blueprint, self._brought.get(worker, ALL))
+        return {**self._read.get(worker, {}), **{name: sent[name] for name in names}}
 
     def _apply(
         self,
@@ -354,6 +388,7 @@ class Serial:
             values = self.inward[update.worker].bring(update.lease, update.clock, lesson.values)
             made[update.lease] = lesson, values
             learned(update, lesson)
+            self._brought[update.worker] = update.fragment
             place = update.worker, update.read
             self.outward.confirm(*place)
             due[place] -= 1
@@ -363,7 +398,16 @@ class Serial:
         if counting:
             parts = [(u.weight, made[u.lease][1]) for u in counting]
             options = made[counting[0].lease][0].options
-            self.central.apply(parts, options, self._factor(event, parts))
+            averaged = self._averaged(counting[0])
+            self.central.apply(parts, options, self._factor(event, parts), averaged)
+
+    def _averaged(self, update: Update) -> dict[int, float]:
+        """What is not due of an update that brings all, as no other will follow; at which rate."""
+        fragments = self.terms.fragments
+        if update.fragment != ALL or fragments == 1:
+            return {}
+        rate = 1.0 if self.terms.in_step else 1.0 / self.outer.n
+        return {each: rate for each in range(fragments) if each != update.clock % fragments}
 
     def _factor(self, event: Event, parts: Sequence[tuple[float, Named]]) -> float:
         """What clips the sum of an order: as the servers had it, to whose last bits the norm may
@@ -389,8 +433,12 @@ class Serial:
         if own:
             self.inward[update.worker].undo(own)
         is_last = self._limit is not None and update.first_step + update.steps >= self._limit
+        is_last |= update.fragment == ALL and self.terms.fragments > 1
         late = 0 if is_last else min(delay, update.steps - 1)
-        return pupil.learn(update, read, isinstance(self.outer, Site), own, late)
+        takes = self._brought.get(update.worker, ALL)
+        if self.terms.fragments > 1:
+            self._read[update.worker] = read
+        return pupil.learn(update, read, isinstance(self.outer, Site), own, late, takes)
 
 
 def make_blueprint(job: Job, model: nn.Module, outer: Any, terms: Terms) -> Blueprint:
@@ -404,6 +452,8 @@ def make_blueprint(job: Job, model: nn.Module, outer: Any, terms: Terms) -> Blue
         pairs = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         return Blueprint.of_gradients(optimizer, pairs, buffers, codec=codec, share=share_of)
     held = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    options = outer.outer.options(share_of)
+    options, cuts = outer.outer.options(share_of), outer.fragments
     trained = [(named[id(p)], p) for p in held]
-    return Blueprint.of_changes(trained, buffers, options=options, codec=codec, share=share_of)
+    return Blueprint.of_changes(
+        trained, buffers, options=options, codec=codec, share=share_of, fragments=cuts
+    )
