@@ -183,8 +183,15 @@ def assert_every_sample_was_used_once(run: Run, epochs: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_gives_its_work_back_and_the_others_go_on(start: Any) -> None:
-    run = start("data(3, topology=central(servers=1), sync=asp, min=1)", 4)
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "data(3, topology=central(servers=1), sync=asp, min=1)",
+        "site(3, every=6, fragments=3, outer=momentum, sync=asp, min=1)",
+    ],
+)
+def test_a_killed_worker_gives_its_work_back_and_the_others_go_on(start: Any, plan: str) -> None:
+    run = start(plan, 4)
     run.until(40)
     pids = [*run.workers(), *run.roles()]
     kill(run.workers()[1])
