@@ -310,7 +310,6 @@ class Apart:
             self.lease = self._agent.next_lease()
         self.lease = self._shared(self.lease)
         self._begin_lease(before)
-        self._steps_done = 0
         for flat in self.replica.live:
             if self.place.replicas.size > 1 and flat.numel():
                 self.place.replicas.broadcast(flat, "spread the weights of a lease").wait()
@@ -319,6 +318,7 @@ class Apart:
         assert self.lease is not None
         self._done_before = self.lease.done if before is None else before.done
         self._begin_s = time.monotonic()
+        self._steps_done = 0
         if self._agent is not None:
             self._agent.is_awaited = False
         if not self._is_handed_in:  # else steps that came after are told with the next update
