@@ -180,7 +180,7 @@ class Site(Axis):
             )
         refuse_pace(str(self), self.n, self.every, self.fragments, self.delay, self.has_roles)
         if self.topology is not None and not self.topology.exact:
-            refuse_mixing(self.n, self.topology, self.outer, self.fragments, self.delay)
+            refuse_mixing(str(self), self.n, self.topology, self.outer, self.fragments, self.delay)
 
     @property
     def has_roles(self) -> bool:

@@ -52,8 +52,13 @@ def refuse_pace(
     raise PlanError(given, why, nearest)
 
 
-def refuse_mixing(n: int, topology: Topology, outer: Outer, fragments: int, delay: int) -> None:
+def refuse_mixing(
+    given: str, n: int, topology: Topology, outer: Outer, fragments: int, delay: int
+) -> None:
     """Refuse over a topology that only mixes what needs sites to agree on something.
+
+    Args:
+        given: the axis as it was said.
 
     Raises:
         PlanError: says what can be.
@@ -66,9 +71,8 @@ def refuse_mixing(n: int, topology: Topology, outer: Outer, fragments: int, dela
         )
         raise PlanError(f"{nearest[:-1]}, outer={outer})", why, nearest)
     if fragments > 1 or delay:
-        why = f"{topology} mixes whole models, at once"
-        given = f"{nearest[:-1]}, fragments={fragments}, delay={delay})"
-        raise PlanError(given, why, nearest)
+        nearest = given.replace(f", fragments={fragments}", "").replace(f", delay={delay}", "")
+        raise PlanError(clip(given, 200), f"{topology} mixes whole models, at once", nearest)
 
 
 def _say(n: int, every: int, fragments: int, delay: int) -> str:
