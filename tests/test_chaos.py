@@ -104,10 +104,10 @@ class Run:
 
     def until(self, count: int, name: str = "commit") -> None:
         """Wait until so many updates were ordered, or so often something else was told."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300  # a process takes a minute to start where many others do
         while len(self.events(name)) < count:
             assert self.process.poll() is None, self.process.communicate()[0]
-            assert time.monotonic() < deadline, "training does not get on"
+            assert time.monotonic() < deadline, f"no {name} any more"
             time.sleep(0.05)
 
     def exchange_workers(self, times: int, place: str, token: Path) -> None:
