@@ -176,7 +176,7 @@ def test_an_unknown_setting_suggests_the_nearest(tmp_path: Path, job: Path) -> N
     ("settings", "words"),
     [
         (("--set", "samples=0"), ("empty",)),
-        (("--set", "batch_size=1", "--workers", "2"), ("batch_size=1", "2 replicas")),
+        (("--set", "batch_size=1", "--workers", "2"), ("batch_size=1", "2 shares")),
         (("--epochs", "0"), ("epochs",)),
         (("--device", "tpu"), ("tpu",)),
         (("--timeout", "0"), ("timeout",)),

@@ -154,7 +154,7 @@ def test_an_empty_data_set_is_refused(plan: str) -> None:
 
 def test_more_replicas_than_samples_in_a_batch_are_refused() -> None:
     for plan in ("data(4)", "site(2) * data(2)"):
-        with pytest.raises(UserError, match=r"batch_size=3: plan .* has 4 replicas"):
+        with pytest.raises(UserError, match=r"batch_size=3: plan .* cuts each batch into 4 shares"):
             train(job(batch_size=3), plan)
 
 
