@@ -17,6 +17,7 @@ from allfuse.base.errors import PlanError
 from allfuse.split.parted import drop
 from allfuse.split.pipe.boundary import cut_stages, find_boundaries
 from allfuse.split.pipe.cutting import keep_out_of_fast_path
+from allfuse.split.pipe.sizes import Scaled
 from allfuse.split.pipe.stage import Stage
 from allfuse.split.record import record
 from allfuse.split.shapes import Shapes
@@ -30,17 +31,17 @@ def in_stages(
     (two, run_two), (three, run_three), (rows, run) = make(2), make(3), make(5)
     one = record(model, run_two)
     plans = cut_stages(one, n, [1.0] * len(one.calls))
-    shapes = Shapes(one, two, record(model, run_three), three)
+    sizes = Scaled(Shapes(one, two, record(model, run_three), three)).of(rows)
     models = [copy.deepcopy(model) for _ in plans]
     for own, plan in zip(models, plans, strict=True):
         drop([p for name, p in own.named_parameters() if name not in plan.parameters])
         keep_out_of_fast_path(own)
-    stages = [Stage(m, p, shapes, torch.device("cpu")) for m, p in zip(models, plans, strict=True)]
+    stages = [Stage(m, p, one, torch.device("cpu")) for m, p in zip(models, plans, strict=True)]
     sent: Any = None
     passed = []
     for stage, own in zip(stages, models, strict=True):
         received = None if sent is None else sent.detach().requires_grad_()
-        sent = stage.run(received, rows, functools.partial(run, own))
+        sent = stage.run(received, sizes, functools.partial(run, own))
         passed.append((received, sent))
     loss = weigh(sent)
     gradient = None

@@ -75,12 +75,26 @@ def in_place() -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(6, 4))
 
 
+def padded(**changes: Any) -> Job:
+    """Samples of several lengths, filled up to the longest of each batch."""
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.randint(3, 8, (48,), generator=generator).tolist()
+    samples = [torch.randint(1, 24, (length,), generator=generator) for length in lengths]
+
+    def collate(found: list[Tensor]) -> tuple[Tensor, Tensor]:
+        x = nn.utils.rnn.pad_sequence(found, batch_first=True)
+        return x, x.roll(-1, 1)
+
+    return CASES["tied"].job(train=samples, collate=collate, **changes)
+
+
 JOBS: dict[str, Callable[..., Job]] = {
     "mlp": CASES["mlp"].job,
     "uneven": CASES["uneven"].job,
     "tied": CASES["tied"].job,
     "asked": asked,
     "in place": Case(in_place, (6,), (), 4).job,
+    "padded": padded,
 }
 
 
@@ -100,7 +114,7 @@ def assert_learns_alike(name: str, plan: str, steps: int = 20, **changes: Any) -
 
 
 @pytest.mark.parametrize("plan", ["pipe(2)", "pipe(3)", "data(2) * pipe(2)", "pipe(2) * tensor(2)"])
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", [name for name in JOBS if name != "padded"])
 def test_stages_learn_what_one_process_learns(name: str, plan: str) -> None:
     if name == "in place" and "tensor" in plan:
         pytest.skip("the width of its layers is not to be cut")
@@ -127,6 +141,11 @@ def test_every_schedule_gives_the_same_numbers(name: str, schedule: str) -> None
 )
 def test_products_give_the_numbers_of_one_process(plan: str) -> None:
     assert_learns_alike("tied", plan, steps=6)
+
+
+@pytest.mark.parametrize("plan", ["pipe(3)", "pipe(2, schedule=zbv) * tensor(2)"])
+def test_batches_may_be_as_long_as_they_are(plan: str) -> None:
+    assert_learns_alike("padded", plan, steps=5)
 
 
 def test_microbatches_of_each_piece_that_is_accumulated_add_up() -> None:
@@ -385,5 +404,5 @@ def test_a_killed_process_ends_its_pipeline_and_is_named() -> None:
 
         train_job(drawing(stop=Stop(steps=10**6)), prepare=lambda s: s.on("step", die))
 
-    with pytest.raises(WorkerFailed, match="rank 0 lost rank 1 in .* at step 3"):
+    with pytest.raises(WorkerFailed, match=r"rank 0 lost rank 1 in .* at step 3"):
         launch_local(work, 2, plan="pipe(2)")

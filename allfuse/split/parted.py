@@ -27,6 +27,7 @@ from allfuse.split.shard.blocks import find_blocks
 from allfuse.split.shard.rows import shard_piece
 from allfuse.split.shard.sharding import shard_model
 from allfuse.split.tensor.attention import unfold_attention
+from allfuse.split.tensor.cut import Cut
 from allfuse.split.tensor.search import TensorPlan, find_cuts
 from allfuse.split.tensor.slicing import slice_model
 from allfuse.split.tensor.traffic import Slice
@@ -102,8 +103,8 @@ class Parted(Whole):
         names = self._by_first_name(model)
         axis, stages = self.plan.axis("pipe"), None
         if self.pipe.size > 1 and recording is not None and isinstance(axis, Pipe):
-            slices = cuts.values, self.slice.n
-            stages = PipePlan(axis, model, recording, runs, slices=slices, autocast=autocast)
+            here = {value: self._size_here(cut) for value, cut in cuts.values.items()}
+            stages = PipePlan(axis, model, recording, runs, pieces=here, autocast=autocast)
             self._users = stages.users
             choices["pipe"] = stages.tell()
         if self.slice.n > 1:
@@ -122,6 +123,11 @@ class Parted(Whole):
             self.pipeline = stages.build(model, self.pipe, self.device)
             drop([tensor for name, tensor in tensors_of(model).items() if not self._has(name)])
         return choices
+
+    def _size_here(self, cut: Cut) -> tuple[int, int]:
+        """The dim that a cut is along, and the size of this rank's piece in it."""
+        runs = cut.runs(self.slice.n, self.slice.index)
+        return cut.dim, sum(stop - start for start, stop in runs)
 
     def _has(self, name: str) -> bool:
         return self.held[name].pieces[self.mates.rank] is not None

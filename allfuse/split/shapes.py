@@ -17,7 +17,7 @@ class Shapes:
     Args:
         one, other: recordings of the same pass over batches of these numbers of rows.
         dtypes: of the values, where they are not those of `one`.
-        pieces: of values that each rank has a piece of: the dim that is cut, and in how many.
+        pieces: of values that each rank has a piece of: the dim that is cut, and its size here.
     """
 
     def __init__(
@@ -37,8 +37,8 @@ class Shapes:
         scale = self.other_rows - self.rows
         shape = [a + (b - a) * (rows - self.rows) // scale for a, b in pairs]
         if value in self.pieces:
-            dim, n = self.pieces[value]
-            shape[dim] //= n
+            dim, size = self.pieces[value]
+            shape[dim] = size
         return tuple(shape)
 
     def empty(self, value: int, rows: int, device: torch.device) -> Tensor:

@@ -95,8 +95,8 @@ class Courier:
             raise UserError(
                 f"stage {parcel.crossing + parcel.back} passes on {_kind(tensor)} in microbatch "
                 f"{parcel.microbatch}, and by the first samples it is {_kind(expected)}; allowed: "
-                "a model that computes the same shapes and types for all batches; next: pad "
-                "samples to one length, or a plan without pipe"
+                "a model that computes what its shapes say; next: report it, with the model, or "
+                "take a plan without pipe"
             )
         sent = tensor.contiguous()
         self._sent.append((self.link.send(sent, peer, parcel.operation), sent))

@@ -17,10 +17,10 @@ from allfuse.split.base import Run
 from allfuse.split.pipe.boundary import cut_stages
 from allfuse.split.pipe.cost import weigh_calls
 from allfuse.split.pipe.pipeline import Pipeline
+from allfuse.split.pipe.sizes import Scaled
 from allfuse.split.pipe.stage import Stage
 from allfuse.split.record import Recording, Ref, record
 from allfuse.split.shapes import Shapes
-from allfuse.split.tensor.cut import Cut
 
 Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
 
@@ -31,7 +31,7 @@ class PipePlan:
     Args:
         recording: of the first of the runs, before anything was cut.
         runs: forward passes over two numbers of rows.
-        slices: how values are cut that each rank has only a slice of, and into how many.
+        pieces: of values that each rank has only a piece of: the dim that is cut, its size here.
         autocast: what the model runs under.
 
     Raises:
@@ -45,15 +45,14 @@ class PipePlan:
         recording: Recording,
         runs: Sequence[tuple[int, Run]],
         *,
-        slices: tuple[Mapping[int, Cut], int] = ({}, 1),
+        pieces: Mapping[int, tuple[int, int]] | None = None,
         autocast: Autocast = contextlib.nullcontext,
     ) -> None:
         self.axis, self.recording = axis, recording
         (few, run), (more, run_more) = runs
-        values, n = slices
         costs = weigh_calls(recording)
         self.stages = cut_stages(
-            recording, axis.n, costs, each=axis.schedule.each, inside=values.keys()
+            recording, axis.n, costs, each=axis.schedule.each, inside=pieces or {}
         )
         self.shapes = Shapes(
             recording,
@@ -61,7 +60,7 @@ class PipePlan:
             record(model, run_more),
             more,
             _find_dtypes(model, run, autocast),
-            {value: (cut.dim, n) for value, cut in values.items()},
+            pieces,
         )
         self.users = self._find_users(model)
 
@@ -107,7 +106,7 @@ class PipePlan:
         keep_out_of_fast_path(model)
         schedule, n = self.axis.schedule, self.axis.n
         own = {
-            number: Stage(model, stage, self.shapes, device)
+            number: Stage(model, stage, self.recording, device)
             for number, stage in enumerate(self.stages)
             if schedule.owner(number, n) == link.rank
         }
@@ -115,8 +114,10 @@ class PipePlan:
         shared = {name: self.users[name] for name in names if len(self.users[name]) > 1}
         has_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
         least = 2 if has_norms else 1  # of one row there are no statistics
-        pipeline = Pipeline(link, self.axis, own, len(self.stages), shared, least)
-        model.register_forward_pre_hook(lambda *_: pipeline.refuse_alone())
+        scaled = Scaled(self.shapes)
+        pipeline = Pipeline(link, self.axis, own, len(self.stages), shared, scaled, model, least)
+        model.register_forward_pre_hook(pipeline.enter, with_kwargs=True)
+        model.register_forward_hook(pipeline.leave)
         return pipeline
 
 

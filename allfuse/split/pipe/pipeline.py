@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from allfuse.base.errors import AllfuseError, JobError, UserError
@@ -19,7 +20,9 @@ from allfuse.plan.schedule import Action, Order, derive_microbatches
 from allfuse.split.elsewhere import ELSEWHERE
 from allfuse.split.pipe.courier import Courier, Parcel
 from allfuse.split.pipe.deferred import Deferring, Later
+from allfuse.split.pipe.sizes import Ended, Followed, Scaled, Seen, Sizes
 from allfuse.split.pipe.stage import Stage
+from allfuse.split.record import Recording, record, tensors_in
 
 Part = tuple[Any, int]
 """A microbatch and its rows."""
@@ -41,6 +44,8 @@ class Pipeline:
         link: to the ranks of the pipeline, this one among them.
         stages: those of this rank, by their number. count: of all ranks.
         shared: names of parameters that stages of several ranks use, and which ranks.
+        scaled: shapes of what the model computes, by the first samples.
+        model: of which this rank has its stages.
         least: rows of a microbatch, where their number is derived.
     """
 
@@ -51,23 +56,73 @@ class Pipeline:
         stages: Mapping[int, Stage],
         count: int,
         shared: Mapping[str, tuple[int, ...]],
+        scaled: Scaled,
+        model: nn.Module,
         least: int = 1,
     ) -> None:
         self.link, self.axis, self.schedule = link, axis, axis.schedule
         self.stages, self.count, self.shared = dict(stages), count, dict(shared)
-        self.least = least
+        self.scaled, self.model, self.least = scaled, model, least
+        self._followed: dict[object, Sizes] = {}  # by the shapes that the model takes
+        self._looking: Literal["at once", "through", None] = None
         self._orders: dict[int, list[Order]] = {}
         self._before: deque[Courier] = deque()  # of passes before, whose parcels may be under way
         self.waited_s = 0.0
 
-    def refuse_alone(self) -> None:
-        """Refuse a forward pass that no stage makes. Raises UserError."""
-        if not any(stage.active for stage in self.stages.values()):
+    # Passes through the model.
+
+    def enter(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        """The model is called. Raises UserError where no stage makes the pass."""
+        if self._looking == "at once":
+            raise Seen([tuple(tensor.shape) for tensor in tensors_in((args, kwargs))])
+        if self._looking is None and not any(stage.active for stage in self.stages.values()):
             raise UserError(
                 f"the model was called under {self.axis}, where this rank has some stages of it "
                 "only; allowed: s.step(batch, loss) and s.evaluate(metrics, data), which run all "
                 "stages; next: `allfuse predict` with the saved run, or the weights it holds"
             )
+
+    def leave(self, *_: Any) -> None:
+        """The model's own pass ends."""
+        if self._looking is not None:
+            raise Ended
+
+    def sizes_of(self, rows: int, compute: Callable[[], Any]) -> Sizes:
+        """Of a pass over a microbatch. Where its samples have other shapes than the first ones it
+        is followed, once for each shape: 0.1 to 0.2 s.
+
+        Raises:
+            UserError: it asks for the numbers in a tensor.
+        """
+        usual, shapes = self.scaled.of(rows), self._look(compute)
+        if shapes is None or shapes == usual.takes():
+            return usual
+        key = tuple(shapes)
+        if key not in self._followed:
+            self._followed[key] = Followed(self._follow(compute))
+        return self._followed[key]
+
+    def _look(self, compute: Callable[[], Any]) -> list[tuple[int, ...]] | None:
+        """The shapes of the tensors that the model is called with; None where it is not."""
+        self._looking = "at once"
+        try:
+            compute()
+        except Seen as seen:
+            return seen.shapes
+        finally:
+            self._looking = None
+        return None
+
+    def _follow(self, compute: Callable[[], Any]) -> Recording:
+        def run(_: nn.Module) -> None:
+            with contextlib.suppress(Ended):
+                compute()
+
+        self._looking = "through"
+        try:
+            return record(self.model, run)
+        finally:
+            self._looking = None
 
     def owner(self, stage: int) -> int:
         return self.schedule.owner(stage, self.link.size)
@@ -109,13 +164,12 @@ class Pipeline:
             JobError: the model or the loss failed; names stage, rank and microbatch.
         """
         orders = self._order_of(len(parts))
-        passing = _Pass(self, orders, parts)
+        passing = _Pass(self, orders, parts, compute)
         for action in orders[self.link.rank]:
             with self._named(action):
                 match action.kind:
                     case "forward":
-                        before(action.stage, action.microbatch)
-                        passing.forward(action, compute, lose)
+                        passing.forward(action, lose, before)
                     case "weight":
                         passing.weights(action)
                     case _:
@@ -218,10 +272,10 @@ class Pipeline:
         """
         own = [[Action("forward", stage, 0) for stage in range(self.count)
                 if self.owner(stage) == rank] for rank in range(self.link.size)]  # fmt: skip
-        passing = _Pass(self, own, [(None, rows)])
+        passing = _Pass(self, own, [(None, rows)], lambda _: compute())
         result: Any = ELSEWHERE
         for action in own[self.link.rank]:
-            found = passing.compute(action, rows, compute)
+            found = passing.compute(action)
             if action.stage + 1 == self.count:
                 result = found
             else:
@@ -235,8 +289,15 @@ class Pipeline:
 class _Pass:
     """One pass of some microbatches through the stages of a rank, forth and back."""
 
-    def __init__(self, pipeline: Pipeline, orders: Sequence[Order], parts: Sequence[Part]) -> None:
-        self.pipeline, self.parts = pipeline, parts
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        orders: Sequence[Order],
+        parts: Sequence[Part],
+        compute: Callable[[Any], Any],
+    ) -> None:
+        self.pipeline, self.parts, self._compute = pipeline, parts, compute
+        self._sizes: dict[int, Sizes] = {}
         self.held: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
         self.later: dict[tuple[int, int], Later] = {}
         count, owner = pipeline.count, pipeline.owner
@@ -245,32 +306,40 @@ class _Pass:
     def _empty(self, crossing: int, microbatch: int) -> Tensor:
         stages = self.pipeline.stages
         before, after = stages.get(crossing), stages.get(crossing + 1)
-        rows = self.parts[microbatch][1]
-        if before is not None:
-            assert before.plan.last is not None
-            return before.shapes.empty(before.plan.last.value, rows, before.device)
-        assert after is not None
-        assert after.plan.first is not None
-        return after.shapes.empty(after.plan.first.value, rows, after.device)
+        stage = before or after
+        assert stage is not None
+        place = stage.plan.last if stage is before else stage.plan.first
+        assert place is not None
+        return self.sizes(microbatch).crossing(place, stage.device)
 
-    def compute(self, action: Action, rows: int, run: Callable[[], Any]) -> Any:
-        """A stage's forward pass, on what the stage before gave."""
+    def sizes(self, microbatch: int) -> Sizes:
+        if microbatch not in self._sizes:
+            batch, rows = self.parts[microbatch]
+            run = functools.partial(self._compute, batch)
+            self._sizes[microbatch] = self.pipeline.sizes_of(rows, run)
+        return self._sizes[microbatch]
+
+    def compute(self, action: Action, before: Callable[[], None] = lambda: None) -> Any:
+        """A stage's forward pass, on what the stage before gave. `before` is called right then."""
         received = None
         if action.stage:
             received = self.courier.take(Parcel(False, action.stage - 1, action.microbatch))
             if torch.is_grad_enabled() and received.is_floating_point():
                 received.requires_grad_()
-        found = self.pipeline.stages[action.stage].run(received, rows, run)
+        (batch, _), sizes = self.parts[action.microbatch], self.sizes(action.microbatch)
+        before()
+        run = functools.partial(self._compute, batch)
+        found = self.pipeline.stages[action.stage].run(received, sizes, run)
         self.held[action.stage, action.microbatch] = (received, found)
         return found
 
-    def forward(self, action: Action, compute: Callable[[Any], Any], lose: Lose) -> None:
+    def forward(self, action: Action, lose: Lose, before: Callable[[int, int], None]) -> None:
         _, stage, microbatch = action
-        batch, rows = self.parts[microbatch]
+        rows = self.parts[microbatch][1]
         later = Later()
         deferring = self.pipeline.schedule.in_two
         with Deferring(later) if deferring else contextlib.nullcontext():
-            found = self.compute(action, rows, lambda: compute(batch))
+            found = self.compute(action, functools.partial(before, stage, microbatch))
             if stage + 1 == self.pipeline.count:
                 found = lose(found, rows)
                 if not found.requires_grad:

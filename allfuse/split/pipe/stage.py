@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from allfuse.base.tensors import map_nest
 from allfuse.split.pipe.boundary import Boundary, Skip, StagePlan, passes_before
+from allfuse.split.pipe.sizes import Sizes
 from allfuse.split.record import Recording, Ref, tensors_in
-from allfuse.split.shapes import Shapes
 
 
 class _Passed(BaseException):
@@ -38,46 +38,46 @@ class Stage:
     """
 
     def __init__(
-        self, model: nn.Module, plan: StagePlan, shapes: Shapes, device: torch.device
+        self, model: nn.Module, plan: StagePlan, recording: Recording, device: torch.device
     ) -> None:
-        self.plan, self.shapes, self.device = plan, shapes, device
+        self.plan, self.device = plan, device
         self.active = False
         self.changes = False  # what it takes, in place
         self._received: Tensor | None = None
-        self._rows = 0
+        self._sizes: Sizes | None = None
         self._counts: Counter[str] = Counter()  # passes through each module so far
         modules = dict(model.named_modules())
         skips: dict[str, dict[int, Skip]] = defaultdict(dict)
         if plan.first is not None:
-            for skip in passes_before(shapes.one, plan.first):
+            for skip in passes_before(recording, plan.first):
                 skips[skip.visit.module][skip.number] = skip
-            self.changes = _changes(shapes.one, plan.first.value)
+            self.changes = _changes(recording, plan.first.value)
         ends = {each.module for each in (plan.first, plan.last) if each is not None}
         for name in {**skips, **dict.fromkeys(sorted(ends))}:
             modules[name].register_forward_pre_hook(self._at(name), with_kwargs=True)
         for name, found in skips.items():
             modules[name].forward = self._skipping(modules[name], name, found)
 
-    def run(self, received: Tensor | None, rows: int, compute: Callable[[], Any]) -> Any:
+    def run(self, received: Tensor | None, sizes: Sizes, compute: Callable[[], Any]) -> Any:
         """One pass over a microbatch.
 
         Args:
             received: what the stage before has sent; None in the first.
-            rows: of the microbatch.
+            sizes: of what the pass computes.
             compute: the whole pass, as the job has it.
 
         Returns: what goes to the next stage, or what `compute` returns in the last.
         """
         if received is not None and self.changes:
             received = received.clone()  # autograd lets nobody change what it begins with
-        self._received, self._rows, self.active = received, rows, True
+        self._received, self._sizes, self.active = received, sizes, True
         self._counts.clear()
         try:
             return compute()
         except _Passed as passed:
             return passed.value
         finally:
-            self._received, self.active = None, False
+            self._received, self._sizes, self.active = None, None, False
 
     def _at(self, name: str) -> Callable[..., Any]:
         """What is done when a module begins a pass."""
@@ -117,14 +117,10 @@ class Stage:
             if skip is None:
                 return inner(*args, **kwargs)
             self._counts.update(skip.within)
-            return map_nest(self._hollow, skip.visit.result)
+            assert self._sizes is not None
+            return self._sizes.hollow(name, skip.number, self.device)
 
         return forward
-
-    def _hollow(self, leaf: Any) -> Any:
-        if isinstance(leaf, Ref):
-            return self.shapes.empty(leaf.number, self._rows, self.device)
-        return leaf
 
 
 def _changes(recording: Recording, value: int) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from allfuse.base.tensors import share
+from allfuse.base.torch_private import is_fake
 from allfuse.link import Link
 
 
@@ -38,6 +39,8 @@ class Slice:
     def sum(self, tensor: Tensor, operation: str) -> Tensor:
         """The sum over all slices, in new memory."""
         total = tensor.clone(memory_format=torch.contiguous_format)
+        if is_fake(tensor):  # only shapes are asked for
+            return total
         self.link.all_reduce(total, operation).wait()
         return total
 
@@ -48,6 +51,8 @@ class Slice:
         """
         if self.n == 1:
             return tensor
+        if is_fake(tensor):
+            return tensor.new_empty([*tensor.shape[:dim], size, *tensor.shape[dim + 1 :]])
         own, pieces, works = tensor.contiguous(), [], []
         for peer in range(self.n):
             if peer == self.index:
