@@ -16,6 +16,7 @@ from allfuse.launcher.base import current_world
 from allfuse.link import Link
 from allfuse.split.piece import cut_piece, join, whole_piece
 from allfuse.split.record import record
+from allfuse.split.shard import gather
 from allfuse.split.shard.blocks import find_blocks
 from allfuse.split.shard.gather import Block
 from allfuse.split.shard.rows import Rows, rows_of, shard_piece
@@ -125,14 +126,25 @@ def layers() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 5))
 
 
-def test_gradients_are_rows_of_the_sum_over_ranks() -> None:
+@pytest.mark.parametrize("large_bytes", [1, 100, 1 << 18])
+def test_gradients_are_rows_of_the_sum_over_ranks(
+    large_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever travel by themselves."""
+    monkeypatch.setattr(gather, "LARGE_BYTES", large_bytes)
     x = torch.randn(4, 6)
+
+    def layers() -> nn.Module:
+        torch.manual_seed(2)
+        return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
+
     plain = layers()
     plain(x).square().sum().backward()
 
     def work(model: nn.Module, blocks: list[Block]) -> list[Tensor]:
         own = x[2 * blocks[0].link.rank :][:2]
         model(own).square().sum().backward()
+        assert model[0].weight.shape[0] == 4
         return [p.grad for p in model.parameters() if p.grad is not None]
 
     found = zip(*sharded(work, layers), strict=True)
@@ -210,3 +222,26 @@ def test_a_repeated_sum_is_the_same_in_every_bit() -> None:
     first, second = sharded(work, layers)
     torch.testing.assert_close(first, second, **TIGHT)
     assert torch.equal(first, layers()(torch.arange(18.0).view(3, 6)).detach())
+
+
+def test_gradients_stay_in_one_place_unless_somebody_keeps_them() -> None:
+    def work(model: nn.Module, blocks: list[Block]) -> tuple[bool, bool, bool]:
+        def learn() -> Tensor:
+            model.zero_grad()
+            model(torch.ones(3, 6)).square().sum().backward()
+            found: Tensor = model[0].weight.grad
+            return found
+
+        place = learn().data_ptr()
+        again = learn()
+        is_same, before = again.data_ptr() == place, again.clone()
+        model[0].weight.data.add_(1.0)
+        other = learn()
+        model(torch.ones(3, 6)).square().sum().backward()  # adds up
+        doubled = torch.allclose(model[0].weight.grad, 2 * other) or other is model[0].weight.grad
+        return is_same, torch.equal(again, before), doubled
+
+    for is_same, is_kept, is_doubled in sharded(work, layers):
+        assert is_same
+        assert is_kept
+        assert is_doubled

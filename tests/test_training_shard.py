@@ -186,3 +186,21 @@ def test_sites_of_shards_go_on_from_their_own_checkpoints(tmp_path: Path) -> Non
 def test_shards_of_stages_are_refused_with_a_plan_that_can_be() -> None:
     with pytest.raises(PlanError, match=r"stage of pipe.*data\(2\) \* pipe\(2\)"):
         train(CASES["mlp"].job(), "pipe(2) * shard(2)")
+
+
+def test_a_rank_that_goes_on_holds_nothing_in_the_files(tmp_path: Path) -> None:
+    """What it needs of them was copied: they may be removed, or written anew."""
+    made, out = CASES["mlp"].job(save_every=4, stop=Stop(steps=4)), tmp_path / "run"
+    train(made, "shard(2)", out=out)
+    maps: list[str] = []
+
+    def look(s: Any) -> None:
+        s.on("start", lambda *_: maps.append(Path("/proc/self/maps").read_text()))
+
+    for plan in ("data(1)", "shard(2)"):
+        result = train(
+            CASES["mlp"].job(stop=Stop(steps=6)), plan, out=out, resume=True, prepare=look
+        )
+        assert result[0].steps == 6
+    assert len(maps) == 3
+    assert not any(str(out) in text for text in maps)

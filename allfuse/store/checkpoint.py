@@ -202,13 +202,16 @@ class Checkpoints:
         """
         return tuple(read_manifest(self._find(step)).files)
 
-    def read(self, step: int, rank: int | None = None) -> tuple[Any, dict[str, Any]]:
+    def read(
+        self, step: int, rank: int | None = None, *, mapped: bool = False
+    ) -> tuple[Any, dict[str, Any]]:
         """The state that a rank saved, its tensors on the CPU, and the note.
 
         Args:
             step: one of `steps()`.
             rank: one of `writers(step)`; None is this rank, or the first writer where this rank
                 wrote nothing.
+            mapped: as for `read_tensors`.
 
         Raises:
             CheckpointError: there is no such checkpoint, or it is damaged; says what and where.
@@ -221,7 +224,7 @@ class Checkpoints:
             allowed = ", ".join(map(str, manifest.files))
             raise CheckpointError(f"rank {rank} wrote nothing to {folder}; allowed: {allowed}")
         path = folder / manifest.files[rank].name
-        tensors = read_tensors(path, record=manifest.files[rank])
+        tensors = read_tensors(path, record=manifest.files[rank], mapped=mapped)
         try:
             skeleton = parse_json(read_metadata(path)["skeleton"])
             return unpack(skeleton, tensors), dict(manifest.note)

@@ -104,13 +104,19 @@ def write_tensors(
 
 
 def read_tensors(
-    path: Path, names: Iterable[str] | None = None, record: FileRecord | None = None
+    path: Path,
+    names: Iterable[str] | None = None,
+    record: FileRecord | None = None,
+    *,
+    mapped: bool = False,
 ) -> dict[str, Tensor]:
     """The tensors of a safetensors file by name, on the CPU, in memory of their own.
 
     Args:
         names: which to read; None reads all.
         record: what was written; the file is checked against it first.
+        mapped: they stay in the file, of which only those bytes are read that are looked at. For
+            those who take what they need at once, and change nothing.
 
     Raises:
         CheckpointError: the file is missing, damaged, no safetensors file, or lacks a name.
@@ -124,7 +130,8 @@ def read_tensors(
         if absent:
             raise CheckpointError(f"{path} holds no tensor named {absent[0]!r}; {DAMAGED}")
         # The library maps the file; a copy does not depend on the file any more.
-        return {name: file.get_tensor(name).clone() for name in wanted}
+        found = {name: file.get_tensor(name) for name in wanted}
+        return found if mapped else {name: tensor.clone() for name, tensor in found.items()}
 
 
 def read_metadata(path: Path) -> dict[str, str]:

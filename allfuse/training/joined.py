@@ -18,12 +18,17 @@ from allfuse.split.piece import Piece, join
 State = dict[str, Any]
 Path = tuple[Any, ...]
 
+NOTHING_CUT: Mapping[str, Piece | None] = {}
+EVERYTHING = Piece((), (), ())  # in place of the piece of what is needed whole
 
-def join_states(states: list[State]) -> State:
+
+def join_states(states: list[State], needed: Mapping[str, Piece | None] = NOTHING_CUT) -> State:
     """The whole state of one replica, as a rank that has all of the model would have it.
 
     Args:
         states: of its ranks, the first first.
+        needed: of parameters and buffers of which only a piece is needed, or nothing: no more than
+            one of them is whole at a time, and what is not needed stays in pieces.
 
     Raises:
         CheckpointError: something of it is missing.
@@ -32,6 +37,7 @@ def join_states(states: list[State]) -> State:
         return states[0]
     whole = states[0]
     found: dict[Path, list[tuple[Piece | None, Tensor]]] = {}
+    names: dict[Path, str] = {}
     for state in states:
         told = state.get("pieces", {}).items()
         pieces = {name: Piece.of(plain) for name, plain in told if plain is not None}
@@ -40,9 +46,16 @@ def join_states(states: list[State]) -> State:
             if piece is not None and not _fits(value, piece.own):
                 piece = None
             found.setdefault(path, []).append((piece, value))
+            names[path] = name
     for path, parts in found.items():
+        piece = needed.get(names[path], EVERYTHING)
+        if piece is None:
+            continue
         try:
-            _put(whole, path, _joined(parts))
+            value = _joined(parts)
+            if piece is not EVERYTHING and _fits(value, piece.whole):
+                value = piece.take(value)
+            _put(whole, path, value)
         except ValueError as error:
             raise CheckpointError(
                 f"the checkpoint does not hold all of {'.'.join(map(str, path))}: {error}"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from torch import Tensor
 
 from allfuse.base.errors import CheckpointError, RunError, UserError
-from allfuse.base.tensors import leaves
+from allfuse.base.tensors import leaves, map_nest
 from allfuse.launcher.base import BEGAN
 from allfuse.plan import Plan, as_plan
 from allfuse.split.piece import Piece
@@ -201,18 +201,23 @@ class Keeper:
         return NONE_USABLE if steps else NONE_YET
 
     def read(self, step: int, pieces: Mapping[str, Piece | None]) -> dict[str, Any]:
-        """This rank's state of a checkpoint; see `read_merged`."""
+        """This rank's state of a checkpoint; see `read_merged`. Of the files it reads what it
+        needs, and compares them with what was written, and has one tensor whole at a time."""
         checkpoints = self.checkpoints
         assert checkpoints is not None
         written = checkpoints.writers(step)
-        note = checkpoints.read(step, rank=written[0])[1]
+        note = checkpoints.read(step, rank=written[0], mapped=True)[1]
+        mapped: dict[int, Tensor] = {}
 
         def read(writer: int) -> dict[str, Any]:
-            state: dict[str, Any] = checkpoints.read(step, rank=writer)[0]
+            state: dict[str, Any] = checkpoints.read(step, rank=writer, mapped=True)[0]
+            mapped.update((id(leaf), leaf) for leaf in leaves(state) if isinstance(leaf, Tensor))
             return state
 
         plan, old = self.place.plan, as_plan(note["plan"])
-        return read_merged(plan, self.place.rank, old, written, read, pieces)
+        state = read_merged(plan, self.place.rank, old, written, read, pieces)
+        own: dict[str, Any] = map_nest(lambda x: x.clone() if id(x) in mapped else x, state)
+        return own
 
     def save(
         self,
@@ -313,7 +318,7 @@ def trouble_with(checkpoints: Checkpoints, step: int) -> str | None:
     """Why a checkpoint is not one to go on from: damaged, or taken after the weights diverged."""
     try:
         for writer in checkpoints.writers(step):
-            state, _ = checkpoints.read(step, rank=writer)
+            state, _ = checkpoints.read(step, rank=writer, mapped=True)
             for model, name in state.get("trained", ()):
                 weight = state["models"][model].get(name)
                 if isinstance(weight, Tensor) and not bool(weight.isfinite().all()):

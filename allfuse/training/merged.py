@@ -53,6 +53,7 @@ def read_merged(
     sum over the replicas of a site is the same.
 
     Args:
+        read: gives what a writer has saved; its tensors may lie in a file still.
         pieces: what the rank has of parameters and buffers that it has not whole.
 
     Raises:
@@ -69,15 +70,20 @@ def read_merged(
             leads.setdefault(site_of(old, writer), []).append(writer)
     same_sites = len(leads) == _size(plan, "site")
     if same_sites:
-        state = _read_replica(leads[here.get("site", 0)], read)
+        state = _read_replica(leads[here.get("site", 0)], read, pieces)
     else:
-        sites = [_read_replica(writers, read) for writers in leads.values()]
+        sites = [_read_replica(writers, read, pieces) for writers in leads.values()]
         state = mean_of_sites(sites, _size(plan, "site"))
     replicas: dict[int, list[int]] = {}
     for writer in ranks:
         if not same_sites or site_of(old, writer) == here.get("site", 0):
             replicas.setdefault(writer // old.replica_size, []).append(writer)
-    parts = [_read_replica(writers, read)["fusions"] for writers in replicas.values()]
+
+    def read_fusions(writer: int) -> State:
+        return {kind: kept for kind, kept in read(writer).items() if kind in ("fusions", "pieces")}
+
+    each = (_read_replica(writers, read_fusions, pieces) for writers in replicas.values())
+    parts = [state["fusions"] for state in each]
     if plan == old and rank // plan.replica_size in replicas:
         state["fusions"] = parts[list(replicas).index(rank // plan.replica_size)]
     else:
@@ -130,8 +136,10 @@ def _stands_beside(plan: Plan, writer: int, rank: int) -> bool:
     return same_site and writer % plan.replica_size == rank % plan.replica_size
 
 
-def _read_replica(writers: list[int], read: Callable[[int], State]) -> State:
-    return join_states([read(writer) for writer in writers])
+def _read_replica(
+    writers: list[int], read: Callable[[int], State], pieces: Mapping[str, Piece | None]
+) -> State:
+    return join_states([read(writer) for writer in writers], pieces)
 
 
 def _size(plan: Plan, name: str) -> int:

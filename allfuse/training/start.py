@@ -12,10 +12,13 @@ from torch.nn.parameter import is_lazy
 
 from allfuse.base.errors import JobError
 from allfuse.base.keys import mix
+from allfuse.base.tensors import split_buckets
 from allfuse.split.data.generators import seed_generators
 
 if TYPE_CHECKING:
     from allfuse.link import Link
+
+SPREAD_BYTES = 25_000_000  # that travel as one
 
 _building = threading.Lock()  # torch's generators belong to the process; ranks may be threads
 
@@ -52,18 +55,24 @@ def build_model(build: Callable[[], nn.Module] | nn.Module, seed: int) -> nn.Mod
 
 @torch.no_grad()
 def spread(tensors: Iterable[Tensor], link: Link) -> None:
-    """Give every peer the tensors of the link's first rank, in place, one transfer a type."""
+    """Give every peer the tensors of the link's first rank, in place, those of a type together.
+
+    Takes memory for `SPREAD_BYTES`, or for the largest tensor.
+    """
     if link.size == 1:
         return
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
         kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-    for (dtype, _), group in kinds.items():
-        flat = torch.cat([tensor.detach().reshape(-1) for tensor in group])
-        as_bytes = flat.view(torch.uint8) if dtype == torch.bool else flat
-        link.broadcast(as_bytes, "spread the first weights").wait()
-        for tensor, piece in zip(group, flat.split([t.numel() for t in group]), strict=True):
-            tensor.detach().copy_(piece.view_as(tensor))
+    for (dtype, _), several in kinds.items():
+        sizes = [tensor.nbytes for tensor in several]
+        for places in split_buckets(sizes, SPREAD_BYTES, SPREAD_BYTES):
+            group = [several[place] for place in places]
+            flat = torch.cat([tensor.detach().reshape(-1) for tensor in group])
+            as_bytes = flat.view(torch.uint8) if dtype == torch.bool else flat
+            link.broadcast(as_bytes, "spread the first weights").wait()
+            for tensor, piece in zip(group, flat.split([t.numel() for t in group]), strict=True):
+                tensor.detach().copy_(piece.view_as(tensor))
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import accumulate
 from math import prod
 from typing import Any
 
@@ -16,8 +17,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
-from allfuse.link import Link
+from allfuse.base.torch_private import storage_users
+from allfuse.link import Link, Work
 from allfuse.split.shard.rows import Rows, own_rows
+
+LARGE_BYTES = 1 << 18
+"""Of the rows of one rank: from here on a transfer of its own costs less than to copy them once
+more, and less memory."""
+UNUSED = storage_users(torch.empty(0))
+"""How many share memory that nobody else has."""
 
 Owner = tuple[nn.Module, str]
 """A module, and the name that a parameter has in it."""
@@ -45,14 +53,22 @@ class Block:
         shortens: bool = False,
         again: bool = True,
     ) -> None:
-        self.name, self.link, self.owners = name or "the model", link, list(owners)
-        self.parameters, self.shortens, self.again = list(parameters), shortens, again
-        self.rows = Rows([tuple(p.shape) for p in parameters], link.size)
+        self.name, self.link, self.shortens, self.again = name or "the model", link, shortens, again
+        order = sorted(range(len(parameters)), key=lambda at: _is_large(parameters[at], link.size))
+        self.parameters, self.owners = (
+            [parameters[at] for at in order],
+            [owners[at] for at in order],
+        )
+        shapes = [tuple(parameter.shape) for parameter in self.parameters]
+        count = sum(not _is_large(parameter, link.size) for parameter in parameters)
+        self.rows, self.small = Rows(shapes, link.size), Rows(shapes[:count], link.size)
+        self.large = range(count, len(shapes))
         first = parameters[0]
         self.part = torch.zeros(self.rows.length, dtype=first.dtype, device=first.device)
         own = self.rows.own(self.part, link.rank)
+        self._memory: Tensor | None = None  # of gradients
         with torch.no_grad():
-            for parameter, view in zip(parameters, own, strict=True):
+            for parameter, view in zip(self.parameters, own, strict=True):
                 view.copy_(own_rows(parameter.detach(), link.size, link.rank))
                 parameter.data = view
 
@@ -71,37 +87,75 @@ class Block:
 
     @torch.no_grad()
     def gather(self, dtype: torch.dtype) -> list[Tensor]:
-        """The whole parameters, in one new piece of memory."""
-        link, operation = self.link, f"gather {self.name}"
-        parts = self.part.new_empty(link.size, self.rows.length, dtype=dtype)
-        parts[link.rank].copy_(self.part)
-        works = [link.broadcast(parts[root], operation, root) for root in range(link.size)]
-        shapes = [row.shape for row in self.rows.rows]
-        numbers = [prod(shape) for shape in shapes]
+        """The whole parameters, in one new piece of memory. Large ones travel to their places, the
+        others together."""
+        rows = self.rows
+        numbers = [prod(row.shape) for row in rows.rows]
         memory = self.part.new_empty(sum(numbers), dtype=dtype).untyped_storage()
-        whole, begin = [], 0
-        for shape, size in zip(shapes, numbers, strict=True):
+        whole: list[Tensor] = []
+        for row, begin in zip(rows.rows, [0, *accumulate(numbers)], strict=False):
             # not views: each is an output of its own to autograd
             own: Any = self.part.new_empty(0, dtype=dtype)
-            whole.append(own.set_(memory, begin, shape))
-            begin += size
+            whole.append(own.set_(memory, begin, row.shape))
+        works = []
+        for at in self.large:
+            row = rows.rows[at]
+            parts = whole[at].view(self.link.size, row.length)
+            works += self._spread(parts, self.part[row.begin : row.stop])
+        if self.small.rows:
+            parts = self.part.new_empty(self.link.size, self.small.length, dtype=dtype)
+            works += self._spread(parts, self.part[: self.small.length])
         for work in works:
             work.wait()
-        self.rows.join(parts, whole)
+        if self.small.rows:
+            self.small.join(parts, whole[: len(self.small.rows)])
         return whole
+
+    def _spread(self, parts: Tensor, own: Tensor) -> list[Work]:
+        """Bring the parts of all ranks here, one row for each, and this rank's part to them."""
+        parts[self.link.rank].copy_(own)
+        roots = range(self.link.size)
+        return [self.link.broadcast(parts[root], f"gather {self.name}", root) for root in roots]
 
     def reduce(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         """This rank's rows of the sum of what all ranks have found; None of what nobody used."""
-        link, count, length = self.link, len(self.rows.rows), self.rows.length
-        numbers = self.part.new_empty(link.size * length + count)
-        flags = numbers[link.size * length :]
+        memory, size, length = self._free_memory(), self.link.size, self.small.length
+        numbers = self.part.new_empty(size * length + len(gradients))
+        flags = numbers[size * length :]
         flags.copy_(torch.tensor([float(each is not None) for each in gradients]))
-        parts = numbers[: link.size * length].view(link.size, length)
-        self.rows.cut(gradients, parts)
-        link.all_reduce(numbers, f"sum the gradients of {self.name}").wait()
-        own = self.rows.own(parts[link.rank].clone(), link.rank)
+        parts = numbers[: size * length].view(size, length)
+        self.small.cut(gradients[: len(self.small.rows)], parts)
+        self._sum(numbers)
+        memory[:length].copy_(parts[self.link.rank])
         used = flags.tolist()
+        for at in self.large:
+            row, gradient = self.rows.rows[at], gradients[at]
+            if used[at]:
+                parts = self.part.new_empty(size, row.length)
+                parts.zero_() if gradient is None else parts.view(row.shape).copy_(gradient)
+                self._sum(parts)
+                memory[row.begin : row.stop].copy_(parts[self.link.rank])
+        own = self.rows.own(memory, self.link.rank)
         return [each if flag else None for each, flag in zip(own, used, strict=True)]
+
+    def _sum(self, numbers: Tensor) -> None:
+        self.link.all_reduce(numbers, f"sum the gradients of {self.name}").wait()
+
+    def _free_memory(self) -> Tensor:
+        """Where gradients go: the same place in each step, if nobody has kept those before. Memory
+        that is given back and taken again would be torn into pieces."""
+        if self._memory is not None and storage_users(self._memory) > UNUSED:
+            return torch.empty_like(self.part)
+        if self._memory is None:
+            self._memory = torch.empty_like(self.part)
+        return self._memory
+
+
+def _is_large(parameter: Tensor, n: int) -> bool:
+    """Whether all ranks have as many rows, and enough for a transfer of its own."""
+    if not parameter.dim() or parameter.shape[0] % n:
+        return False
+    return parameter.nbytes >= n * LARGE_BYTES
 
 
 class Visit:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-import torch
 from torch import Tensor
 
+from allfuse.base.torch_private import foreach_copy
 from allfuse.split.piece import Box, Piece
 
 
@@ -101,7 +101,8 @@ class Rows:
             if rest := numbers - full * row.length:
                 sources.append(parts[full, row.begin : row.begin + rest])
                 targets.append(flat[full * row.length :])
-        torch._foreach_copy_(targets, sources)
+        if targets:
+            foreach_copy(targets, sources)
 
     def cut(self, whole: Sequence[Tensor | None], parts: Tensor) -> None:
         """The other way round: the rows of whole tensors to the parts of their ranks. None: 0."""
@@ -123,4 +124,5 @@ class Rows:
                     place[full:].zero_()
                     targets.append(place[full, : rest.numel()])
                     sources.append(rest)
-        torch._foreach_copy_(targets, sources)
+        if targets:
+            foreach_copy(targets, sources)
