@@ -58,9 +58,13 @@ def test_digits_reaches_its_accuracy_with_two_sites() -> None:
 SMALL = {"layers": 1, "width": 32, "context": 16, "steps": 20, "megabytes": 0.2}
 
 
-def test_charlm_learns_and_two_workers_learn_the_same() -> None:
+def test_charlm_learns_and_two_workers_learn_the_same_and_show_a_sample(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     alone = train("charlm.py", "data(1)", **SMALL)
+    capfd.readouterr()
     both = train("charlm.py", "data(2)", **SMALL)
+    assert "def " in capfd.readouterr().out
     assert both.metrics["bits_per_character"] < 6  # from 8: all bytes alike
     for name, value in alone.weights.items():
         torch.testing.assert_close(both.weights[name], value, rtol=1e-2, atol=1e-3)
@@ -75,11 +79,6 @@ def test_charlm_reads_real_text_and_holds_other_files_out() -> None:
     assert torch.equal(text, again)
     rows = charlm["windows"](text, 64)
     assert torch.equal(rows[1], text[64:129])
-
-
-def test_charlm_shows_a_sample(capfd: pytest.CaptureFixture[str]) -> None:
-    train("charlm.py", "data(2)", **SMALL)
-    assert "def " in capfd.readouterr().out
 
 
 def test_loop_runs_with_two_workers(capfd: pytest.CaptureFixture[str]) -> None:
