@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from test_training_split import CASES, Case, alone, assert_near, classes, figures, recorded
 from torch import Tensor, nn
-from training_cases import TIGHT, assert_equal, train
+from training_cases import TIGHT, assert_equal, train, under
 
 from allfuse.base.errors import PeerLost, PlanError, WorkerFailed
 from allfuse.job import Stop
@@ -20,7 +21,9 @@ from allfuse.launcher.local import launch_local
 from allfuse.launcher.thread import launch_threads
 from allfuse.link.thread import Script
 from allfuse.plan import as_plan
+from allfuse.split.parted import Parted
 from allfuse.store.tensorfile import read_tensors
+from allfuse.training.exporting import Assembly
 from allfuse.training.loop import train_job
 
 PLANS = ("shard(2)", "shard(4)", "data(2) * shard(2)", "tensor(2) * shard(2)")
@@ -204,3 +207,41 @@ def test_a_rank_that_goes_on_holds_nothing_in_the_files(tmp_path: Path) -> None:
         assert result[0].steps == 6
     assert len(maps) == 3
     assert not any(str(out) in text for text in maps)
+
+
+@pytest.mark.parametrize("plan", ["shard(3)", "tensor(2) * shard(2)", "pipe(2)"])
+def test_a_model_is_written_one_tensor_at_a_time(
+    plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order of the file, tied names once; each is gone before the next one comes."""
+    most: list[int] = []
+    alive: list[weakref.ref[Tensor]] = []
+    assemble = Parted.assemble
+
+    def watched(split: Parted, name: str, own: Tensor | None) -> Tensor | None:
+        found = assemble(split, name, own)
+        if found is not None:
+            alive.append(weakref.ref(found))
+            most.append(sum(each() is not None for each in alive))
+        return found
+
+    monkeypatch.setattr(Parted, "assemble", watched)
+    out, made = tmp_path / "run", CASES["tied"].job()
+    under(plan, lambda: train_job(made, out=out, keep_weights=False))
+    written, expected = read_tensors(out / "model.safetensors"), alone("tied")[0].weights
+    assert len(most) == len(written) == len(expected) - 1
+    assert max(most) <= 2
+    assert_near(written, {name: expected[name] for name in written})
+
+
+def test_a_disk_that_is_full_leaves_no_rank_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(*_: Any) -> Tensor:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Assembly, "fill", fill)
+    out = tmp_path / "run"
+    results = under("shard(2)", lambda: train_job(CASES["mlp"].job(), out=out).steps)
+    assert results == [20, 20]
+    assert not (out / "model.safetensors").exists()

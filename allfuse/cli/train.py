@@ -187,6 +187,7 @@ def train_file(
         )
         watch(session, watching)
 
-    result = train_job(job, None, out=out, resume=resume, device=device, prepare=prepare)
-    result.weights = {}  # they are in the run folder; nobody here asks for them
-    return result
+    # the weights are in the run folder; nobody here asks for them
+    return train_job(
+        job, None, out=out, resume=resume, device=device, prepare=prepare, keep_weights=False
+    )

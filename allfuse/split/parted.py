@@ -42,6 +42,11 @@ class Held:
     dtype: torch.dtype
     pieces: tuple[Piece | None, ...]
 
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """Its shape in the plain model."""
+        return next(piece for piece in self.pieces if piece is not None).whole
+
     def counts(self, rank: int) -> bool:
         """Whether it is a rank's to speak for what it has: it is the first that has just that."""
         own = self.pieces[rank]
@@ -79,6 +84,7 @@ class Parted(Whole):
         self._users: dict[str, tuple[int, ...]] = {}  # coordinates of the stages that need a tensor
         self.held: dict[str, Held] = {}
         self.kept: list[str] = []  # what the state dict of the plain model names
+        self.first_names: dict[str, str] = {}  # of tensors that have several
 
     def cut(
         self,
@@ -100,7 +106,7 @@ class Parted(Whole):
             self._refuse_uncut(cuts)
             self.sliced = frozenset(cuts.cuts)
             choices["tensor"] = _tell(cuts, model)
-        names = self._by_first_name(model)
+        names = self.first_names = self._by_first_name(model)
         axis, stages = self.plan.axis("pipe"), None
         if self.pipe.size > 1 and recording is not None and isinstance(axis, Pipe):
             here = {value: self._size_here(cut) for value, cut in cuts.values.items()}
@@ -190,8 +196,7 @@ class Parted(Whole):
 
     def count(self, model: nn.Module) -> int:
         names = [name for name, _ in model.named_parameters()]
-        shapes = [next(p for p in self.held[name].pieces if p is not None).whole for name in names]
-        return sum(math.prod(shape) for shape in shapes)
+        return sum(math.prod(self.held[name].whole) for name in names)
 
     # Gradients under a pipeline, which come to their end microbatch by microbatch.
 
@@ -243,21 +248,21 @@ class Parted(Whole):
     def whole(self, values: Mapping[str, Any]) -> dict[str, Any]:
         found = dict(values)
         for name in self.kept:
-            found[name] = self._gather(name, self.held[name], values.get(name))
+            found[name] = self.assemble(name, values.get(name))
         return found if self.mates.rank == 0 else {}
 
-    def _gather(self, name: str, held: Held, own: Tensor | None) -> Tensor | None:
-        """All of a tensor on the first rank, from those that speak for a part of it."""
-        rank, operation = self.mates.rank, f"gather {name}"
+    def assemble(self, name: str, own: Tensor | None) -> Tensor | None:
+        """All of a tensor on the first rank of the replica, from those that speak for a part of it;
+        None elsewhere. All ranks ask, in the same order."""
+        held, rank, operation = self.held[name], self.mates.rank, f"gather {name}"
         if rank:
             if held.counts(rank):
                 assert own is not None
                 self.mates.send(own.detach().contiguous(), 0, operation).wait()
             return None
-        if own is not None and held.pieces[0] is not None and own.shape == held.pieces[0].whole:
+        if own is not None and held.pieces[0] is not None and own.shape == held.whole:
             return own.detach()
-        shape = next(piece for piece in held.pieces if piece is not None).whole
-        whole = torch.empty(shape, dtype=held.dtype, device=self.device)
+        whole = torch.empty(held.whole, dtype=held.dtype, device=self.device)
         for other, piece in enumerate(held.pieces):
             if piece is None or not held.counts(other):
                 continue

@@ -186,8 +186,14 @@ def check_file(path: Path, record: FileRecord) -> None:
         )
 
 
-def write_model(path: Path, state_dict: Mapping[str, Any]) -> FileRecord:
+def write_model(
+    path: Path,
+    state_dict: Mapping[str, Any],
+    fill: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> FileRecord:
     """Write a plain model's weights, so that a crash leaves the old file or the new one.
+
+    fill: as for `write_tensors`, which asks for larger types first, and in the order of names.
 
     Of tensors that are one (tied weights) the first name in alphabetical order is kept, and the
     metadata says `{other name: kept name}`, as `safetensors.torch.save_model` does.
@@ -214,7 +220,7 @@ def write_model(path: Path, state_dict: Mapping[str, Any]) -> FileRecord:
             metadata[name] = first
     partial = partial_path(path)
     try:
-        record = write_tensors(partial, tensors, metadata)
+        record = write_tensors(partial, tensors, metadata, fill=fill)
         replace_file(partial, path)
     except (OSError, CheckpointError) as error:
         partial.unlink(missing_ok=True)

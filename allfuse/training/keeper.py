@@ -270,12 +270,16 @@ class Keeper:
             self.bus.emit("warning", text=text)
 
     def export(
-        self, models: Mapping[str, Mapping[str, Any]], folder: RunFolder | None = None
+        self,
+        models: Mapping[str, Mapping[str, Any]],
+        folder: RunFolder | None = None,
+        fill: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> None:
         """Write model.safetensors (or <name>.safetensors, of several) with the plain names.
 
         Args:
             models: state dicts of whole models.
+            fill: gives the values of tensors that stand for them, when they are written.
         """
         folder = folder or self.folder
         if folder is None or self.place.rank != 0:
@@ -283,7 +287,7 @@ class Keeper:
         for name, values in models.items():
             path = folder.model_path if len(models) == 1 else folder.path / f"{name}.safetensors"
             try:
-                write_model(path, values)
+                write_model(path, values, fill)
             except CheckpointError as error:
                 self.bus.emit("warning", text=f"the model was not exported: {error}")
 

@@ -48,10 +48,12 @@ def train_job(
     resume: Resume = False,
     device: str | None = None,
     prepare: Callable[[Session], None] | None = None,
+    keep_weights: bool = True,
 ) -> Result:
     """Train a job in the ranks that are here already; every rank of the plan calls it.
 
-    `prepare(session)` runs before the first step, for those who watch (consoles, verify).
+    `prepare(session)` runs before the first step, for those who watch (consoles, verify). Without
+    `keep_weights` the result has none, and no rank has to hold the whole model for it.
     """
     if job.train is None:
         raise DataError("Job(train=None): there is nothing to train on; allowed: samples")
@@ -98,7 +100,7 @@ def train_job(
             test=measure_on(s, job, job.test, "test") if job.test is not None and measures else {},
             weights={
                 name: value.detach().cpu().clone()
-                for values in s.weights().values()
+                for values in (s.weights() if keep_weights else {}).values()
                 for name, value in values.items()
                 if isinstance(value, Tensor)
             },

@@ -622,8 +622,14 @@ class Session:
 
         def export() -> None:
             with self.rounds.fused_for_a_moment(self.models.values()):
-                if self.keeper.path is not None:
+                if self.keeper.path is None:
+                    return
+                if not self.split.cuts:
                     self.keeper.export(self.weights())
+                    return
+                from allfuse.training.exporting import export_shared
+
+                export_shared(self)
 
         self.survival.leave_together(export)
         self.save(block=True)
