@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from allfuse.base.errors import PlanError, UserError
+from allfuse.base.tensors import cut_rows
 from allfuse.plan import Pipe, Plan
 from allfuse.split.base import Run, Split
 from allfuse.split.data import Source, Stream
@@ -141,8 +142,13 @@ def runs_on(
             f"data({plan.workers})"
         )
 
+    whole = to_device(source.fetch(np.arange(max(ROWS))), device)
+
     def run(rows: int) -> tuple[int, Run]:
-        batch = to_device(source.fetch(np.arange(rows)), device)
+        try:
+            batch = cut_rows(whole, 0, rows)  # of one length, whatever samples are filled up to
+        except ValueError:  # nothing in it counts samples
+            batch = to_device(source.fetch(np.arange(rows)), device)
         return rows, lambda made: forward(made, batch)
 
     return [run(rows) for rows in ROWS]
