@@ -446,8 +446,8 @@ def test_what_a_script_asks_for_every_so_often_is_due(plan: str) -> None:
 def test_what_is_due_is_done_once_however_many_steps_a_lease_has(how: str) -> None:
     job = small_job(validation=small_job().train, evaluate_every=4, stop=af.Stop(steps=12))
     told = train_crew(job, f"site(2, every=4, {how})")
-    due = [e["data"] for e in told.all("told") if e["event"] == "evaluated"]
-    assert 2 <= len(due) <= 4  # two or three falls due, and the model at the end
+    due = [each for each in told.all("told") if each["event"] == "evaluated"]
+    assert 2 <= len(due) <= 3  # two may fall due together, out of step
 
 
 def test_a_worker_waits_for_a_slow_one_longer_than_for_a_scheduler_that_is_silent() -> None:

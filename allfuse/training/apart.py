@@ -15,6 +15,9 @@ it is mixed with what it has come to when the next lease begins. Those of the la
 Under `fragments=k` a lease is from the step where one fragment of the weights is due to that of the
 next. Its update is of that one alone (B / k), of which newer weights are taken in then; the others
 are what the site has come to. The last leases bring all.
+
+Where ranks share the model, servers know whole tensors, under the names of the plain model: pieces
+are gathered by rank 0 before they leave, and weights that come are scattered; see assembly.py.
 """
 
 from __future__ import annotations
@@ -35,11 +38,14 @@ from allfuse.base.errors import PlanError, UserError
 from allfuse.job import check_whole
 from allfuse.plan import Site
 from allfuse.roles.agent import Agent
-from allfuse.roles.messages import Join, Lease
+from allfuse.roles.cutting import view_all
+from allfuse.roles.messages import INTERRUPTED, Join, Lease
 from allfuse.roles.replica import Replica
 from allfuse.roles.rotation import ALL
 from allfuse.roles.terms import terms_of
+from allfuse.split.parted import Parted
 from allfuse.store.run import RunFolder, is_run
+from allfuse.training.assembly import Assembly
 from allfuse.training.holdings import held_tensors, make_blueprint
 from allfuse.training.keeper import decide_resume
 from allfuse.training.leased import LeasedCourse
@@ -52,7 +58,9 @@ if TYPE_CHECKING:
 
     from allfuse.base.events import Bus, Event
     from allfuse.launcher.crewmate import Crewmate
-    from allfuse.roles.blueprint import Blueprint
+    from allfuse.roles.blueprint import Blueprint, Pushed
+    from allfuse.roles.cutting import Block
+    from allfuse.split.base import Split
     from allfuse.training.learner import Learner
     from allfuse.training.place import Place
     from allfuse.training.state import State
@@ -61,7 +69,7 @@ if TYPE_CHECKING:
 TOLD = ("evaluated", "saved", "not_saved", "note", "warning")
 """Events that the scheduler is told of; steps it counts itself."""
 
-NUMBERS = ("lease", "clock", "first_step", "steps", "part", "parts", "sequence", "done")
+NUMBERS = ("lease", "clock", "first_step", "steps", "part", "parts", "sequence", "done", "fragment")
 DUE = ("evaluate", "save", "finish")
 
 
@@ -78,6 +86,7 @@ class Apart:
     """
 
     link: ClassVar[str] = "servers"
+    steps_one: ClassVar[str] = "servers step one optimizer"
 
     def __init__(self, place: Place, bus: Bus) -> None:
         outer, crew = place.whole.outer, place.world.crew
@@ -107,8 +116,11 @@ class Apart:
         self._limit: int | None = None
         self._is_handed_in = False
         self._outflow: Outflow | None = None
+        self._assembly: Assembly | None = None  # where ranks share the model
+        self._own: dict[str, Tensor] = {}  # what this rank has of the tensors that servers hold
         self.prepare: Callable[[Lease], None] = lambda lease: None
         self._saved: int | None = None
+        self._is_scored = False
         self._steps_per_epoch = 1
 
     def _make_agent(
@@ -150,13 +162,15 @@ class Apart:
             )
         if not self.pushes_gradients:
             return
-        if self._agent is not None:
+        if self._agent is not None and self.place.mates.size == 1:
             self._outflow = Outflow(learner, self._push)
 
         def push(optimizer: torch.optim.Optimizer, closure: None = None) -> None:
             before()
             if self._outflow is not None:
                 self._outflow.rest()
+            elif self._assembly is not None:
+                self._push_pieces(learner)
             after()
 
         vars(learner.optimizer)["step"] = types.MethodType(push, learner.optimizer)
@@ -181,33 +195,42 @@ class Apart:
         """What takes a session from lease to lease; `about` as for `Course`."""
         return LeasedCourse(self, *about)
 
-    def begin(
-        self, state: State, *, steps_per_epoch: int, steps: int | None, epochs: int | None,
-        fingerprints: Mapping[str, str],
-    ) -> None:  # fmt: skip
-        """Join, and wait for the first lease and weights.
+    def outline(self, state: State) -> None:
+        """Take down what is held in common, of models that are whole still.
 
         Raises:
             UserError: several optimizers, or one that servers cannot step.
         """
         if len(state.learners) != 1:
             raise UserError(
-                f"{self.place.whole}: servers step one optimizer, and the session has "
+                f"{self.place.whole}: {self.steps_one}, and the session has "
                 f"{len(state.learners)}; next: a plan in step"
             )
         learner = state.learners[0]
+        self.facts["parameters"] = names_of(learner, state.names())
+        self._blueprint = make_blueprint(self.outer, state, learner, in_step=self.terms.in_step)
+        self._names = [held.name for held in self._blueprint.tensors]
+
+    def begin(
+        self, state: State, split: Split, *, steps_per_epoch: int, steps: int | None,
+        epochs: int | None, fingerprints: Mapping[str, str],
+    ) -> None:  # fmt: skip
+        """Join, and wait for the first lease and weights.
+
+        Args:
+            split: how the model lies on the ranks of the group, by now.
+        """
+        learner, blueprint = state.learners[0], self._blueprint
         self._steps_per_epoch = steps_per_epoch
         limits = [steps, None if epochs is None else epochs * steps_per_epoch]
         self._limit = min((limit for limit in limits if limit is not None), default=None)
         out, inner = self.facts.get("out"), not self.pushes_gradients
         resumes = decide_resume(self.facts.get("resume", False), out)
         if out is not None and resumes and is_run(out):
-            restore(state, learner, Path(out), inner)
-        held = held_tensors(state, learner)
+            restore(state, learner, Path(out), inner, split.pieces())
+        held = self._take_own(state, split)
         unsaved = unsaved_buffers(state, held) if resumes else {}
-        self.facts["parameters"] = names_of(learner, state.names())
         self.facts["unsaved"] = list(unsaved)
-        blueprint = make_blueprint(self.outer, state, learner, in_step=self.terms.in_step)
         if self._agent is not None:
             digest = hashlib.sha256(repr(sorted(fingerprints.items())).encode()).hexdigest()[:16]
             join = Join(
@@ -225,17 +248,34 @@ class Apart:
             client = self._agent.join(join, blueprint, self.terms.servers, self.place.device)
             client.own_share = OWN_SHARE if self._delay else 0.0
             self.replica = client.replica
-        else:
+        elif self._assembly is None:
             self.replica = Replica(blueprint, self.terms.servers, self.place.device)
-        self.replica.load(held)
-        for name, tensor in held.items():
-            tensor.data = self.replica.tensors[name]
-        self._part = WorkerPart(state, learner, self.replica.tensors, inner)
+        if self.replica is not None:
+            self.replica.load(held)
+        if self._assembly is None and self.replica is not None:
+            for name, tensor in held.items():
+                tensor.data = self.replica.tensors[name]
+        self._part = WorkerPart(state, learner, self._common, inner)
         if self.pushes_gradients:
             self._options = lambda: blueprint.changed_options(learner.optimizer)
         elif self._fragments > 1:
             self._options = lambda: self._options_of_change(blueprint)
         self._next()
+
+    @property
+    def _common(self) -> Mapping[str, Tensor]:
+        """What is held in common, whole: to work on where models are whole, and on rank 0."""
+        return {} if self.replica is None else self.replica.tensors
+
+    def _take_own(self, state: State, split: Split) -> dict[str, Tensor]:
+        """What is held in common; where ranks share the model, on the first rank of the group."""
+        own = held_tensors(state, state.learners[0])
+        if not isinstance(split, Parted):
+            return own
+        self._assembly, self._own = Assembly(self.place, split.held), own
+        self._note_weights = state.learners[0].note_weights
+        parts = self._assembly.gather(own, self._names)
+        return {name: value for part in parts for name, value in part.items()}
 
     def _options_of_change(self, blueprint: Blueprint) -> list[dict[str, Any]]:
         """Those of the servers' step by what the last update of a site brings: a fragment that is
@@ -277,6 +317,8 @@ class Apart:
     def _hand_in(self) -> None:
         if self._outflow is not None:
             self._outflow.forget()
+        assert self.lease is not None
+        self._collect(self.lease.fragment)
         if self._agent is not None:
             self._agent.finish(
                 self._options(),
@@ -298,21 +340,61 @@ class Apart:
         assert self._agent is not None
         self._agent.push(gradients, self._options(), scale)
 
+    def _push_pieces(self, learner: Learner) -> None:
+        """Gradients of which the ranks of a replica have pieces."""
+        assert self._assembly is not None
+        gradients = {name: parameter.grad for name, parameter in learner.named().items()}
+        names = [name for block in self._blocks("gradient") for name in block.names]
+        for whole in self._assembly.gather(gradients, reversed(names)):
+            if self._agent is not None:
+                self._push(whole, 1.0)
+
+    @torch.no_grad()
+    def _collect(self, fragment: int = ALL) -> None:
+        """Bring to rank 0 what ranks that share the model have made of what their changes are of:
+        of a fragment, or of all."""
+        if self._assembly is None:
+            return
+        blocks = [b for b in self._blocks("change") if fragment in (ALL, b.fragment)]
+        names = [name for block in blocks for name in block.names]
+        for whole in self._assembly.gather(self._own, names):
+            for name, value in whole.items():
+                self._common[name].copy_(value)
+
+    def _blocks(self, pushed: Pushed) -> list[Block]:
+        blueprint = self._blueprint
+        return [b for b in blueprint.blocks if blueprint.groups[b.group].pushed == pushed]
+
     def _next(self) -> None:
         """The next lease and its weights, on all ranks of the group."""
-        assert self.replica is not None
         before = self.lease
+        if before is not None and self._has_others:
+            self._collect()  # what has been learned since the update was handed in
         if self._agent is not None:
             self._agent.step = 0 if self.lease is None else self.lease.done
             work = self._agent.next_work()
-            if work is not None and self.place.replicas.size == 1:
+            if work is not None and self.place.everyone.size == 1:
                 self.prepare(work)  # while its weights travel
             self.lease = self._agent.next_lease()
         self.lease = self._shared(self.lease)
         self._begin_lease(before)
+        self._spread()
+
+    def _spread(self) -> None:
+        """What rank 0 of the group has to train with, on all of its ranks."""
+        if self._assembly is not None:
+            self._scatter(self._common)
+            return
+        assert self.replica is not None
         for flat in self.replica.live:
             if self.place.replicas.size > 1 and flat.numel():
                 self.place.replicas.broadcast(flat, "spread the weights of a lease").wait()
+
+    def _scatter(self, weights: Mapping[str, Tensor]) -> None:
+        """Whole weights that rank 0 has, to ranks that share the model."""
+        assert self._assembly is not None
+        self._assembly.scatter(weights, self._own, self._names)
+        self._note_weights()
 
     def _begin_lease(self, before: Lease | None) -> None:
         assert self.lease is not None
@@ -333,10 +415,14 @@ class Apart:
         """The weights as the servers sent them last, for a moment, where a site has others: not
         while new ones come in."""
         replica, link = self.replica, self.place.replicas
-        has_others = self._delay > 0 or self._fragments > 1
-        if not has_others or replica is None or self.is_over or self._is_handed_in:
+        if not self._has_others or self.lease is None or self.is_over or self._is_handed_in:
             yield
             return
+        if self._assembly is not None:
+            with self._assembled_as_sent():
+                yield
+            return
+        assert replica is not None
         own = [flat.clone() for flat in replica.live]
         replica.show()
         for flat in replica.live:
@@ -348,22 +434,46 @@ class Apart:
             for flat, kept in zip(replica.live, own, strict=True):
                 flat.copy_(kept)
 
+    @property
+    def _has_others(self) -> bool:
+        """Whether a site has other weights than the servers sent last, and keeps some of them."""
+        return self._delay > 0 or self._fragments > 1
+
+    @contextlib.contextmanager
+    def _assembled_as_sent(self) -> Iterator[None]:
+        """`as_sent` where ranks share the model."""
+        own = {name: tensor.detach().clone() for name, tensor in self._own.items()}
+        replica = self.replica
+        sent = {} if replica is None else view_all(self._blueprint.blocks, replica.sent)
+        self._scatter(sent)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, tensor in self._own.items():
+                    tensor.detach().copy_(own[name])
+            self._note_weights()
+
     def _shared(self, lease: Lease | None) -> Lease:
         """The lease that rank 0 of the group has."""
-        link = self.place.replicas
+        link = self.place.everyone
         if link.size == 1:
             assert lease is not None
             return lease
-        numbers = torch.zeros(len(NUMBERS) + len(DUE), dtype=torch.int64, device=self.place.device)
+        size = len(NUMBERS) + len(DUE) + 1
+        numbers = torch.zeros(size, dtype=torch.int64, device=self.place.device)
         if self.leads and lease is not None:
             due = [int(kind in lease.due) for kind in DUE]
-            numbers.copy_(torch.tensor([*(getattr(lease, name) for name in NUMBERS), *due]))
+            told = [*(getattr(lease, name) for name in NUMBERS), lease.reason == INTERRUPTED, *due]
+            numbers.copy_(torch.tensor(told))
         link.broadcast(numbers, "spread a lease").wait()
         if self.leads and lease is not None:
             return lease
-        values = numbers.tolist()
-        due_here = [kind for kind, flag in zip(DUE, values[len(NUMBERS) :], strict=True) if flag]
-        return Lease(**dict(zip(NUMBERS, values, strict=False)), due=due_here, reason="it is told")
+        *values, interrupted = numbers.tolist()[: len(NUMBERS) + 1]
+        flags = numbers.tolist()[len(NUMBERS) + 1 :]
+        due_here = [kind for kind, flag in zip(DUE, flags, strict=True) if flag]
+        reason = INTERRUPTED if interrupted else "it is told"
+        return Lease(**dict(zip(NUMBERS, values, strict=True)), due=due_here, reason=reason)
 
     def is_due(self, every: int | str | None) -> bool:
         """Whether what is done every so many steps, or every "epoch", falls to this group now.
@@ -414,14 +524,26 @@ class Apart:
             CheckpointError: the session holds something that cannot be saved.
         """
         lease, has_folder = self.lease, bool(self.facts.get("out") or self.export_to)
-        if self._agent is None or lease is None or lease.sequence < 0 or not has_folder:
+        if lease is None or lease.sequence < 0 or not has_folder:
             return
-        if lease.lease != self._saved or (lease.lease < 0 and score is not None):
-            self._saved = lease.lease
-            messages = self._part.hand_in(
-                self.capture(), sequence=lease.sequence, done=lease.done, score=score
-            )
-            self._agent.save(messages)
+        if self._agent is None and self._assembly is None:
+            return
+        is_scored = score is not None
+        if lease.lease != self._saved or (lease.lease < 0 and is_scored > self._is_scored):
+            self._saved, self._is_scored = lease.lease, is_scored
+            state = self._captured()
+            if self._agent is not None:
+                messages = self._part.hand_in(
+                    state, sequence=lease.sequence, done=lease.done, score=score
+                )
+                self._agent.save(messages)
+
+    def _captured(self) -> dict[str, Any]:
+        """The state of the session; where ranks share the model on rank 0, whole."""
+        state = self.capture()
+        if self._assembly is None:
+            return state
+        return self._part.join(self._assembly, state, set(self._names), self._common)
 
     def note(self, name: str, state: dict[str, Any]) -> None:
         """Hand a state on to the group that needs it next."""

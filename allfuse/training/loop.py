@@ -133,9 +133,11 @@ def validate(s: Session, job: Job, stopping: Stopping) -> bool:
 
 
 def finish_apart(s: Session, job: Job, stopping: Stopping) -> None:
-    """What falls due with the last step falls to who measures the end."""
+    """What falls due with the last step falls to who measures the end, where its own loop has not
+    seen to that."""
     assert s.apart is not None
-    if job.validation is not None and s.apart.is_due(job.evaluate_every):
+    is_done = stopping.measured_step == s.steps
+    if job.validation is not None and s.apart.is_due(job.evaluate_every) and not is_done:
         validate(s, job, stopping)
     s.save(score=stopping.score_at(s.steps))
 
