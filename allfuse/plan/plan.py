@@ -244,11 +244,6 @@ class Plan:
         if self.replica_size == 1:
             return
         data = self.axis("data")
-        if self.outer is not None:
-            calm = replace(self.outer, sync=Bsp(), topology=None, min=None, max=None)
-            nearest = [calm if axis is self.outer else axis for axis in self.axes]
-            why = "in this version a scheduler and servers know whole models, and ranks share one"
-            raise PlanError(str(self), why, _join(nearest))
         if isinstance(data, Data) and data.balance != "even":
             even = replace(data, balance="even")
             nearest = [even if axis is data else axis for axis in self.axes]

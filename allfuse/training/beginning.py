@@ -95,12 +95,15 @@ def _join(
     }
     job_file = s.keeper.job_file
     apart.facts["job_file"] = None if job_file is None else str(job_file)
+    apart.outline(s.state)
+    cut_model(s, source, size)
     apart.facts["record"] = s.keeper.describe(kept, prints, s.plan)
     same = {name: apart.facts["record"].get(name) for name in SAME}
     about = s.teller.start(source, size, loader.steps_per_epoch, epochs, steps)
     apart.facts["start"] = {**about, "out": apart.facts["out"], "link": apart.link}
     apart.begin(
         s.state,
+        s.split,
         steps_per_epoch=loader.steps_per_epoch,
         steps=steps,
         epochs=epochs,

@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from allfuse.base.errors import UserError
 from allfuse.base.torch_private import foreach_copy
 from allfuse.launcher.crewmate import Crewmate
 from allfuse.roles.agent import Agent
@@ -36,13 +35,15 @@ from allfuse.roles.parcels import Flats
 from allfuse.store.run import is_run
 from allfuse.topology.gossip import Gossip
 from allfuse.training.apart import Apart
-from allfuse.training.holdings import held_tensors, make_blueprint
 from allfuse.training.keeper import decide_resume
-from allfuse.training.worker_part import WorkerPart, names_of, restore
+from allfuse.training.worker_part import WorkerPart, restore
 
 if TYPE_CHECKING:
     import threading
 
+    from allfuse.base.events import Bus
+    from allfuse.split.base import Split
+    from allfuse.training.place import Place
     from allfuse.training.state import State
     from allfuse.training.stepper import Step
 
@@ -55,7 +56,7 @@ class Gossiping(Apart):
     """
 
     link: ClassVar[str] = "gossip"
-    flats: Flats
+    steps_one: ClassVar[str] = "groups that gossip mix what one optimizer steps"
     _changes = 0
 
     def _make_agent(
@@ -63,39 +64,28 @@ class Gossiping(Apart):
     ) -> Agent:
         return GossipAgent(crew, name, timeout_s, asked)
 
+    def __init__(self, place: Place, bus: Bus) -> None:
+        super().__init__(place, bus)
+        self.flats: Flats = []
+        self.tensors: dict[str, Tensor] = {}
+
     @property
     def _gossip_agent(self) -> GossipAgent | None:
         assert self._agent is None or isinstance(self._agent, GossipAgent)
         return self._agent
 
     def begin(
-        self, state: State, *, steps_per_epoch: int, steps: int | None, epochs: int | None,
-        fingerprints: Mapping[str, str],
+        self, state: State, split: Split, *, steps_per_epoch: int, steps: int | None,
+        epochs: int | None, fingerprints: Mapping[str, str],
     ) -> None:  # fmt: skip
-        """Join, and wait for the first weights and the first lease.
-
-        Raises:
-            UserError: several optimizers.
-        """
-        if len(state.learners) != 1:
-            raise UserError(
-                f"{self.place.whole}: groups that gossip mix what one optimizer steps, and the "
-                f"session has {len(state.learners)}; next: a plan in step"
-            )
-        learner = state.learners[0]
+        """Join, and wait for the first weights and the first lease; arguments as of `Apart`."""
+        learner, blueprint = state.learners[0], self._blueprint
         self._steps_per_epoch = steps_per_epoch
         out = self.facts.get("out")
         resumes = decide_resume(self.facts.get("resume", False), out)
         if out is not None and resumes and is_run(out):
-            restore(state, learner, Path(out), inner=True)
-        self.facts["parameters"] = names_of(learner, state.names())
-        held = held_tensors(state, learner)
-        blueprint = make_blueprint(self.outer, state, learner, in_step=self.terms.in_step)
-        device = self.place.device
-        self.flats = [
-            torch.empty(b.elements, dtype=b.dtype, device=device) for b in blueprint.blocks
-        ]
-        self.tensors = view_all(blueprint.blocks, self.flats)
+            restore(state, learner, Path(out), True, split.pieces())
+        held = self._take_own(state, split)
         self._lay(held)
         self._part = WorkerPart(state, learner, {}, inner=True)
         agent = self._gossip_agent
@@ -124,19 +114,30 @@ class Gossiping(Apart):
 
     @torch.no_grad()
     def _lay(self, held: Mapping[str, Tensor]) -> None:
-        """Have the model's tensors be views of the flat ones."""
+        """Make the flat tensors, of which the model's are views where it is whole."""
+        if not held:  # ranks share the model, and rank 0 has them
+            return
+        blocks, device = self._blueprint.blocks, self.place.device
+        self.flats = [torch.empty(b.elements, dtype=b.dtype, device=device) for b in blocks]
+        self.tensors = view_all(blocks, self.flats)
         foreach_copy(list(self.tensors.values()), [held[name] for name in self.tensors])
-        for name, tensor in held.items():
-            tensor.data = self.tensors[name]
+        if self._assembly is None:
+            for name, tensor in held.items():
+                tensor.data = self.tensors[name]
+
+    @property
+    def _common(self) -> Mapping[str, Tensor]:
+        return self.tensors
 
     # From step to step.
 
     def count(self, step: Step) -> None:
         super().count(step)
         agent, changes = self._gossip_agent, self._changes
+        self._collect()
         if agent is not None:
             changes = agent.meet()
-        link = self.place.replicas
+        link = self.place.everyone
         if link.size > 1:
             told = torch.tensor([changes], device=self.place.device)
             link.broadcast(told, "tell whether the group has mixed").wait()
@@ -159,6 +160,9 @@ class Gossiping(Apart):
 
     def _spread(self) -> None:
         """What rank 0 of the group has, on all of its ranks."""
+        if self._assembly is not None:
+            self._scatter(self._common)
+            return
         for flat in self.flats:
             if self.place.replicas.size > 1 and flat.numel():
                 self.place.replicas.broadcast(flat, "spread the weights of a group").wait()

@@ -25,6 +25,7 @@ from allfuse.roles.messages import Save
 from allfuse.roles.snapshots import Snapshots
 from allfuse.roles.versions import Version
 from allfuse.roles.wrapping import unwrap
+from allfuse.split.piece import Piece
 from allfuse.store.checkpoint import Checkpoints
 from allfuse.store.saving import NotSaved, Saved, give_way
 from allfuse.store.tree import unpack
@@ -198,8 +199,13 @@ class Binder:
         return found
 
 
-def read_state(checkpoints: Checkpoints, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The state of a checkpoint as one worker would go on from it, whatever wrote it; its note."""
+def read_state(
+    checkpoints: Checkpoints, step: int, pieces: Mapping[str, Piece | None] | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The state of a checkpoint as one worker would go on from it, whatever wrote it; its note.
+
+    pieces: what this rank has of tensors that it has not whole.
+    """
     written = checkpoints.writers(step)
     note = checkpoints.read(step, rank=written[0])[1]
     if "plan" not in note:
@@ -209,4 +215,5 @@ def read_state(checkpoints: Checkpoints, step: int) -> tuple[dict[str, Any], dic
         state: dict[str, Any] = checkpoints.read(step, rank=writer)[0]
         return state
 
-    return read_merged(as_plan("data(1)"), 0, as_plan(note["plan"]), written, read), note
+    old = as_plan(note["plan"])
+    return read_merged(as_plan("data(1)"), 0, old, written, read, pieces), note

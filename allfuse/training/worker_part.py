@@ -9,20 +9,24 @@ takes them to its step again.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from allfuse.roles.messages import Save
 from allfuse.roles.wrapping import wrap
+from allfuse.split.piece import Piece
 from allfuse.store.checkpoint import Checkpoints
 from allfuse.store.tree import pack
 from allfuse.training.keeper import trouble_with
 from allfuse.training.learner import Learner
 from allfuse.training.served import read_state
 from allfuse.training.state import State
+
+if TYPE_CHECKING:
+    from allfuse.training.assembly import Assembly
 
 
 class WorkerPart:
@@ -38,6 +42,33 @@ class WorkerPart:
         self._held = {(t.data_ptr(), t.numel()): name for name, t in held.items() if t.numel()}
         self._follows = all(each.every != "evaluation" for each in state.schedulers)
         self._options = _options(learner)
+
+    def join(
+        self,
+        assembly: Assembly,
+        captured: Mapping[str, Any],
+        names: Collection[str],
+        common: Mapping[str, Tensor],
+    ) -> dict[str, Any]:
+        """On the first rank the state of all that share its model, elsewhere nothing. All ask.
+
+        Args:
+            names: of tensors that are held in common: not what ranks captured of them is in it,
+                but those of `common`, which the first rank has.
+        """
+        ((prefix, module),) = self.state.models.items()
+        tensors = dict(module.named_parameters(remove_duplicate=False))
+        known = self.state.names()
+        first = {name: known[id(parameter)] for name, parameter in tensors.items()}
+        values = captured["models"][prefix]
+        rest = {name: v for name, v in values.items() if first.get(name, name) not in names}
+        whole = assembly.join({**captured, "models": {prefix: rest}})
+        if whole:
+            found = whole["models"][prefix]
+            for name in module.state_dict():
+                if first.get(name, name) in names:
+                    found[name] = common[first.get(name, name)]
+        return whole
 
     def hand_in(
         self, captured: Mapping[str, Any], *, sequence: int, done: int, score: float | None
@@ -70,11 +101,19 @@ class WorkerPart:
         return wrap(content, own, sequence=sequence, done=done, score=score)
 
 
-def restore(state: State, learner: Learner, out: Path, inner: bool) -> None:
+def restore(
+    state: State,
+    learner: Learner,
+    out: Path,
+    inner: bool,
+    pieces: Mapping[str, Piece | None],
+) -> None:
     """Take back from a run's newest checkpoint what servers do not hold; nothing where there is
     none.
 
-    inner: the optimizer's state is this worker's own.
+    Args:
+        inner: the optimizer's state is this worker's own.
+        pieces: what this rank has of tensors that it has not whole.
 
     Raises:
         CheckpointError: it is of other models, optimizers, schedulers or parts.
@@ -83,7 +122,7 @@ def restore(state: State, learner: Learner, out: Path, inner: bool) -> None:
     step = next((s for s in checkpoints.steps() if trouble_with(checkpoints, s) is None), None)
     if step is None:
         return
-    found, _ = read_state(checkpoints, step)
+    found, _ = read_state(checkpoints, step, pieces)
     options = _options(learner)
     only = {**found, "schedulers": [], "fusions": [], "scaler": None}
     if not inner:

@@ -53,7 +53,7 @@ class RoundTable:
         self._counted = {update.lease for update in history.updates}
         model = build_model(job.model, job.seed).to(device)
         blueprint = make_blueprint(job, model, outer, terms)
-        samples = Samples(job, terms.parts, plan.inner.workers)
+        samples = Samples(job, terms.parts, plan.inner.replicas)
         self.parameters = {name for name, _ in model.named_parameters()}
         self.pupils = {
             worker: Pupil(job, model, blueprint, samples, job.clip) for worker in self.gossip.logs

@@ -1,0 +1,150 @@
+"""Servers, sites out of step and gossip, of models that ranks share."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from crews import train_crew, train_crew_into
+from test_training_split import CASES, assert_near
+from training_cases import under
+
+from allfuse.base.errors import AllfuseError
+from allfuse.job import Job, Stop
+from allfuse.store.tensorfile import read_tensors
+from allfuse.training.loop import Result, train_job
+from allfuse.verify import Report, verify_job
+
+STEPS = 8
+SERVED = "data(2, topology=central(servers=2))"
+
+
+def heavy(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+def made(name: str = "mlp", **changes: Any) -> Job:
+    case = CASES[name]
+    return case.job(optimizer=heavy, stop=Stop(steps=STEPS), **changes)
+
+
+def alone(job: Job) -> Result:
+    result: Result = under("data(1)", lambda: train_job(job))[0]
+    return result
+
+
+@pytest.mark.parametrize("name", ["mlp", "tied"])
+@pytest.mark.parametrize("split", ["tensor(2)", "pipe(2)", "shard(2)"])
+def test_servers_of_cut_models_in_step_equal_one_process(name: str, split: str) -> None:
+    """Clipped by the norm of the whole gradient, which the servers find."""
+    job = made(name)
+    result = train_crew(job, f"{SERVED} * {split}").result
+    assert result.steps == STEPS
+    assert_near(result.weights, alone(job).weights)
+
+
+@pytest.mark.parametrize(
+    ("outer", "split"),
+    [
+        (f"{SERVED[:-1]}, codec=int8)", "tensor(2)"),
+        ("data(2, topology=central(servers=2, replicas=1))", "pipe(2)"),
+        ("site(2, every=3, topology=central(servers=2), outer=nesterov(lr=0.7))", "tensor(3)"),
+        ("site(2, every=3, topology=central(servers=2))", "tensor(2) * pipe(2)"),
+        ("site(2, every=3, delay=1, topology=central(servers=2))", "pipe(2)"),
+        ("site(2, every=4, fragments=2, topology=central(servers=2))", "shard(2)"),
+        ("site(2, every=4, fragments=2, delay=1, topology=central(servers=2))", "tensor(2)"),
+    ],
+)
+def test_what_is_in_step_comes_to_the_same_cut_and_whole(outer: str, split: str) -> None:
+    x, y = CASES["mlp"].job().train
+    job = made(validation=(x, y), evaluate_every=3)
+    whole, cut = train_crew(job, outer), train_crew(job, f"{outer} * {split}")
+    assert_near(cut.result.weights, whole.result.weights)
+    measured = [
+        [
+            event["data"]["metrics"]["loss"]
+            for event in told.all("told")
+            if event["event"] == "evaluated"
+        ]
+        for told in (whole, cut)
+    ]
+    assert measured[0]
+    assert measured[1] == pytest.approx(measured[0], rel=1e-9)
+
+
+def test_several_replicas_of_a_cut_model_make_up_a_site() -> None:
+    outer = "site(2, every=3, topology=central(servers=1)) * data(2)"
+    job = made()
+    whole, cut = train_crew(job, outer), train_crew(job, f"{outer} * tensor(2)")
+    assert_near(cut.result.weights, whole.result.weights)
+
+
+def check(plan: str, **changes: Any) -> Report:
+    """Verify on threads."""
+    job = functools.partial(CASES["mlp"].job, **changes)
+    return verify_job(job, plan, steps=6, threads=True)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "data(2, topology=central(servers=2), sync=asp) * tensor(2)",
+        "data(2, topology=central(servers=1), sync=ssp(1)) * pipe(2)",
+        "data(2, topology=central(servers=2), sync=asp) * shard(2)",
+        "site(2, every=2, sync=asp) * tensor(2)",
+        "site(2, every=3, delay=1, sync=asp) * pipe(2)",
+        "site(2, every=2, fragments=2, sync=asp) * tensor(2)",
+        "site(3, every=2, topology=gossip, sync=asp) * tensor(2)",
+        "site(2, every=2, topology=gossip, sync=asp) * pipe(2)",
+    ],
+)
+def test_a_run_of_cut_models_equals_its_events_executed_by_one_process(plan: str) -> None:
+    report = check(plan, optimizer=heavy)
+    assert report.ok, report.lines()
+    assert report.promise == "replayed"
+    assert all(row.differences for row in report.rows if row.differences is not None)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (f"{SERVED} * tensor(2)", f"{SERVED} * tensor(2)"),
+        (f"{SERVED} * pipe(2)", "tensor(2)"),
+        ("tensor(2)", f"{SERVED} * shard(2)"),
+        (f"{SERVED} * shard(2)", SERVED),
+        ("site(1, every=2, sync=asp) * pipe(2)", "site(1, every=2, sync=asp) * tensor(2)"),
+        ("site(1, every=2, sync=asp) * tensor(2)", "data(2)"),
+        ("pipe(2)", "site(1, every=2, sync=asp) * shard(2)"),
+        ("site(1, topology=gossip, sync=asp) * tensor(2)", "site(1, every=2, sync=asp) * pipe(2)"),
+    ],
+)
+def test_a_run_of_cut_models_goes_on_under_another_plan(
+    first: str, then: str, tmp_path: Path
+) -> None:
+    """Momentum of the servers, and of sites, is that of the whole model."""
+    out, job = tmp_path / "run", made("tied")
+
+    def train(plan: str, steps: int, resume: bool) -> Result:
+        part = CASES["tied"].job(optimizer=heavy, stop=Stop(steps=steps))
+        if "topology" in plan or "asp" in plan:
+            return train_crew_into(out, part, plan, resume=resume).result
+        result: Result = under(plan, lambda: train_job(part, out=out, resume=resume))[0]
+        return result
+
+    train(first, STEPS // 2, False)
+    assert train(then, STEPS, True).steps == STEPS
+    exported = read_tensors(out / "model.safetensors")
+    expected = alone(job).weights
+    assert_near({name: exported[name] for name in exported}, {n: expected[n] for n in exported})
+    shapes = {name: tuple(value.shape) for name, value in expected.items()}
+    assert shapes.items() >= {n: tuple(v.shape) for n, v in exported.items()}.items()
+
+
+def test_a_loss_that_is_no_number_ends_all_ranks_of_all_groups() -> None:
+    job = made(loss=lambda outputs, batch: outputs.sum() * float("nan"))
+    told = train_crew(job, f"{SERVED} * tensor(2)")
+    assert len(told.results) == 4
+    assert all(isinstance(each, AllfuseError) for each in told.results)
