@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from crews import train_crew, train_crew_into
+from crews import run_crew, train_crew, train_crew_into
 from test_training_split import CASES, assert_near
 from training_cases import under
 
@@ -16,6 +17,7 @@ from allfuse.base.errors import AllfuseError
 from allfuse.job import Job, Stop
 from allfuse.store.tensorfile import read_tensors
 from allfuse.training.loop import Result, train_job
+from allfuse.training.session import Session
 from allfuse.verify import Report, verify_job
 
 STEPS = 8
@@ -148,3 +150,24 @@ def test_a_loss_that_is_no_number_ends_all_ranks_of_all_groups() -> None:
     told = train_crew(job, f"{SERVED} * tensor(2)")
     assert len(told.results) == 4
     assert all(isinstance(each, AllfuseError) for each in told.results)
+
+
+@pytest.mark.parametrize("split", ["data(2)", "tensor(2)"])
+def test_all_ranks_of_a_group_know_what_others_measured(split: str) -> None:
+    """Else they would not agree on what is still to be measured, or saved."""
+    x, y = CASES["mlp"].job().train
+    job = made(validation=(x, y), evaluate_every=2)
+    known: list[dict[str, Any]] = []
+
+    def work() -> None:
+        def prepare(s: Session) -> None:
+            s.at_close(lambda: known.append(s.state.parts["stopping"].state_dict()))
+
+        train_job(job, prepare=prepare)
+
+    run_crew(work, f"site(2, every=2, topology=central(servers=1)) * {split}")
+    assert len(known) == 4
+    for each in known:
+        del each["seconds"]
+    groups = {json.dumps(each, sort_keys=True): known.count(each) for each in known}
+    assert all(count % 2 == 0 for count in groups.values()), groups

@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import msgpack
 import torch
 from torch import Tensor
 
@@ -39,7 +40,7 @@ from allfuse.job import check_whole
 from allfuse.plan import Site
 from allfuse.roles.agent import Agent
 from allfuse.roles.cutting import view_all
-from allfuse.roles.messages import INTERRUPTED, Join, Lease
+from allfuse.roles.messages import Join, Lease
 from allfuse.roles.replica import Replica
 from allfuse.roles.rotation import ALL
 from allfuse.roles.terms import terms_of
@@ -68,9 +69,6 @@ if TYPE_CHECKING:
 
 TOLD = ("evaluated", "saved", "not_saved", "note", "warning")
 """Events that the scheduler is told of; steps it counts itself."""
-
-NUMBERS = ("lease", "clock", "first_step", "steps", "part", "parts", "sequence", "done", "fragment")
-DUE = ("evaluate", "save", "finish")
 
 
 class Apart:
@@ -460,20 +458,17 @@ class Apart:
         if link.size == 1:
             assert lease is not None
             return lease
-        size = len(NUMBERS) + len(DUE) + 1
-        numbers = torch.zeros(size, dtype=torch.int64, device=self.place.device)
-        if self.leads and lease is not None:
-            due = [int(kind in lease.due) for kind in DUE]
-            told = [*(getattr(lease, name) for name in NUMBERS), lease.reason == INTERRUPTED, *due]
-            numbers.copy_(torch.tensor(told))
-        link.broadcast(numbers, "spread a lease").wait()
+        packed = msgpack.packb(vars(lease)) if self.leads and lease is not None else b""
+        size = torch.tensor([len(packed)], device=self.place.device)
+        link.broadcast(size, "spread a lease").wait()
+        text = torch.empty(int(size), dtype=torch.uint8)
+        if self.leads:
+            text = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+        text = text.to(self.place.device)
+        link.broadcast(text, "spread a lease").wait()
         if self.leads and lease is not None:
             return lease
-        *values, interrupted = numbers.tolist()[: len(NUMBERS) + 1]
-        flags = numbers.tolist()[len(NUMBERS) + 1 :]
-        due_here = [kind for kind, flag in zip(DUE, flags, strict=True) if flag]
-        reason = INTERRUPTED if interrupted else "it is told"
-        return Lease(**dict(zip(NUMBERS, values, strict=True)), due=due_here, reason=reason)
+        return Lease(**msgpack.unpackb(bytes(text.tolist()), strict_map_key=False))
 
     def is_due(self, every: int | str | None) -> bool:
         """Whether what is done every so many steps, or every "epoch", falls to this group now.
