@@ -39,7 +39,7 @@ def session(
         resume: go on with the run in `out`; "auto": if there is one, else begin it, so that the
             same script can be started again after anything.
         quiet: show no progress.
-        settings: fields of `Settings`: seed, precision, clip, accumulate, compile,
+        settings: fields of `Settings`: seed, precision, clip, accumulate, compile, recompute,
             batch_statistics, device, keep.
 
     Raises:

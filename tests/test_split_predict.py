@@ -20,7 +20,7 @@ from allfuse.plan import as_plan
 from allfuse.prediction import evaluate_run, predict_file
 from allfuse.verify import verify_job
 
-PLANS = ["tensor(2)", "data(2) * tensor(2)", "tensor(3)"]
+PLANS = ["tensor(2)", "data(2) * tensor(2)", "tensor(3)", "data(2) * shard(2)"]
 
 
 def wide() -> nn.Module:
@@ -96,7 +96,7 @@ def test_predictions_are_those_of_the_whole_model(plan: str, tmp_path: Path) -> 
         shares.append(under(each, work)[0].shares)
     whole, cut = read(tmp_path / "whole.csv"), read(tmp_path / "cut.csv")
     assert len(whole) == len(cut) == sum(shares[1]) == 700
-    assert len(shares[1]) == as_plan(plan).replicas
+    assert len(shares[1]) == as_plan(plan).workers // as_plan(plan).replica_size
     for one, other in zip(whole, cut, strict=True):
         assert one.keys() == other.keys()
         for name in one:

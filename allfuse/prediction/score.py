@@ -102,14 +102,14 @@ def predict_file(
                     place=place,
                     agreement=agreement,
                     scorer=Scorer(restored, place.device),
-                    answers=split.answers,
+                    answers=split.answers and place.shard.rank == 0,
                     table=table,
                     output=output,
                     target=target,
                     batch_size=batch_size or max(restored.job.batch_size or 0, LEAST_BATCH),
                     keep=list(keep),
                     notes=restored.notes,
-                    progress=Progress(place.parts, on_event if place.rank == 0 else None),
+                    progress=Progress(_replicas(place), on_event if place.rank == 0 else None),
                 )
 
             _, scoring = agreement.together(lambda: (Status(), open_all()))
@@ -177,11 +177,12 @@ class Scoring:
         if self.output is not None:
             for text in texts:
                 self.output.write(text)
-        size, parts = self.batch_size, self.place.parts
+        size, parts = self.batch_size, _replicas(self.place)
         self.records = self.table.take(self.ahead * parts * size)
         taken, pieces, scored = len(self.records), [], 0
         try:
-            for start in batch_starts(taken, size, parts, self.place.index):
+            replica = self.place.rank // self.place.plan.replica_size
+            for start in batch_starts(taken, size, parts, replica):
                 records = self.records[start : start + size]
                 pieces.append(self._score(records, self.first_row + start))
                 scored += len(records)
@@ -222,14 +223,14 @@ class Scoring:
     def _next_ahead(self, seconds: float) -> int:
         """Batches for each rank in the next turn. Nothing in the output depends on it."""
         row_bytes = max(1.0, sum(map(len, self.records)) / max(len(self.records), 1))
-        fits = TURN_BYTES / row_bytes / self.batch_size / self.place.parts
+        fits = TURN_BYTES / row_bytes / self.batch_size / _replicas(self.place)
         return max(1, min(self.ahead * 2 if seconds < TURN_S else self.ahead, int(fits)))
 
     def _scored(self, statuses: list[Status]) -> list[int]:
         """Rows that each replica has scored in a turn."""
-        found = [0] * self.place.parts
+        found = [0] * _replicas(self.place)
         for rank, status in enumerate(statuses):
-            found[self.place.plan.replica_index(rank)] += status.scored
+            found[rank // self.place.plan.replica_size] += status.scored
         return found
 
     def _judge(self, statuses: list[Status]) -> None:
@@ -276,3 +277,8 @@ def batch_starts(rows: int, size: int, parts: int, index: int) -> range:
     batches = -(-rows // size)
     start, stop = (-(-batches * part // parts) for part in (index, index + 1))
     return range(start * size, stop * size, size)
+
+
+def _replicas(place: Place) -> int:
+    """Who scores batches of its own: the ranks of a model that is cut all work on the same."""
+    return place.plan.workers // place.plan.replica_size
