@@ -188,6 +188,7 @@ def assert_every_sample_was_used_once(run: Run, epochs: int) -> None:
     [
         "data(3, topology=central(servers=1), sync=asp, min=1)",
         "site(3, every=6, fragments=3, outer=momentum, sync=asp, min=1)",
+        "data(2, topology=central(servers=1), sync=asp, min=1) * tensor(2)",
     ],
 )
 def test_a_killed_worker_gives_its_work_back_and_the_others_go_on(start: Any, plan: str) -> None:

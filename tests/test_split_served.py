@@ -96,6 +96,7 @@ def check(plan: str, **changes: Any) -> Report:
         "data(2, topology=central(servers=2), sync=asp) * tensor(2)",
         "data(2, topology=central(servers=1), sync=ssp(1)) * pipe(2)",
         "data(2, topology=central(servers=2), sync=asp) * shard(2)",
+        "data(2, topology=central(servers=2), sync=asp, codec=int8) * tensor(2)",
         "site(2, every=2, sync=asp) * tensor(2)",
         "site(2, every=3, delay=1, sync=asp) * pipe(2)",
         "site(2, every=2, fragments=2, sync=asp) * tensor(2)",

@@ -468,7 +468,7 @@ class Apart:
         link.broadcast(text, "spread a lease").wait()
         if self.leads and lease is not None:
             return lease
-        return Lease(**msgpack.unpackb(bytes(text.tolist()), strict_map_key=False))
+        return Lease(**msgpack.unpackb(text.cpu().numpy().tobytes(), strict_map_key=False))
 
     def is_due(self, every: int | str | None) -> bool:
         """Whether what is done every so many steps, or every "epoch", falls to this group now.

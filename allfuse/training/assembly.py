@@ -199,7 +199,7 @@ class Assembly:
             return part.cpu()
 
         text, flat = take(2, torch.int64).tolist()
-        content = bytes(take(text, torch.uint8).tolist()).decode()
+        content = take(text, torch.uint8).numpy().tobytes().decode()
         message = Save(
             sequence=0,
             done=0,

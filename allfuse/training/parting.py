@@ -111,7 +111,9 @@ def cut_model(s: Session, source: Source | Stream, batch_size: int | None) -> No
 
 def _refuse_few(s: Session, pipeline: Pipeline, batch_size: int) -> None:
     """Refuse more microbatches than samples. Raises UserError."""
-    parts, count = s.place.parts, pipeline.axis.microbatches
+    outer = s.plan.outer  # whose replicas have parts of a batch, too
+    parts = s.place.parts * (1 if outer is None else outer.n)
+    count = pipeline.axis.microbatches
     rows = batch_size // parts // s.settings.accumulate
     if count is not None and rows < count:
         by = f" by {parts} replicas" if parts > 1 else ""

@@ -110,6 +110,10 @@ def plans_with(ranks: int) -> list[Plan]:
     texts += [f"site({ranks}, topology=gossip)", f"site({ranks}, every={EVERY}, sync=asp)"]
     texts += [f"site({ranks}, every={EVERY}, outer=nesterov)"]
     texts += [f"pipe({ranks}, schedule={name})" for name in SCHEDULES]
+    if ranks > 2 and ranks % 2 == 0:
+        texts += [
+            f"data({ranks // 2}, sync=asp) * {axis}(2)" for axis in ("pipe", "shard", "tensor")
+        ]
     found: dict[str, Plan] = {}
     for text in texts:
         try:
