@@ -22,6 +22,7 @@ from allfuse.job import Job, Stop
 from allfuse.launcher.local import launch_local
 from allfuse.launcher.thread import launch_threads
 from allfuse.link.thread import Script
+from allfuse.split.pipe.courier import Courier, Parcel
 from allfuse.store.tensorfile import read_tensors
 from allfuse.training.loop import Result, train_job
 
@@ -259,6 +260,22 @@ def test_stages_keep_no_memory_for_what_others_have() -> None:
     whole = sum(p.nbytes for p in JOBS["uneven"]().model().parameters())  # type: ignore[operator]
     assert sum(held) < whole + 100
     assert max(held) < 0.8 * whole
+
+
+@pytest.mark.parametrize(("schedule", "most"), [("1f1b", 2), ("gpipe", 6), ("zero_bubble", 2)])
+def test_no_more_is_held_of_what_was_sent_than_a_schedule_needs(
+    schedule: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give, held = Courier.give, [0]
+
+    def watched(self: Courier, parcel: Parcel, tensor: Tensor) -> None:
+        give(self, parcel, tensor)
+        held.append(self.held)
+
+    monkeypatch.setattr(Courier, "give", watched)
+    made = JOBS["mlp"](stop=Stop(steps=1))
+    train(made, f"pipe(2, schedule={schedule}, microbatches=6)")
+    assert max(held) == most
 
 
 # What is refused, and what fails.

@@ -7,8 +7,8 @@ For each microbatch a stage sends what it passes on, and gets as many bytes of g
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -31,6 +31,16 @@ class Parcel(NamedTuple):
         return f"pass {what} between stages {self.crossing} and {self.crossing + 1}"
 
 
+def taken_by(action: Action, stages: int) -> Parcel | None:
+    """What an action takes from another stage; None where it takes nothing."""
+    kind, stage, microbatch = action
+    if kind == "forward":
+        return Parcel(False, stage - 1, microbatch) if stage else None
+    if kind == "weight" or stage + 1 == stages:
+        return None
+    return Parcel(True, stage, microbatch)
+
+
 def parcel_of(action: Action, stages: int) -> Parcel | None:
     """What an action gives to another stage; None where it gives nothing."""
     kind, stage, microbatch = action
@@ -45,7 +55,8 @@ class Courier:
     """Brings parcels from stage to stage.
 
     Between one rank and another they come in the order in which the schedule of the sender makes
-    them; those that come before they are asked for are kept.
+    them; those that come before they are asked for are kept. What was sent is held until something
+    comes that its taker did later, so that no more is held than a schedule needs.
 
     Args:
         link: to the ranks of the pipeline.
@@ -65,19 +76,36 @@ class Courier:
         self.link, self.owner, self.empty = link, owner, empty
         self.waited_s = 0.0
         self._here: dict[Parcel, Tensor] = {}
-        self._sent: list[tuple[Work, Tensor]] = []
-        self._coming: dict[int, deque[Parcel]] = {}
-        for peer, order in enumerate(orders):
+        self._sent: dict[int, deque[tuple[Work, Tensor]]] = {}  # by peer, those that are held
+        self._gone: Counter[int] = Counter()  # those that are not held any more
+        self._coming: dict[int, deque[tuple[Parcel, int]]] = {}
+        self._stages, self._orders = stages, orders
+        for peer in range(len(orders)):
             if peer != link.rank:
-                parcels = (parcel_of(action, stages) for action in order)
-                own = [p for p in parcels if p is not None and self._taker(p) == link.rank]
-                self._coming[peer] = deque(own)
+                self._sent[peer], self._coming[peer] = deque(), deque(self._expect(peer))
+
+    def _expect(self, peer: int) -> Iterator[tuple[Parcel, int]]:
+        """What a peer sends here, in order; with each how many from here it had by then."""
+        mine = (parcel_of(action, self._stages) for action in self._orders[self.link.rank])
+        own = [each for each in mine if each is not None and self._taker(each) == peer]
+        places, had = {parcel: at for at, parcel in enumerate(own, start=1)}, 0
+        for action in self._orders[peer]:
+            taken = taken_by(action, self._stages)
+            had = max(had, places.get(taken, 0) if taken is not None else 0)
+            parcel = parcel_of(action, self._stages)
+            if parcel is not None and self._taker(parcel) == self.link.rank:
+                yield parcel, had
 
     def _taker(self, parcel: Parcel) -> int:
         return self.owner(parcel.crossing + (0 if parcel.back else 1))
 
     def _giver(self, parcel: Parcel) -> int:
         return self.owner(parcel.crossing + (1 if parcel.back else 0))
+
+    @property
+    def held(self) -> int:
+        """How many tensors are held that were sent."""
+        return sum(map(len, self._sent.values()))
 
     def give(self, parcel: Parcel, tensor: Tensor) -> None:
         """Send a tensor on its way.
@@ -99,7 +127,7 @@ class Courier:
                 "take a plan without pipe"
             )
         sent = tensor.contiguous()
-        self._sent.append((self.link.send(sent, peer, parcel.operation), sent))
+        self._sent[peer].append((self.link.send(sent, peer, parcel.operation), sent))
 
     def take(self, parcel: Parcel) -> Tensor:
         """What another stage gave. Waits for it. Raises PeerLost."""
@@ -107,21 +135,24 @@ class Courier:
             begin = time.perf_counter()
             peer = self._giver(parcel)
             while parcel not in self._here:
-                self._receive(self._coming[peer].popleft(), peer)
+                self._receive(*self._coming[peer].popleft(), peer)
             self.waited_s += time.perf_counter() - begin
         return self._here.pop(parcel)
 
-    def _receive(self, parcel: Parcel, peer: int) -> None:
+    def _receive(self, parcel: Parcel, had: int, peer: int) -> None:
         tensor = self.empty(parcel.crossing, parcel.microbatch)
         self.link.receive(tensor, peer, parcel.operation).wait()
         self._here[parcel] = tensor
+        while self._gone[peer] < had:
+            self._sent[peer].popleft()[0].wait()
+            self._gone[peer] += 1
 
     def settle(self) -> None:
         """Wait until all that was sent has gone."""
         begin = time.perf_counter()
-        for work, _ in self._sent:
-            work.wait()
-        self._sent.clear()
+        for sent in self._sent.values():
+            while sent:
+                sent.popleft()[0].wait()
         self.waited_s += time.perf_counter() - begin
 
 
