@@ -2,8 +2,9 @@
 
 Step: both sides train the same decoder, cut in the same places, alive in the same processes and
 taking turns of some steps, on this host, with 1 thread each. The scripts are what a person writes:
-`parallelize_module` for tensor(2), `fully_shard` of each block and the whole for shard(2), and for
-data(2) * tensor(2) the former with gradients averaged over a group of its own.
+`parallelize_module` for tensor(2), `fully_shard` of each block and the whole for shard(2), for
+data(2) * tensor(2) the former with gradients averaged over a group of its own, and
+`Schedule1F1B` of as many microbatches for pipe(2).
 
 Memory: the most that a rank has, from before its model is built to after its second step, over what
 it had before; beside that of one process. The formula counts parameters, gradients and the two
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -38,8 +40,8 @@ import allfuse as af
 from allfuse.plan import as_plan
 
 STEP_TARGET = 1.05
-STEP_PLANS = ("tensor(2)", "shard(2)", "data(2) * tensor(2)")
-MEMORY_PLANS = {"shard(4)": 0.30, "tensor(4)": 0.35}
+STEP_PLANS = ("tensor(2)", "shard(2)", "pipe(2)", "data(2) * tensor(2)")
+MEMORY_PLANS = {"shard(4)": 0.30, "tensor(4)": 0.35, "pipe(4)": 0.35}
 LAUNCHES = 2
 SECONDS = 12.0  # in each launch
 TURN_S = 0.5
@@ -143,8 +145,52 @@ class Averaged(models.PlainLoop):
             loss.item()
 
 
-def script(plan: str, case: models.Case, batch: int) -> Averaged:
-    """What a person writes for a plan, on the default group."""
+class Front(nn.Module):
+    """The first stage of a decoder, up to a layer."""
+
+    def __init__(self, whole: Decoder, end: int) -> None:
+        super().__init__()
+        self.tokens, self.positions = whole.tokens, whole.positions
+        self.layers = whole.layers[:end]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        return self.layers(self.tokens(tokens) + self.positions(places))
+
+
+class Piped(models.PlainLoop):
+    """A loop over the stages of `Schedule1F1B`, of which this rank has one."""
+
+    def __init__(self, case: models.Case, batch: int, begin: int, microbatches: int) -> None:
+        rank, whole = dist.get_rank(), models.build(case)
+        assert isinstance(whole, Decoder)
+        back = nn.Sequential(whole.layers[begin:], whole.norm, whole.head)
+        stage = Front(whole, begin) if rank == 0 else back
+        super().__init__(stage, case, case.data(), batch, 1, 0)
+        held = PipelineStage(stage, rank, 2, torch.device("cpu"))
+        self.schedule = Schedule1F1B(held, microbatches, loss_fn=self._loss)
+
+    def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return models.loss_of(outputs, (outputs, targets))
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            rows = next(self._rows)
+            self.optimizer.zero_grad(set_to_none=True)
+            if dist.get_rank() == 0:
+                self.schedule.step(self.data[0].index_select(0, rows))
+            else:
+                losses: list[Tensor] = []
+                self.schedule.step(target=self.data[1].index_select(0, rows), losses=losses)
+                torch.stack(losses).mean().item()
+            self.optimizer.step()
+
+
+def script(plan: str, case: models.Case, batch: int, session: Any) -> models.PlainLoop:
+    """What a person writes for a plan, on the default group; stages are those of the session."""
+    if plan == "pipe(2)":
+        begin = int(session.choices["pipe"].rpartition("layers.")[2].split(".")[0])
+        return Piped(case, batch, begin, session.split.pipeline.microbatches(batch))
     model, rank = models.build(case), dist.get_rank()
     if plan == "shard(2)":
         mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("shard",))
@@ -178,7 +224,7 @@ def measure_step(plan: str, meeting: str, quick: bool) -> dict[str, harness.Turn
         dist.init_process_group(
             "gloo", init_method=f"file://{meeting}", rank=world.rank, world_size=world.size
         )
-        theirs = script(plan, case, batch)
+        theirs = script(plan, case, batch, session)
         loops = {"allfuse": ours.run, "torch": theirs.run}
         steps = agree(1 if quick else models.steps_in(theirs, TURN_S))
         turns = {key: functools.partial(run, steps) for key, run in loops.items()}
@@ -283,7 +329,7 @@ def memory_figures(quick: bool) -> list[harness.Figure]:
 def main() -> None:
     options = harness.parse_options(__doc__)
     found: list[harness.Figure] = []
-    for plan in STEP_PLANS[:2] if options.quick else STEP_PLANS:
+    for plan in STEP_PLANS[:3] if options.quick else STEP_PLANS:
         found += step_figures(plan, options.quick)
     found += memory_figures(options.quick)
     harness.report("split", found, options)
