@@ -33,6 +33,7 @@ BENCHMARKS = (
     "network",
     "slow_link",
     "quality",
+    "split",
 )
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.md"

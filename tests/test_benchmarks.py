@@ -25,6 +25,7 @@ SCRIPTS = (
     "network",
     "slow_link",
     "quality",
+    "split",
 )
 KEYS = {"benchmark", "commit", "machine", "figures"}
 FIGURE_KEYS = {"name", "value", "spread", "target", "better", "ok"}
