@@ -517,3 +517,23 @@ def test_what_servers_cannot_stagger_is_refused_in_words(text: str, why: str) ->
     with pytest.raises(PlanError, match=why) as caught:
         as_plan(text)
     assert as_plan(caught.value.nearest).outer is not None
+
+
+def test_a_worker_that_was_lost_and_comes_again_begins_with_all_weights_anew() -> None:
+    world = SiteWorld(Asp(), seed=3, min=1)
+    network, worker = world.network, world.workers[0]
+    before: list[int] = []
+
+    def go() -> None:
+        if len(worker.seen) < 2:
+            network.at(network.now_s + 0.1, go)
+            return
+        before.extend(worker.seen)
+        network.remove(worker.name)
+        network.at(network.now_s + 1.0, lambda: network.add(worker.name, worker))
+
+    network.at(0.1, go)
+    world.run().check()
+    leases = [world.auditor.leases[lease][1] for lease in worker.seen]
+    assert [lease.takes for lease in leases[: len(before)]] == [ALL, 0]
+    assert leases[len(before)].takes == ALL

@@ -60,6 +60,10 @@ class Rotation:
             count += 0.0 if turn is None else turn.counted
         return count
 
+    def forget(self, worker: str) -> None:
+        """A worker comes, or comes again: it is to take in all."""
+        self._past.pop(worker, None)
+
     def add(self, worker: str, clock: int, turn: Turn) -> None:
         """An update was ordered. Of two of one clock the last one counts: the worker went on from
         there."""

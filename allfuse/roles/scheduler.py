@@ -226,6 +226,8 @@ class Scheduler:
             self._admit(sender, message.host)
 
     def _admit(self, name: str, host: str) -> None:
+        if self._course.leases is not None:
+            self._course.leases.rotation.forget(name)  # it may have been away for long
         self._greet([self._members.admit(name, host)])
 
     def _greet(self, workers: list[Worker]) -> None:
