@@ -13,11 +13,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sliced import GatedUnit, Residual
-from test_training_split import CASES, Case, assert_near, decayed, figures, recorded
+from test_training_split import CASES, Case, assert_near, classes, decayed, figures, recorded
 from torch import Tensor, nn
 from training_cases import TIGHT, assert_equal, session, train, under
 
-from allfuse.base.errors import JobError, PeerLost, PlanError, UserError, WorkerFailed
+from allfuse.base.errors import (
+    JobError,
+    NonFiniteLoss,
+    PeerLost,
+    PlanError,
+    UserError,
+    WorkerFailed,
+)
 from allfuse.job import Job, Stop
 from allfuse.launcher.local import launch_local
 from allfuse.launcher.thread import launch_threads
@@ -335,6 +342,32 @@ def test_a_model_that_is_called_by_itself_is_refused() -> None:
 
     with pytest.raises(UserError, match=r"some stages of it only.*s\.evaluate"):
         under("pipe(2)", work)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble"])
+def test_each_of_several_optimizers_steps_its_own_parameters(schedule: str) -> None:
+    made = JOBS["mlp"]()
+
+    def work() -> dict[str, Tensor]:
+        with session() as s:
+            model = s.model(made.model)
+            halves = [*model[:2].parameters()], [*model[2:].parameters()]
+            optimizers = [s.optimizer(torch.optim.SGD(half, lr=0.1)) for half in halves]
+            for batch in s.batches(made.train, 8, steps=3):
+                for optimizer in optimizers:
+                    s.step(batch, made.loss, optimizer=optimizer)
+            weights: dict[str, Tensor] = s.weights()["model"]
+            return {name: value.detach().clone() for name, value in weights.items()}
+
+    expected = under("data(1)", work)[0]
+    assert_near(under(f"pipe(2, schedule={schedule})", work)[0], expected)
+
+
+def test_a_loss_that_is_not_finite_names_the_rank_of_the_last_stage() -> None:
+    made = JOBS["mlp"](loss=lambda outputs, batch: classes(outputs, batch) * float("nan"))
+    for error in launch_threads(lambda: train_job(made), 2, plan="pipe(2)"):
+        assert isinstance(error, NonFiniteLoss)
+        assert "on rank 1" in str(error)
 
 
 def test_a_forward_pass_that_looks_at_numbers_is_refused() -> None:

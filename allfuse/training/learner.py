@@ -178,10 +178,10 @@ class Learner:
         finally:
             self.fusion.listening = False
 
-    def collect(self, work: Callable[[Sequence[Parameter]], None]) -> None:
-        """Have `work` add the gradients of a step, of these parameters (all, when empty)."""
+    def collect(self, work: Callable[[Sequence[Parameter] | None], None]) -> None:
+        """Have `work` add the gradients of a step, of these parameters; None is all that learn."""
         self._begin()
-        work(() if self.alone else self.parameters)
+        work(None if self.alone else self.parameters)
 
     def _begin(self) -> None:
         if not self._unfinished:

@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from allfuse.base.errors import DataError, NonFiniteLoss, UserError
 from allfuse.base.tensors import count_rows, cut_rows, share
 from allfuse.fusion.statistics import GlobalBatchNorm
+from allfuse.plan import Pipe
 from allfuse.split.data import Portion
 from allfuse.training.exchange import Exchange, Figures
 from allfuse.training.learner import Learner
@@ -216,7 +217,7 @@ class Stepper:
             told[1] += count
             return loss * (factor / step.reference)
 
-        def work(inputs: Sequence[Parameter]) -> None:
+        def work(inputs: Sequence[Parameter] | None) -> None:
             first = 0
             for piece, rows in pieces:
                 parts = pipeline.cut(piece, rows)
@@ -349,7 +350,10 @@ class Stepper:
 
     def _place_of(self, member: int) -> str:
         """Which rank of the data axis it is; of a group that a scheduler knows, of which worker."""
-        rank = f" on rank {self.place.world.ids[self.place.sharers.members[member]]}"
+        found, axis = self.place.sharers.members[member], self.place.plan.axis("pipe")
+        if isinstance(axis, Pipe):  # where the loss was computed
+            found = self.place.plan.peers(found, "pipe")[axis.teller]
+        rank = f" on rank {self.place.world.ids[found]}"
         crew = self.place.world.crew
         if crew is None or self.place.whole.outer is None:
             return rank

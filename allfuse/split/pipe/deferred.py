@@ -7,6 +7,7 @@ or their gradients come out of one call with those of the inputs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,13 +26,14 @@ class Later:
         self._kept.append((weight, bias, gradient, x))
 
     @torch.no_grad()
-    def run(self) -> None:
-        """Add them, in the order in which a backward pass would have."""
+    def run(self, inputs: Sequence[nn.Parameter] | None = None) -> None:
+        """Add them, to these parameters (None is all), in the order of a backward pass."""
+        wanted = None if inputs is None else {id(parameter) for parameter in inputs}
         for weight, bias, gradient, x in self._kept:
             rows = gradient.reshape(-1, gradient.shape[-1])
-            if weight.requires_grad:
+            if wanted is None or id(weight) in wanted:
                 _add(weight, rows.t() @ x.reshape(-1, x.shape[-1]).to(rows.dtype))
-            if bias is not None and bias.requires_grad:
+            if bias is not None and (bias.requires_grad if wanted is None else id(bias) in wanted):
                 _add(bias, rows.sum(0))
         self._kept.clear()
 

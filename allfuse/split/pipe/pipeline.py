@@ -150,7 +150,7 @@ class Pipeline:
         compute: Callable[[Any], Any],
         lose: Lose,
         before: Callable[[int, int], None],
-        inputs: Sequence[Parameter] = (),
+        inputs: Sequence[Parameter] | None = None,
     ) -> None:
         """Add the gradients of some microbatches to those of this rank's parameters.
 
@@ -158,7 +158,7 @@ class Pipeline:
             compute: the model's pass over a microbatch and what follows it, as the job has it.
             lose: makes of what that gives what to differentiate; called for the last stage.
             before: called with stage and microbatch before each forward pass.
-            inputs: parameters that get gradients; all, when empty.
+            inputs: parameters that get gradients; None is all that learn.
 
         Raises:
             JobError: the model or the loss failed; names stage, rank and microbatch.
@@ -171,7 +171,7 @@ class Pipeline:
                     case "forward":
                         passing.forward(action, lose, before)
                     case "weight":
-                        passing.weights(action)
+                        passing.weights(action, inputs)
                     case _:
                         passing.backward(action, inputs)
         passing.courier.settle()
@@ -350,21 +350,22 @@ class _Pass:
         if stage + 1 < self.pipeline.count:
             self.courier.give(Parcel(False, stage, microbatch), found)
 
-    def backward(self, action: Action, inputs: Sequence[Parameter]) -> None:
+    def backward(self, action: Action, inputs: Sequence[Parameter] | None) -> None:
         _, stage, microbatch = action
         received, found = self.held.pop((stage, microbatch))
         gradient = None
         if stage + 1 < self.pipeline.count:
             gradient = self.courier.take(Parcel(True, stage, microbatch))
-        if found.requires_grad:
-            also = [] if received is None else [received]
-            torch.autograd.backward(found, gradient, inputs=[*inputs, *also] if inputs else None)
+        also = [] if received is None else [received]
+        wanted = None if inputs is None else [*inputs, *also]
+        if found.requires_grad and (wanted is None or wanted):
+            torch.autograd.backward(found, gradient, inputs=wanted)
         if received is not None:
             back = torch.zeros_like(received) if received.grad is None else received.grad
             self.courier.give(Parcel(True, stage - 1, microbatch), back)
 
-    def weights(self, action: Action) -> None:
-        self.later.pop((action.stage, action.microbatch)).run()
+    def weights(self, action: Action, inputs: Sequence[Parameter] | None) -> None:
+        self.later.pop((action.stage, action.microbatch)).run(inputs)
 
 
 def _gradient(parameter: Parameter) -> Tensor:
