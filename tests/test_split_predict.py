@@ -45,7 +45,7 @@ def test_a_cut_model_has_the_numbers_of_its_reference(plan: str) -> None:
     assert report.worst.size > 0
 
 
-def test_a_slice_that_goes_astray_is_found_with_its_rank_and_tensor(
+def test_a_slice_that_goes_astray_is_found_with_its_step_rank_and_tensor(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     reduce = ThreadLink.all_reduce
@@ -63,7 +63,9 @@ def test_a_slice_that_goes_astray_is_found_with_its_rank_and_tensor(
     monkeypatch.setattr(ThreadLink, "all_reduce", astray)
     report = verify_job(functools.partial(make_job, model=wide), "tensor(2)", steps=4, threads=True)
     assert not report.ok
-    assert (report.first.step, report.first.rank) == (3, 1)
+    assert (report.first.what, report.first.step) == ("loss", 3)
+    row = report.rows[3]
+    assert (row.moment, row.weights.what, row.weights.rank) == ("3", "4.weight", 1)
 
 
 @pytest.mark.parametrize(

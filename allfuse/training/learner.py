@@ -102,6 +102,7 @@ class Learner:
             if id(parameter) not in known:  # what others left there was never fused
                 parameter.grad = None
         self.names = [names[id(p)] for p in self.parameters]
+        self._sliced = {n: p for n, p in self.named().items() if n in self.split.sliced}
         kept = self.fusion.capture()
         self._make_fusion()
         self.fusion.restore(kept)
@@ -118,18 +119,11 @@ class Learner:
         """The model was cut: what is fused has other shapes now."""
         self.fusion.buckets.clear()  # hooks of the parameters still hold on to it
         self._take_parameters()
-        check_optimizer(self.optimizer, [id(parameter) for parameter in self._sliced().values()])
-
-    def _sliced(self) -> dict[str, Parameter]:
-        """Parameters of which this rank has a slice."""
-        if not self.split.sliced:
-            return {}
-        named = zip(self.names, self.parameters, strict=True)
-        return {name: parameter for name, parameter in named if name in self.split.sliced}
+        check_optimizer(self.optimizer, [id(parameter) for parameter in self._sliced.values()])
 
     def note_weights(self) -> None:
         """Slices of weights are as they should be."""
-        self._weights.note(self._sliced())
+        self._weights.note(self._sliced)
 
     def check_weights(self) -> None:
         """Refuse slices of weights that a script has changed since. Raises UserError."""
@@ -227,8 +221,8 @@ class Learner:
 
     def note_gradients(self) -> None:
         """Gradients are ready for the optimizer."""
-        sliced = self._sliced()
-        self._gradients.note({name: p.grad for name, p in sliced.items() if p.grad is not None})
+        held = {name: p.grad for name, p in self._sliced.items() if p.grad is not None}
+        self._gradients.note(held)
 
     def forget(self) -> None:
         """Drop what was begun and will not be finished."""
