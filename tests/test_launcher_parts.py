@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import signal
 import socket
@@ -24,6 +25,7 @@ from allfuse.launcher.alone import AloneWorld
 from allfuse.launcher.base import World, current_world, entered
 from allfuse.launcher.channel import Channel, receive_frame, send_frame
 from allfuse.launcher.outcome import Failure, Outcome, describe_failure, how_it_ended, judge
+from allfuse.launcher.signals import catch_signals
 from allfuse.launcher.thread import first_failure, launch_threads
 from allfuse.launcher.torchrun import environment_number, started_by_torchrun
 
@@ -392,3 +394,17 @@ def test_the_environment_of_torchrun_is_read_with_care(monkeypatch: pytest.Monke
     with pytest.raises(UserError, match="RANK: received 'two'; allowed: a whole number"):
         environment_number("RANK", 0)
     assert environment_number("LOCAL_RANK_THAT_IS_NOT_SET", 5) == 5
+
+
+def test_two_sigterms_at_once_ask_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[None] = []
+    give_back = catch_signals(lambda: asked.append(None))
+    try:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert len(asked) == 1
+        monkeypatch.setattr("allfuse.launcher.signals.ONCE_S", 0.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert len(asked) == 2
+    finally:
+        give_back()

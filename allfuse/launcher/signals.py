@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
+
+
+ONCE_S = 0.5
+"""Two SIGTERMs so close together are one: `timeout` sends one to the process and one to its group."""
 
 
 def catch_signals(stop: Callable[[], None]) -> Callable[[], None]:
@@ -18,13 +24,17 @@ def catch_signals(stop: Callable[[], None]) -> Callable[[], None]:
     background jobs) stays ignored.
     """
     previous: dict[int, Any] = {}
-    hung_up = False
+    hung_up, terminated_s = False, -math.inf
 
     def asked(number: int, frame: FrameType | None) -> None:
-        nonlocal hung_up
+        nonlocal hung_up, terminated_s
+        now_s = time.monotonic()
         if number == signal.SIGHUP and hung_up:
             return  # both the kernel and the shell say that the terminal closes: that is once
+        if number == signal.SIGTERM and now_s - terminated_s < ONCE_S:
+            return
         hung_up |= number == signal.SIGHUP
+        terminated_s = now_s if number == signal.SIGTERM else terminated_s
         stop()
 
     def give_back() -> None:
