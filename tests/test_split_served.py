@@ -131,7 +131,7 @@ def test_a_run_of_cut_models_goes_on_under_another_plan(
     out, job = tmp_path / "run", made("tied")
 
     def train(plan: str, steps: int, resume: bool) -> Result:
-        part = CASES["tied"].job(optimizer=heavy, stop=Stop(steps=steps))
+        part = CASES["tied"].job(optimizer=heavy, stop=Stop(steps=steps), save_every=3)
         if "topology" in plan or "asp" in plan:
             return train_crew_into(out, part, plan, resume=resume).result
         result: Result = under(plan, lambda: train_job(part, out=out, resume=resume))[0]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from allfuse.base.tensors import map_nest
 from allfuse.roles.messages import Save
 from allfuse.roles.wrapping import unwrap, wrap
 from allfuse.store.tree import pack, unpack
@@ -179,8 +180,9 @@ class Assembly:
         if not self.leads:
             self._send(state)
             return {}
-        states = [state, *(self._receive(rank) for rank in range(1, self.mates.size))]
-        return join_states(states)
+        live = {kind: state[kind] for kind in ("optimizers", "fusions", "rounds")}
+        own = {**state, **map_nest(lambda leaf: leaf, live)}  # of which parts are replaced
+        return join_states([own, *(self._receive(rank) for rank in range(1, self.mates.size))])
 
     def _send(self, state: dict[str, Any]) -> None:
         messages = wrap(*pack(state), sequence=0, done=0, score=None)
