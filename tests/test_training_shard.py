@@ -13,9 +13,9 @@ import pytest
 import torch
 from test_training_split import CASES, Case, alone, assert_near, classes, figures, recorded
 from torch import Tensor, nn
-from training_cases import TIGHT, assert_equal, train, under
+from training_cases import TIGHT, Recorded, assert_equal, session, train, under
 
-from allfuse.base.errors import PeerLost, PlanError, WorkerFailed
+from allfuse.base.errors import PeerLost, PlanError, UserError, WorkerFailed
 from allfuse.job import Stop
 from allfuse.launcher.local import launch_local
 from allfuse.launcher.thread import launch_threads
@@ -245,3 +245,32 @@ def test_a_disk_that_is_full_leaves_no_rank_waiting(
     results = under("shard(2)", lambda: train_job(CASES["mlp"].job(), out=out).steps)
     assert results == [20, 20]
     assert not (out / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("plan", ["data(2)", "shard(2)", "tensor(2)"])
+def test_a_loop_of_its_own_steps_with_the_gradient_of_the_whole_model(plan: str) -> None:
+    case = CASES["mlp"]
+    made = case.job()
+
+    def work() -> list[tuple[float, float]]:
+        with session(clip=0.5) as s:
+            s.stepper.always_norm = True
+            model = s.model(made.model, forward=lambda m, batch: m(batch[0]))
+            optimizer = s.optimizer(made.optimizer(model.parameters()))
+            events = Recorded()
+            events.attach(s)
+            for batch in s.batches(made.train, 7, steps=20):
+                s.backward(classes(model(batch[0]), batch))
+                optimizer.step()
+                optimizer.zero_grad()
+        return figures(events)
+
+    for found in under(plan, work):
+        torch.testing.assert_close(found, alone("mlp")[1], **TIGHT)
+
+
+def test_an_optimizer_that_looks_at_whole_matrices_is_refused() -> None:
+    """It would see rows."""
+    made = CASES["mlp"].job(optimizer=lambda parameters: torch.optim.Adafactor(parameters))
+    with pytest.raises(UserError, match="Adafactor"):
+        train(made, "shard(2)")

@@ -117,6 +117,7 @@ class Parted(Whole):
             slice_model(model, cuts, self.slice)
         if self.shard.size > 1:
             choices["shard"] = self._shard(model, runs[0][1], request, autocast)
+            self.sliced = frozenset(name for name, _ in model.named_parameters())
         for name, tensor in tensors_of(model).items():
             rows = self.shard.size if isinstance(tensor, nn.Parameter) else 1
             pieces = tuple(
