@@ -373,3 +373,21 @@ def test_weights_that_the_forward_pass_changes_stay_whole_and_say_so(how: str) -
     assert not plan.regions
     if how == "data":
         assert plan.whole["0"] == "0 changes it in place"
+
+
+def test_sizes_that_are_those_of_whole_values_too_keep_a_region_whole() -> None:
+    """Arguments are corrected by what they say: a module must not say the same of both."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.view(-1, 4, 4).flip(1).reshape(5, 16)
+            result: Tensor = self.down(self.up(x).view(-1, 4, 4).mul(2).reshape(5, 16))
+            return result
+
+    plan = assert_slices_equal_the_whole(Both().double(), run_on(5, 16), 2)
+    assert not plan.regions
+    assert "view in the model is called with the same sizes" in plan.reasons["down"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from allfuse.base.errors import UserError
-from allfuse.split.record import Call, Recording, draws
+from allfuse.split.record import Call, Recording, argument_leaves, draws
 from allfuse.split.tensor.cut import Cut, Passing, Size
 from allfuse.split.tensor.maps import Map, find_map
 
@@ -93,7 +93,7 @@ class Region:
     cuts: dict[str, Cut] = field(default_factory=dict)
     values: dict[int, Cut] = field(default_factory=dict)
     partial: set[str] = field(default_factory=set)
-    sizes: list[tuple[str, tuple[str, int, Size]]] = field(default_factory=list)
+    sizes: list[tuple[Call, int, Size]] = field(default_factory=list)
     random: set[int] = field(default_factory=set)
 
 
@@ -128,7 +128,7 @@ class Search:
                     regions.append(region)
                     ends = [*region.columns, *region.rows]
                     self._taken |= {end.call.index for end, _ in ends}
-        for region in self._agreeing(regions):
+        for region in self._telling_apart(self._agreeing(regions)):
             self._accept(region)
         self._cut_alone()
         self._note_draws()
@@ -303,7 +303,7 @@ class Search:
         region.cuts |= {names[number]: cut for number, cut in passed.parameters.items()}
         region.partial |= {names[i] for i in passed.whole if i in self.recording.parameters}
         for place, size in passed.sizes.items():
-            region.sizes.append((call.module, (call.name, place, size)))
+            region.sizes.append((call, place, size))
         if draws(call.function):
             region.random.add(call.index)
         outputs = zip(call.outputs, passed.outputs, strict=True)
@@ -341,6 +341,37 @@ class Search:
                         )
             regions = kept
 
+    def _telling_apart(self, regions: list[Region]) -> list[Region]:
+        """Regions whose sizes are seen in calls of theirs alone: arguments are corrected by the
+        module, the function and what they say."""
+        calls: dict[tuple[str, str], list[Call]] = {}
+        for call in self.recording.calls:
+            calls.setdefault((call.module, call.name), []).append(call)
+        while True:
+            known = {(c.index, place) for region in regions for c, place, _ in region.sizes}
+            kept = []
+            for region in regions:
+                other = next(
+                    (
+                        other
+                        for call, place, size in region.sizes
+                        for other in calls[call.module, call.name]
+                        if (other.index, place) not in known and _says(other, place, size.whole)
+                    ),
+                    None,
+                )
+                if other is None:
+                    kept.append(region)
+                    continue
+                for each, _ in [*region.columns, *region.rows]:
+                    self._why[each.call.index] = (
+                        f"{_said(other)} is called with the same sizes for what is cut and for "
+                        "what is not"
+                    )
+            if len(kept) == len(regions):
+                return regions
+            regions = kept
+
     def _accept(self, region: Region) -> None:
         plan = self.plan
         for each, cut in region.columns:
@@ -355,8 +386,8 @@ class Search:
         plan.values |= region.values
         plan.partial |= region.partial
         self._drawing |= region.random
-        for module, size in region.sizes:
-            plan.sizes.setdefault(module, set()).add(size)
+        for call, place, size in region.sizes:
+            plan.sizes.setdefault(call.module, set()).add((call.name, place, size))
         names = tuple(each.weight for each, _ in region.columns)
         plan.regions.append((names, tuple(each.weight for each, _ in region.rows)))
 
@@ -449,6 +480,12 @@ def _owner(parameter: str) -> str:
 def _names(region: Region) -> set[str]:
     weights = {each.weight for each, _ in [*region.columns, *region.rows]}
     return weights | set(region.cuts) | region.partial
+
+
+def _says(call: Call, place: int, size: int) -> bool:
+    """Whether an argument of a call is a number."""
+    given = argument_leaves(call.arguments)
+    return place < len(given) and type(given[place]) is int and given[place] == size
 
 
 def _said(call: Call) -> str:
