@@ -274,3 +274,8 @@ def test_an_optimizer_that_looks_at_whole_matrices_is_refused() -> None:
     made = CASES["mlp"].job(optimizer=lambda parameters: torch.optim.Adafactor(parameters))
     with pytest.raises(UserError, match="Adafactor"):
         train(made, "shard(2)")
+
+
+def test_a_compiled_model_is_refused() -> None:
+    with pytest.raises(PlanError, match=r"shard\(2\): compile=True.*shards meet.*data\(2\)"):
+        train(CASES["mlp"].job(compile=True), "shard(2)")

@@ -88,14 +88,15 @@ def cut_model(s: Session, source: Source | Stream, batch_size: int | None) -> No
             f"it cuts a model, and the session has {len(s.models)}",
             f"data({s.plan.workers})",
         )
-    axis = s.plan.axis("tensor")
-    if s.settings.compile and axis is not None and axis.n > 1:
-        raise PlanError(
-            str(axis),
-            "compile=True makes one program of a model, and its slices meet within it; allowed: "
-            "compile=False",
-            f"data({s.plan.workers})",
-        )
+    for name, parts in (("tensor", "slices"), ("shard", "shards")):
+        axis = s.plan.axis(name)
+        if s.settings.compile and axis is not None and axis.n > 1:
+            raise PlanError(
+                str(axis),
+                f"compile=True makes one program of a model, and its {parts} meet within it; "
+                "allowed: compile=False",
+                f"data({s.plan.workers})",
+            )
     (model,), (forward,), (request,) = s.models.values(), s.forwards, s.requests
     runs = runs_on(s.plan, source, forward, s.device)
     request = replace(request, recompute=s.settings.recompute)
