@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from allfuse.base.errors import UserError
-from allfuse.split.record import Call, Recording, argument_leaves, draws
+from allfuse.split.record import Call, Recording, draws
+from allfuse.split.tensor.agree import agreeing, edited, said, telling_apart
 from allfuse.split.tensor.cut import Cut, Passing, Size
 from allfuse.split.tensor.maps import Map, find_map
 
@@ -25,10 +26,6 @@ PACKED = (3, 2)
 LEAST_SHARE = 0.02
 """Of all parameters, which a map that stands alone must hold to be cut: its outputs have to be
 gathered, and so pay less."""
-
-
-VIEWS = ("__get__", "detach", "view", "reshape", "t", "transpose", "permute", "__getitem__")
-"""Functions of torch, by name, that give other sights of a tensor's memory; `__get__` is .data."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,7 @@ class Search:
         self, recording: Recording, n: int, keep: Mapping[str, str], also: Collection[str] = ()
     ) -> None:
         self.recording, self.n, self.also = recording, n, also
-        self.keep = {**_edited(recording), **keep}
+        self.keep = {**edited(recording), **keep}
         self.passing = Passing(recording, n)
         found = [find_map(recording, call) for call in recording.calls]
         self.maps = {each.call.index: each for each in found if each is not None}
@@ -128,7 +125,9 @@ class Search:
                     regions.append(region)
                     ends = [*region.columns, *region.rows]
                     self._taken |= {end.call.index for end, _ in ends}
-        for region in self._telling_apart(self._agreeing(regions)):
+        for region in telling_apart(
+            agreeing(regions, self.maps, self._why), self.recording, self._why
+        ):
             self._accept(region)
         self._cut_alone()
         self._note_draws()
@@ -288,7 +287,7 @@ class Search:
         names = self.recording.parameters | self.recording.buffers
         for number in call.inputs:
             if number in self.learned and number not in mine and number not in names:
-                reason = f"{_said(call)} takes a value beside it that is learned and not cut"
+                reason = f"{said(call)} takes a value beside it that is learned and not cut"
                 raise NoCut(reason, call.index)
         passed = self.passing.through(call, mine)
         if passed is None:
@@ -296,7 +295,7 @@ class Search:
             uneven = [cut for cut in mine.values() if not cut.is_even(self.n)]
             sizes = " + ".join(map(str, uneven[0].parts)) if uneven else ""
             why = f", whose {sizes} are not divisible by {self.n}" if uneven else ""
-            raise NoCut(f"{_said(call)} mixes the channels{why}, to shape {shapes}", call.index)
+            raise NoCut(f"{said(call)} mixes the channels{why}, to shape {shapes}", call.index)
         for number in passed.parameters:
             if names[number] in self.keep:
                 raise NoCut(f"{_owner(names[number])} stays whole", call.index)
@@ -308,69 +307,6 @@ class Search:
             region.random.add(call.index)
         outputs = zip(call.outputs, passed.outputs, strict=True)
         return {number: cut for number, cut in outputs if cut is not None}
-
-    def _agreeing(self, regions: list[Region]) -> list[Region]:
-        """Regions whose weights are cut in one way wherever they are used."""
-        calls: dict[str, list[int]] = {}
-        for index, each in self.maps.items():
-            calls.setdefault(each.weight, []).append(index)
-        while True:
-            used: dict[str, dict[int, Cut]] = {}
-            along: dict[str, set[Cut | None]] = {}
-            for region in regions:
-                for each, cut in [*region.columns, *region.rows]:
-                    used.setdefault(each.weight, {})[each.call.index] = cut
-                for name, cut in region.cuts.items():
-                    along.setdefault(name, set()).add(cut)
-                for name in region.partial:
-                    along.setdefault(name, set()).add(None)
-            bad = {
-                name
-                for name, cuts in used.items()
-                if len(set(cuts.values())) > 1 or set(cuts) != set(calls[name])
-            }
-            bad |= {name for name, cuts in along.items() if len(cuts) > 1 or name in used}
-            kept = [region for region in regions if not bad.intersection(_names(region))]
-            if len(kept) == len(regions):
-                return regions
-            for region in regions:
-                if region not in kept:
-                    for each, _ in [*region.columns, *region.rows]:
-                        self._why[each.call.index] = (
-                            "a weight of it is used in several places, which cannot all be cut"
-                        )
-            regions = kept
-
-    def _telling_apart(self, regions: list[Region]) -> list[Region]:
-        """Regions whose sizes are seen in calls of theirs alone: arguments are corrected by the
-        module, the function and what they say."""
-        calls: dict[tuple[str, str], list[Call]] = {}
-        for call in self.recording.calls:
-            calls.setdefault((call.module, call.name), []).append(call)
-        while True:
-            known = {(c.index, place) for region in regions for c, place, _ in region.sizes}
-            kept = []
-            for region in regions:
-                other = next(
-                    (
-                        other
-                        for call, place, size in region.sizes
-                        for other in calls[call.module, call.name]
-                        if (other.index, place) not in known and _says(other, place, size.whole)
-                    ),
-                    None,
-                )
-                if other is None:
-                    kept.append(region)
-                    continue
-                for each, _ in [*region.columns, *region.rows]:
-                    self._why[each.call.index] = (
-                        f"{_said(other)} is called with the same sizes for what is cut and for "
-                        "what is not"
-                    )
-            if len(kept) == len(regions):
-                return regions
-            regions = kept
 
     def _accept(self, region: Region) -> None:
         plan = self.plan
@@ -459,37 +395,9 @@ def find_cuts(
     return found
 
 
-def _edited(recording: Recording) -> dict[str, str]:
-    """Parameters that the forward pass changes in place, which it would do to a piece alone."""
-    same = dict(recording.parameters)  # values that share memory with parameters
-    found: dict[str, str] = {}
-    for call in recording.calls:
-        held = same.get(call.inputs[0]) if call.inputs else None
-        if held is not None and (call.in_place or call.name in VIEWS):
-            same |= dict.fromkeys(call.outputs, held)
-            if call.in_place:
-                found[held] = f"{call.module or 'the model'} changes it in place"
-    return found
-
-
 def _owner(parameter: str) -> str:
     """The module that holds a parameter."""
     return parameter.rpartition(".")[0] or "the model"
-
-
-def _names(region: Region) -> set[str]:
-    weights = {each.weight for each, _ in [*region.columns, *region.rows]}
-    return weights | set(region.cuts) | region.partial
-
-
-def _says(call: Call, place: int, size: int) -> bool:
-    """Whether an argument of a call is a number."""
-    given = argument_leaves(call.arguments)
-    return place < len(given) and type(given[place]) is int and given[place] == size
-
-
-def _said(call: Call) -> str:
-    return f"{call.name.strip('_')} in {call.module or 'the model'}"
 
 
 def _count(shape: tuple[int, ...]) -> int:
