@@ -81,7 +81,7 @@ def made_job(name: str) -> Job:
 @pytest.mark.parametrize("name", ["Llama", "GPT2", "Bert", "ViT"])
 def test_models_of_transformers_learn_cut_what_they_learn_whole(name: str) -> None:
     whole, told = recorded(made_job(name), "data(1)")
-    for plan in ("tensor(2)", "data(2) * tensor(2)"):
+    for plan in ("tensor(2)", "data(2) * tensor(2)", "shard(3)"):
         cut, events = recorded(made_job(name), plan)
         assert_near(cut[0].weights, whole[0].weights)
         assert len(figures(events[0])) == 20
