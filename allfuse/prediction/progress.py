@@ -24,6 +24,10 @@ class Progress:
         self._on_event = on_event
         self._told = self.began
 
+    def begin(self) -> None:
+        """Scoring begins now: reading the run, and cutting its model, do not count."""
+        self.began = self._told = time.monotonic()
+
     @property
     def rows(self) -> int:
         return sum(self.shares)

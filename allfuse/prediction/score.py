@@ -149,6 +149,7 @@ class Scoring:
 
     def run(self) -> Summary:
         """Score until the file ends, then give the output its name."""
+        self.progress.begin()
         texts: list[bytes] = []
         while True:
             statuses, text = self.agreement.together(functools.partial(self._turn, texts))
