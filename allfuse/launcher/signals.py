@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-
 ONCE_S = 0.5
-"""Two SIGTERMs so close together are one: `timeout` sends one to the process and one to its group."""
+"""Two SIGTERMs so close together are one: `timeout` sends one to the process, one to its group."""
 
 
 def catch_signals(stop: Callable[[], None]) -> Callable[[], None]:
