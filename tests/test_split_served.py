@@ -11,11 +11,14 @@ import pytest
 import torch
 from crews import run_crew, train_crew, train_crew_into
 from test_training_split import CASES, assert_near
+from torch import nn
 from training_cases import under
 
 from allfuse.base.errors import AllfuseError
 from allfuse.job import Job, Stop
+from allfuse.store.checkpoint import Checkpoints
 from allfuse.store.tensorfile import read_tensors
+from allfuse.training.assembly import Assembly
 from allfuse.training.loop import Result, train_job
 from allfuse.training.session import Session
 from allfuse.verify import Report, verify_job
@@ -30,7 +33,7 @@ def heavy(parameters: Any) -> torch.optim.Optimizer:
 
 def made(name: str = "mlp", **changes: Any) -> Job:
     case = CASES[name]
-    return case.job(optimizer=heavy, stop=Stop(steps=STEPS), **changes)
+    return case.job(**{"optimizer": heavy, "stop": Stop(steps=STEPS), **changes})
 
 
 def alone(job: Job) -> Result:
@@ -172,3 +175,49 @@ def test_all_ranks_of_a_group_know_what_others_measured(split: str) -> None:
         del each["seconds"]
     groups = {json.dumps(each, sort_keys=True): known.count(each) for each in known}
     assert all(count % 2 == 0 for count in groups.values()), groups
+
+
+def test_frozen_weights_and_counters_of_cut_models_are_in_the_checkpoint(tmp_path: Path) -> None:
+    """Servers hold neither."""
+
+    def build() -> nn.Module:
+        model = nn.Sequential(
+            nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 12), nn.BatchNorm1d(12), nn.Linear(12, 4)
+        )
+        model[0].weight.requires_grad_(False)
+        return model.double()
+
+    def job(steps: int) -> Job:
+        return made(model=build, batch_statistics="local", save_every=4, stop=Stop(steps=steps))
+
+    out = tmp_path / "run"
+    plan = "site(1, every=2, sync=asp) * data(2) * tensor(2)"
+    train_crew_into(out, job(4), plan)
+    state = Checkpoints(out / "checkpoints").read(4)[0]
+    whole = build().state_dict()
+    held = state["models"]["model"]
+    assert {n: v.shape for n, v in held.items()} == {n: v.shape for n, v in whole.items()}
+    assert int(held["3.num_batches_tracked"]) == 4
+    assert state["pieces"] == {}
+    resumed = under("data(2)", lambda: train_job(job(8), out=out, resume=True))[0]
+    at_once = under("data(2)", lambda: train_job(job(8)))[0]
+    for name in ("0.weight", "4.weight", "3.running_mean", "3.num_batches_tracked"):
+        torch.testing.assert_close(resumed.weights[name], at_once.weights[name], msg=name)
+
+
+def test_groups_that_gossip_gather_their_weights_only_where_they_are_mixed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gathered: list[int] = []
+    gather = Assembly.gather
+
+    def counted(self: Assembly, *about: Any) -> Any:
+        gathered.append(1)
+        return gather(self, *about)
+
+    monkeypatch.setattr(Assembly, "gather", counted)
+    plan = "site(2, every=12, topology=gossip, sync=asp) * tensor(2)"
+    told = train_crew(made(stop=Stop(steps=48)), plan)
+    assert told.result.steps == 48
+    of_each_rank = len(gathered) / 4
+    assert of_each_rank < 48 / 2

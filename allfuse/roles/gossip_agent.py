@@ -45,11 +45,20 @@ class GossipAgent(Agent):
     def _gossiper(self) -> Gossiper:
         return cast(Gossiper, self._open_client)
 
+    def look(self) -> bool:
+        """Take in what has come; whether there is anybody to meet. If not, a step is done."""
+        with self._lock:
+            gossiper = self._gossiper
+            self._work(0.0)
+            is_to_meet = gossiper.is_to_meet
+            if not is_to_meet:
+                gossiper.pass_by()
+            return is_to_meet
+
     def meet(self) -> int:
         """A step is done: mix with those who wait. How often its weights were changed by now."""
         with self._lock:
             gossiper = self._gossiper
-            self._work(0.0)
             self._send(gossiper.meet(time.monotonic()))
             return gossiper.changes
 

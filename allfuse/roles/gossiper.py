@@ -171,6 +171,17 @@ class Gossiper:
         self.diary.begin(lease.lease)
         return lease
 
+    @property
+    def is_to_meet(self) -> bool:
+        """Whether a meeting now would read the weights, or change them."""
+        waits = not self.visitor.is_offering and bool(self.host.held(OFFER))
+        offers = self._wants_offer and self.visitor.question is None
+        return self.visitor.has_landed or bool(self.host.held(COPY)) or waits or offers
+
+    def pass_by(self) -> None:
+        """A step of the lease is done, and there is nobody to meet."""
+        self.diary.steps += 1
+
     def meet(self, now_s: float) -> list[Mail]:
         """A step of the lease is done: mix with others."""
         self.diary.steps += 1

@@ -133,6 +133,12 @@ class Visitor:
             return own
         return self._given_up.get((place, number))
 
+    @property
+    def has_landed(self) -> bool:
+        """Whether an answer is here."""
+        own = [] if self.question is None else [self.question]
+        return any(each.incoming.is_whole for each in (*own, *self._given_up.values()))
+
     def landed(self) -> list[Question]:
         """Those whose answers are here, which are no longer out."""
         found = [each for each in self._given_up.values() if each.incoming.is_whole]

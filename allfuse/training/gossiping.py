@@ -134,17 +134,27 @@ class Gossiping(Apart):
     def count(self, step: Step) -> None:
         super().count(step)
         agent, changes = self._gossip_agent, self._changes
-        self._collect()
-        if agent is not None:
+        meets = agent is not None and agent.look()
+        if self._assembly is not None:
+            meets = bool(self._told(int(meets), "tell whether the group is to mix"))
+            if meets:
+                self._collect()
+        if agent is not None and meets:
             changes = agent.meet()
-        link = self.place.everyone
-        if link.size > 1:
-            told = torch.tensor([changes], device=self.place.device)
-            link.broadcast(told, "tell whether the group has mixed").wait()
-            changes = int(told.item())
+        if meets or self._assembly is None:
+            changes = self._told(changes, "tell whether the group has mixed")
         if changes != self._changes:
             self._changes = changes
             self._spread()
+
+    def _told(self, number: int, operation: str) -> int:
+        """The number that rank 0 of the group has."""
+        link = self.place.everyone
+        if link.size == 1:
+            return number
+        told = torch.tensor([number], device=self.place.device)
+        link.broadcast(told, operation).wait()
+        return int(told.item())
 
     def _next(self) -> None:
         """The next lease, on all ranks of the group, and the weights as they are by then."""
