@@ -39,15 +39,12 @@ from allfuse.base.errors import PlanError, UserError
 from allfuse.job import check_whole
 from allfuse.plan import Site
 from allfuse.roles.agent import Agent
-from allfuse.roles.cutting import view_all
 from allfuse.roles.messages import Join, Lease
 from allfuse.roles.replica import Replica
 from allfuse.roles.rotation import ALL
 from allfuse.roles.terms import terms_of
-from allfuse.split.parted import Parted
 from allfuse.store.run import RunFolder, is_run
-from allfuse.training.assembly import Assembly
-from allfuse.training.holdings import held_tensors, make_blueprint
+from allfuse.training.holdings import Holdings, make_blueprint
 from allfuse.training.keeper import decide_resume
 from allfuse.training.leased import LeasedCourse
 from allfuse.training.outflow import Outflow
@@ -59,8 +56,7 @@ if TYPE_CHECKING:
 
     from allfuse.base.events import Bus, Event
     from allfuse.launcher.crewmate import Crewmate
-    from allfuse.roles.blueprint import Blueprint, Pushed
-    from allfuse.roles.cutting import Block
+    from allfuse.roles.blueprint import Blueprint
     from allfuse.split.base import Split
     from allfuse.training.learner import Learner
     from allfuse.training.place import Place
@@ -114,8 +110,6 @@ class Apart:
         self._limit: int | None = None
         self._is_handed_in = False
         self._outflow: Outflow | None = None
-        self._assembly: Assembly | None = None  # where ranks share the model
-        self._own: dict[str, Tensor] = {}  # what this rank has of the tensors that servers hold
         self.prepare: Callable[[Lease], None] = lambda lease: None
         self._saved: int | None = None
         self._is_scored = False
@@ -167,8 +161,8 @@ class Apart:
             before()
             if self._outflow is not None:
                 self._outflow.rest()
-            elif self._assembly is not None:
-                self._push_pieces(learner)
+            elif self.holdings.is_cut:
+                self._push_pieces()
             after()
 
         vars(learner.optimizer)["step"] = types.MethodType(push, learner.optimizer)
@@ -207,7 +201,6 @@ class Apart:
         learner = state.learners[0]
         self.facts["parameters"] = names_of(learner, state.names())
         self._blueprint = make_blueprint(self.outer, state, learner, in_step=self.terms.in_step)
-        self._names = [held.name for held in self._blueprint.tensors]
 
     def begin(
         self, state: State, split: Split, *, steps_per_epoch: int, steps: int | None,
@@ -226,7 +219,8 @@ class Apart:
         resumes = decide_resume(self.facts.get("resume", False), out)
         if out is not None and resumes and is_run(out):
             restore(state, learner, Path(out), inner, split.pieces())
-        held = self._take_own(state, split)
+        self.holdings = Holdings(self.place, state, blueprint, split)
+        held = self.holdings.first_values()
         unsaved = unsaved_buffers(state, held) if resumes else {}
         self.facts["unsaved"] = list(unsaved)
         if self._agent is not None:
@@ -246,34 +240,17 @@ class Apart:
             client = self._agent.join(join, blueprint, self.terms.servers, self.place.device)
             client.own_share = OWN_SHARE if self._delay else 0.0
             self.replica = client.replica
-        elif self._assembly is None:
+        elif not self.holdings.is_cut:
             self.replica = Replica(blueprint, self.terms.servers, self.place.device)
         if self.replica is not None:
             self.replica.load(held)
-        if self._assembly is None and self.replica is not None:
-            for name, tensor in held.items():
-                tensor.data = self.replica.tensors[name]
-        self._part = WorkerPart(state, learner, self._common, inner)
+            self.holdings.lay(self.replica.tensors)
+        self._part = WorkerPart(state, learner, self.holdings.whole, inner)
         if self.pushes_gradients:
             self._options = lambda: blueprint.changed_options(learner.optimizer)
         elif self._fragments > 1:
             self._options = lambda: self._options_of_change(blueprint)
         self._next()
-
-    @property
-    def _common(self) -> Mapping[str, Tensor]:
-        """What is held in common, whole: to work on where models are whole, and on rank 0."""
-        return {} if self.replica is None else self.replica.tensors
-
-    def _take_own(self, state: State, split: Split) -> dict[str, Tensor]:
-        """What is held in common; where ranks share the model, on the first rank of the group."""
-        own = held_tensors(state, state.learners[0])
-        if not isinstance(split, Parted):
-            return own
-        self._assembly, self._own = Assembly(self.place, split.held), own
-        self._note_weights = state.learners[0].note_weights
-        parts = self._assembly.gather(own, self._names)
-        return {name: value for part in parts for name, value in part.items()}
 
     def _options_of_change(self, blueprint: Blueprint) -> list[dict[str, Any]]:
         """Those of the servers' step by what the last update of a site brings: a fragment that is
@@ -316,7 +293,7 @@ class Apart:
         if self._outflow is not None:
             self._outflow.forget()
         assert self.lease is not None
-        self._collect(self.lease.fragment)
+        self.holdings.collect(self.lease.fragment)
         if self._agent is not None:
             self._agent.finish(
                 self._options(),
@@ -338,36 +315,17 @@ class Apart:
         assert self._agent is not None
         self._agent.push(gradients, self._options(), scale)
 
-    def _push_pieces(self, learner: Learner) -> None:
+    def _push_pieces(self) -> None:
         """Gradients of which the ranks of a replica have pieces."""
-        assert self._assembly is not None
-        gradients = {name: parameter.grad for name, parameter in learner.named().items()}
-        names = [name for block in self._blocks("gradient") for name in block.names]
-        for whole in self._assembly.gather(gradients, reversed(names)):
+        for part in self.holdings.gradients():
             if self._agent is not None:
-                self._push(whole, 1.0)
-
-    @torch.no_grad()
-    def _collect(self, fragment: int = ALL) -> None:
-        """Bring to rank 0 what ranks that share the model have made of what their changes are of:
-        of a fragment, or of all."""
-        if self._assembly is None:
-            return
-        blocks = [b for b in self._blocks("change") if fragment in (ALL, b.fragment)]
-        names = [name for block in blocks for name in block.names]
-        for whole in self._assembly.gather(self._own, names):
-            for name, value in whole.items():
-                self._common[name].copy_(value)
-
-    def _blocks(self, pushed: Pushed) -> list[Block]:
-        blueprint = self._blueprint
-        return [b for b in blueprint.blocks if blueprint.groups[b.group].pushed == pushed]
+                self._push(part, 1.0)
 
     def _next(self) -> None:
         """The next lease and its weights, on all ranks of the group."""
         before = self.lease
         if before is not None and self._has_others:
-            self._collect()  # what has been learned since the update was handed in
+            self.holdings.collect()  # what has been learned since the update was handed in
         if self._agent is not None:
             self._agent.step = 0 if self.lease is None else self.lease.done
             work = self._agent.next_work()
@@ -376,23 +334,8 @@ class Apart:
             self.lease = self._agent.next_lease()
         self.lease = self._shared(self.lease)
         self._begin_lease(before)
-        self._spread()
-
-    def _spread(self) -> None:
-        """What rank 0 of the group has to train with, on all of its ranks."""
-        if self._assembly is not None:
-            self._scatter(self._common)
-            return
-        assert self.replica is not None
-        for flat in self.replica.live:
-            if self.place.replicas.size > 1 and flat.numel():
-                self.place.replicas.broadcast(flat, "spread the weights of a lease").wait()
-
-    def _scatter(self, weights: Mapping[str, Tensor]) -> None:
-        """Whole weights that rank 0 has, to ranks that share the model."""
-        assert self._assembly is not None
-        self._assembly.scatter(weights, self._own, self._names)
-        self._note_weights()
+        flats = [] if self.replica is None else self.replica.live
+        self.holdings.spread(flats, "spread the weights of a lease")
 
     def _begin_lease(self, before: Lease | None) -> None:
         assert self.lease is not None
@@ -412,45 +355,16 @@ class Apart:
     def as_sent(self) -> Iterator[None]:
         """The weights as the servers sent them last, for a moment, where a site has others: not
         while new ones come in."""
-        replica, link = self.replica, self.place.replicas
         if not self._has_others or self.lease is None or self.is_over or self._is_handed_in:
             yield
             return
-        if self._assembly is not None:
-            with self._assembled_as_sent():
-                yield
-            return
-        assert replica is not None
-        own = [flat.clone() for flat in replica.live]
-        replica.show()
-        for flat in replica.live:
-            if link.size > 1 and flat.numel():
-                link.broadcast(flat, "spread the weights as they were sent").wait()
-        try:
+        with self.holdings.shown(self.replica):
             yield
-        finally:
-            for flat, kept in zip(replica.live, own, strict=True):
-                flat.copy_(kept)
 
     @property
     def _has_others(self) -> bool:
         """Whether a site has other weights than the servers sent last, and keeps some of them."""
         return self._delay > 0 or self._fragments > 1
-
-    @contextlib.contextmanager
-    def _assembled_as_sent(self) -> Iterator[None]:
-        """`as_sent` where ranks share the model."""
-        own = {name: tensor.detach().clone() for name, tensor in self._own.items()}
-        replica = self.replica
-        sent = {} if replica is None else view_all(self._blueprint.blocks, replica.sent)
-        self._scatter(sent)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, tensor in self._own.items():
-                    tensor.detach().copy_(own[name])
-            self._note_weights()
 
     def _shared(self, lease: Lease | None) -> Lease:
         """The lease that rank 0 of the group has."""
@@ -521,24 +435,17 @@ class Apart:
         lease, has_folder = self.lease, bool(self.facts.get("out") or self.export_to)
         if lease is None or lease.sequence < 0 or not has_folder:
             return
-        if self._agent is None and self._assembly is None:
+        if self._agent is None and not self.holdings.is_cut:
             return
         is_scored = score is not None
         if lease.lease != self._saved or (lease.lease < 0 and is_scored > self._is_scored):
             self._saved, self._is_scored = lease.lease, is_scored
-            state = self._captured()
+            state = self.holdings.state(self._part, self.capture())
             if self._agent is not None:
                 messages = self._part.hand_in(
                     state, sequence=lease.sequence, done=lease.done, score=score
                 )
                 self._agent.save(messages)
-
-    def _captured(self) -> dict[str, Any]:
-        """The state of the session; where ranks share the model on rank 0, whole."""
-        state = self.capture()
-        if self._assembly is None:
-            return state
-        return self._part.join(self._assembly, state, set(self._names), self._common)
 
     def note(self, name: str, state: dict[str, Any]) -> None:
         """Hand a state on to the group that needs it next."""

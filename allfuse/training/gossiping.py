@@ -35,6 +35,7 @@ from allfuse.roles.parcels import Flats
 from allfuse.store.run import is_run
 from allfuse.topology.gossip import Gossip
 from allfuse.training.apart import Apart
+from allfuse.training.holdings import Holdings
 from allfuse.training.keeper import decide_resume
 from allfuse.training.worker_part import WorkerPart, restore
 
@@ -85,7 +86,8 @@ class Gossiping(Apart):
         resumes = decide_resume(self.facts.get("resume", False), out)
         if out is not None and resumes and is_run(out):
             restore(state, learner, Path(out), True, split.pieces())
-        held = self._take_own(state, split)
+        self.holdings = Holdings(self.place, state, blueprint, split)
+        held = self.holdings.first_values()
         self._lay(held)
         self._part = WorkerPart(state, learner, {}, inner=True)
         agent = self._gossip_agent
@@ -121,13 +123,7 @@ class Gossiping(Apart):
         self.flats = [torch.empty(b.elements, dtype=b.dtype, device=device) for b in blocks]
         self.tensors = view_all(blocks, self.flats)
         foreach_copy(list(self.tensors.values()), [held[name] for name in self.tensors])
-        if self._assembly is None:
-            for name, tensor in held.items():
-                tensor.data = self.tensors[name]
-
-    @property
-    def _common(self) -> Mapping[str, Tensor]:
-        return self.tensors
+        self.holdings.lay(self.tensors)
 
     # From step to step.
 
@@ -135,13 +131,13 @@ class Gossiping(Apart):
         super().count(step)
         agent, changes = self._gossip_agent, self._changes
         meets = agent is not None and agent.look()
-        if self._assembly is not None:
+        if self.holdings.is_cut:
             meets = bool(self._told(int(meets), "tell whether the group is to mix"))
             if meets:
-                self._collect()
+                self.holdings.collect()
         if agent is not None and meets:
             changes = agent.meet()
-        if meets or self._assembly is None:
+        if meets or not self.holdings.is_cut:
             changes = self._told(changes, "tell whether the group has mixed")
         if changes != self._changes:
             self._changes = changes
@@ -170,12 +166,7 @@ class Gossiping(Apart):
 
     def _spread(self) -> None:
         """What rank 0 of the group has, on all of its ranks."""
-        if self._assembly is not None:
-            self._scatter(self._common)
-            return
-        for flat in self.flats:
-            if self.place.replicas.size > 1 and flat.numel():
-                self.place.replicas.broadcast(flat, "spread the weights of a group").wait()
+        self.holdings.spread(self.flats, "spread the weights of a group")
 
     def how_to_go_on(self) -> str:
         return super().how_to_go_on().replace("what the servers held", "the mean of all weights")
