@@ -396,15 +396,16 @@ def test_the_environment_of_torchrun_is_read_with_care(monkeypatch: pytest.Monke
     assert environment_number("LOCAL_RANK_THAT_IS_NOT_SET", 5) == 5
 
 
-def test_two_sigterms_at_once_ask_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_two_signals_at_once_ask_once(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     asked: list[None] = []
     give_back = catch_signals(lambda: asked.append(None))
     try:
         for _ in range(2):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         assert len(asked) == 1
-        monkeypatch.setattr("allfuse.launcher.signals.ONCE_S", 0.0)
-        os.kill(os.getpid(), signal.SIGTERM)
+        monkeypatch.setattr("allfuse.launcher.signals.ONCE_S", -1.0)
+        os.kill(os.getpid(), number)
         assert len(asked) == 2
     finally:
         give_back()

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from allfuse.launcher.signals import ONCE_S
+
 PREAMBLE = """
 import ctypes, os, signal, subprocess, sys, threading, time
 from pathlib import Path
@@ -227,6 +229,7 @@ def test_a_second_ctrl_c_kills_at_once_with_all_that_was_started(
     script.wait_for("ready 0", "ready 1")
     script.send_to_group(signal.SIGINT)
     script.wait_for("asked 0", "asked 1")
+    time.sleep(2 * ONCE_S)  # closer together they are one
     script.send_to_group(signal.SIGINT)
     code, out, err = script.end()
     assert (code, out) == (130, "Interrupted: interrupted; the workers were killed\n")

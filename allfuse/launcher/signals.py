@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import signal
 import socket
 import threading
@@ -12,8 +11,9 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-ONCE_S = 0.5
-"""Two SIGTERMs so close together are one: `timeout` sends one to the process, one to its group."""
+ONCE_S = 0.2
+"""Two signals of one kind so close together are one: `timeout` sends one to the process, one to its
+group. That a terminal closes, both the kernel and the shell say, and is once however far apart."""
 
 
 def catch_signals(stop: Callable[[], None]) -> Callable[[], None]:
@@ -23,18 +23,13 @@ def catch_signals(stop: Callable[[], None]) -> Callable[[], None]:
     background jobs) stays ignored.
     """
     previous: dict[int, Any] = {}
-    hung_up, terminated_s = False, -math.inf
+    heard_s: dict[int, float] = {}
 
     def asked(number: int, frame: FrameType | None) -> None:
-        nonlocal hung_up, terminated_s
-        now_s = time.monotonic()
-        if number == signal.SIGHUP and hung_up:
-            return  # both the kernel and the shell say that the terminal closes: that is once
-        if number == signal.SIGTERM and now_s - terminated_s < ONCE_S:
-            return
-        hung_up |= number == signal.SIGHUP
-        terminated_s = now_s if number == signal.SIGTERM else terminated_s
-        stop()
+        now_s, before_s = time.monotonic(), heard_s.get(number)
+        heard_s[number] = now_s
+        if before_s is None or (number != signal.SIGHUP and now_s - before_s > ONCE_S):
+            stop()
 
     def give_back() -> None:
         while previous:
