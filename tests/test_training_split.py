@@ -18,6 +18,7 @@ from training_cases import TIGHT, Recorded, adam, assert_equal, job, session, tr
 from allfuse.base.errors import PlanError, UserError
 from allfuse.job import Job, Stop
 from allfuse.plan import as_plan
+from allfuse.store.run import RunFolder
 from allfuse.store.tensorfile import read_tensors
 from allfuse.training.loop import Result, train_job
 from allfuse.training.pieces import works_per_element
@@ -286,10 +287,16 @@ def test_batches_of_a_script_s_own_are_refused_while_nothing_is_cut() -> None:
         under("tensor(2)", work)
 
 
-def test_a_model_of_which_nothing_can_be_cut_is_refused_with_its_reasons() -> None:
+def test_a_model_of_which_nothing_can_be_cut_is_refused_with_its_reasons(tmp_path: Path) -> None:
     made = Case(lambda: nn.Linear(6, 4), (6,), (), 4).job()
     with pytest.raises(PlanError, match=r"tensor\(5\).*no layer of the model can be cut into 5"):
-        train(made, "tensor(5)")
+        train(made, "tensor(5)", out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_keeps_how_its_model_was_cut(tmp_path: Path) -> None:
+    train(CASES["mlp"].job(stop=Stop(steps=1)), "tensor(2)", out=tmp_path / "run")
+    assert "are cut into 2 slices" in RunFolder.open(tmp_path / "run").record["choices"]["tensor"]
 
 
 def test_all_slices_leave_out_the_step_in_which_one_overflows() -> None:

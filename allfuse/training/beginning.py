@@ -37,6 +37,8 @@ def begin(
     if s.plan.workers > 1 or s.keeper.path is not None:
         data = source.fingerprint()
         s.survival.compare(data, DATA_DIFFERS)
+    model = s.state.fingerprint()
+    cut_model(s, source, size)  # before there is a run folder: it may be refused
     if s.keeper.path is not None:
         facts = {
             "batch_size": size,
@@ -47,8 +49,7 @@ def begin(
             "threads": torch.get_num_threads(),
             **s.state.kinds(),
         }
-        s.keeper.begin(facts, {"data": data, "model": s.state.fingerprint()})
-    cut_model(s, source, size)
+        s.keeper.begin(facts, {"data": data, "model": model})
     found = s.keeper.newest(s.survival.agree)
     if found is not None:
         s._restore(found)
