@@ -12,12 +12,13 @@ import torch
 from crews import run_crew, train_crew, train_crew_into
 from test_training_split import CASES, assert_near
 from torch import nn
-from training_cases import under
+from training_cases import session, under
 
 from allfuse.base.errors import AllfuseError
 from allfuse.job import Job, Stop
 from allfuse.store.checkpoint import Checkpoints
 from allfuse.store.tensorfile import read_tensors
+from allfuse.training import assembly
 from allfuse.training.assembly import Assembly
 from allfuse.training.loop import Result, train_job
 from allfuse.training.session import Session
@@ -80,7 +81,8 @@ def test_what_is_in_step_comes_to_the_same_cut_and_whole(outer: str, split: str)
     assert measured[1] == pytest.approx(measured[0], rel=1e-9)
 
 
-def test_several_replicas_of_a_cut_model_make_up_a_site() -> None:
+def test_several_replicas_of_a_cut_model_make_up_a_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assembly, "CHUNK_BYTES", 600)  # so that tensors travel in several parts
     outer = "site(2, every=3, topology=central(servers=1)) * data(2)"
     job = made()
     whole, cut = train_crew(job, outer), train_crew(job, f"{outer} * tensor(2)")
@@ -221,3 +223,20 @@ def test_groups_that_gossip_gather_their_weights_only_where_they_are_mixed(
     assert told.result.steps == 48
     of_each_rank = len(gathered) / 4
     assert of_each_rank < 48 / 2
+
+
+def test_a_loop_of_ones_own_pushes_pieces_when_its_optimizer_steps() -> None:
+    job = made(clip=None)
+
+    def work() -> dict[str, Any]:
+        with session() as s:
+            model = s.model(job.model)
+            optimizer = s.optimizer(heavy(model.parameters()))
+            for batch in s.batches(job.train, 7, steps=STEPS):
+                s.backward(job.loss(model(batch[0]), batch), last=True)
+                optimizer.step()
+                optimizer.zero_grad()
+            return s.weights()["model"]
+
+    told = run_crew(work, f"{SERVED} * tensor(2)")
+    assert_near(told.results[0], under("data(1)", work)[0])
