@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,12 @@ import pytest
 import torch
 from crews import run_crew, train_crew, train_crew_into
 from test_training_split import CASES, assert_near
-from torch import nn
+from torch import Tensor, nn
 from training_cases import session, under
 
 from allfuse.base.errors import AllfuseError
 from allfuse.job import Job, Stop
+from allfuse.launcher import current_world
 from allfuse.store.checkpoint import Checkpoints
 from allfuse.store.tensorfile import read_tensors
 from allfuse.training import assembly
@@ -240,3 +243,21 @@ def test_a_loop_of_ones_own_pushes_pieces_when_its_optimizer_steps() -> None:
 
     told = run_crew(work, f"{SERVED} * tensor(2)")
     assert_near(told.results[0], under("data(1)", work)[0])
+
+
+def test_a_group_waits_for_slower_ones_longer_than_a_links_deadline() -> None:
+    slow_s, timeout_s = 3.0, 2.0
+    plain = made(stop=Stop(steps=3))
+
+    def loss(outputs: Tensor, batch: Any) -> Tensor:
+        world = current_world()
+        assert world is not None
+        if world.crew is not None and world.crew.index == 1 and world.step == 1:
+            time.sleep(slow_s)
+        result: Tensor = plain.loss(outputs, batch)
+        return result
+
+    told = run_crew(
+        lambda: train_job(replace(plain, loss=loss)), f"{SERVED} * tensor(2)", timeout_s=timeout_s
+    )
+    assert told.result.steps == 3

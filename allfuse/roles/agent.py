@@ -47,6 +47,9 @@ class Agent:
 
     Nothing of the scheduler for `timeout_s` raises PeerLost, in every wait.
 
+    Attributes:
+        waiting: called now and then while it waits.
+
     Args:
         crew: where the scheduler is, and what carries letters.
         name: of the worker, for people; a new one is made of it whenever a worker comes.
@@ -73,6 +76,7 @@ class Agent:
         self._begin_s = self._looked_s = self._heard_s
         self._asked, self._asked_s = asked or threading.Event(), math.inf
         self.is_awaited = False
+        self.waiting: Callable[[], None] = lambda: None
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
         self._trouble: BaseException | None = None
@@ -193,6 +197,7 @@ class Agent:
                 silent_s = now_s - max(self._heard_s, self._begin_s)
                 trouble = self._scheduler.trouble
             self._hear_end(operation)
+            self.waiting()
             if trouble == "another token":
                 raise UserError(
                     f"the scheduler at {self._scheduler.place} has another token; next: give this "

@@ -99,6 +99,7 @@ class Apart:
             host = socket.gethostname()
             name, asked = f"worker {crew.index} on {host}", place.world.stop_requested
             self._agent = self._make_agent(crew, name, place.world.timeout_s, asked)
+            self._agent.waiting = self._hold_on
             bus.subscribe(self._tell, TOLD)
         self._options: Callable[[], list[dict[str, Any]]] = list
         self._loss = self._count = self._begin_s = 0.0
@@ -114,6 +115,7 @@ class Apart:
         self._saved: int | None = None
         self._is_scored = False
         self._steps_per_epoch = 1
+        self._told_s = 0.0  # when the others of the group heard of rank 0 last
 
     def _make_agent(
         self, crew: Crewmate, name: str, timeout_s: float, asked: threading.Event
@@ -324,6 +326,7 @@ class Apart:
     def _next(self) -> None:
         """The next lease and its weights, on all ranks of the group."""
         before = self.lease
+        self._told_s = time.monotonic()
         if before is not None and self._has_others:
             self.holdings.collect()  # what has been learned since the update was handed in
         if self._agent is not None:
@@ -373,9 +376,10 @@ class Apart:
             assert lease is not None
             return lease
         packed = msgpack.packb(vars(lease)) if self.leads and lease is not None else b""
-        size = torch.tensor([len(packed)], device=self.place.device)
-        link.broadcast(size, "spread a lease").wait()
-        text = torch.empty(int(size), dtype=torch.uint8)
+        size = self._size_of_lease(len(packed))
+        while not size:
+            size = self._size_of_lease(0)
+        text = torch.empty(size, dtype=torch.uint8)
         if self.leads:
             text = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
         text = text.to(self.place.device)
@@ -383,6 +387,19 @@ class Apart:
         if self.leads and lease is not None:
             return lease
         return Lease(**msgpack.unpackb(text.cpu().numpy().tobytes(), strict_map_key=False))
+
+    def _size_of_lease(self, size: int) -> int:
+        """The bytes of a lease that comes; 0 while rank 0 of the group waits for one itself."""
+        told = torch.tensor([size], device=self.place.device)
+        self.place.everyone.broadcast(told, "spread a lease").wait()
+        return int(told)
+
+    def _hold_on(self) -> None:
+        """While rank 0 waits: the others wait for it, and not longer than a link's deadline."""
+        now_s = time.monotonic()
+        if self.place.everyone.size > 1 and now_s - self._told_s > self.place.world.timeout_s / 4:
+            self._told_s = now_s
+            self._size_of_lease(0)
 
     def is_due(self, every: int | str | None) -> bool:
         """Whether what is done every so many steps, or every "epoch", falls to this group now.
