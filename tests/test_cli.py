@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from allfuse.base.errors import CheckpointError
 from allfuse.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -349,6 +350,32 @@ def test_an_output_that_cannot_be_written_is_one_message() -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("allfuse: the output cannot be written")
     assert "Traceback" not in done.stderr
+
+
+def test_plan_refuses_what_train_would_refuse(tmp_path: Path, job: Path) -> None:
+    layers = "Linear(3, 4)", "BatchNorm1d(4)", "Linear(4, 1)"
+    model = f"torch.nn.Sequential({', '.join(f'torch.nn.{layer}' for layer in layers)})"
+    job.write_text(JOB.replace("torch.nn.Linear(3, 1)", model))
+    refused(allfuse("plan", job, "--plan", "pipe(2)", cwd=tmp_path), "BatchNorm over the whole")
+    job.write_text(JOB.replace("torch.nn.Linear(3, 1)", model.replace("BatchNorm1d", "LayerNorm")))
+    allfuse("plan", job, "--plan", "pipe(2)", cwd=tmp_path, ok=True)
+    done = allfuse("plan", job, "--plan", "pipe(2, microbatches=9)", cwd=tmp_path)
+    refused(done, "from 1 to 8 microbatches")
+
+
+def test_a_job_whose_model_cannot_be_written_fails(
+    tmp_path: Path, job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise CheckpointError("the disk is full")
+
+    monkeypatch.setattr("allfuse.training.keeper.write_model", fail)
+    done = allfuse("train", job, "--out", "run", "-q", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "its model was not written to run/model.safetensors" in done.stderr
+    monkeypatch.undo()
+    allfuse("train", job, "--resume", "run", "-q", cwd=tmp_path, ok=True)
+    assert (tmp_path / "run" / "model.safetensors").exists()
 
 
 def test_a_topology_that_is_named_is_drawn(tmp_path: Path) -> None:

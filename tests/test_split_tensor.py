@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from allfuse.base.errors import UserError
 from allfuse.link.lone import LoneLink
+from allfuse.split.record import record
 from allfuse.split.request import Request, make_request
 from allfuse.split.tensor.cut import Cut
 from allfuse.split.tensor.slicing import slice_model
@@ -391,3 +392,32 @@ def test_sizes_that_are_those_of_whole_values_too_keep_a_region_whole() -> None:
     plan = assert_slices_equal_the_whole(Both().double(), run_on(5, 16), 2)
     assert not plan.regions
     assert "view in the model is called with the same sizes" in plan.reasons["down"]
+
+
+class Counting(nn.Module):
+    """Keeps count of its passes in every way that a module can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(4, 4)
+        self.passes, self.sizes = 0, [0]
+        self.seen: Tensor
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        self.sizes.append(len(x))
+        self.last = x
+        self.seen = self.seen + 1
+        y: Tensor = self.map(x) * self.passes
+        return y
+
+
+def test_a_pass_that_is_followed_counts_for_no_counter() -> None:
+    model = Counting()
+    sizes, seen = model.sizes, model.seen
+    record(model, lambda made: made(torch.zeros(2, 4)))
+    assert (model.passes, model.sizes) == (0, [0])
+    assert model.sizes is sizes
+    assert model.seen is seen
+    assert not hasattr(model, "last")

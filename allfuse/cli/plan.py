@@ -230,13 +230,20 @@ def tell_splits(
 ) -> tuple[list[str], dict[str, object]]:
     """How the axes of a plan that cut a model cut this one."""
     import numpy as np
+    from torch import nn
 
     from allfuse.job import default_forward
     from allfuse.split.data import Source
     from allfuse.split.describe import describe_splits
+    from allfuse.training.loop import settings_of
+    from allfuse.training.parting import refuse_few, refuse_in_stages
 
     if not isinstance(source, Source) or job.batch_size is None or source.size < 3:
         return [], {}
+    settings = settings_of(job, None)
+    has_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    refuse_in_stages(plan, settings, has_norms)
+    refuse_few(plan, job.batch_size, settings.accumulate)
 
     def run(rows: int) -> tuple[int, Callable[[nn.Module], Any]]:
         batch = source.fetch(np.arange(rows))

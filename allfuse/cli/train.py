@@ -122,6 +122,8 @@ def train(
         if not error.trace and folder is not None and is_run(folder) and is_first():
             print(f"to go on: allfuse train {job} --resume {folder}", file=sys.stderr)
         raise
+    if result is not None and not result.elsewhere and is_first():
+        require_model(out or resume, job)
     if as_json:
         print_json(
             {
@@ -135,6 +137,26 @@ def train(
                 "test": result.test if result else {},
                 "out": result.out if result else str(out or resume),
             }
+        )
+
+
+def require_model(folder: Path | None, job: Path) -> None:
+    """A run that was to leave a model, and could not write it, has failed.
+
+    Raises:
+        CheckpointError: says how to get it.
+    """
+    from allfuse.base.errors import CheckpointError
+    from allfuse.store.run import RunFolder, is_run
+
+    if folder is None or not is_run(folder):
+        return
+    path = RunFolder.open(folder).model_path
+    if not path.exists():
+        raise CheckpointError(
+            f"the job is done, and its model was not written to {path} (a warning above says why); "
+            f"next: make room, then allfuse train {job} --resume {folder}, which goes on from the "
+            "last checkpoint that was saved"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,9 @@ from torch.overrides import TorchFunctionMode
 from allfuse.base.errors import UserError
 from allfuse.base.tensors import leaves, map_nest
 from allfuse.base.torch_private import fake_tensors, is_fake
+
+OF_MODULES = frozenset(vars(nn.Module()))
+"""Attributes that every module has: what it holds, and its hooks."""
 
 RANDOM = ("dropout", "bernoulli", "rand", "scaled_dot_product_attention", "multinomial", "normal")
 """How the names of functions begin that draw at random."""
@@ -279,6 +283,7 @@ def record(model: nn.Module, run: Callable[[nn.Module], Any]) -> Recording:
         {id(b): name for name, b in model.named_buffers()},
     )
     with ExitStack() as closing:
+        closing.enter_context(_left_as_it_was(model))
         closing.enter_context(_listening(model, recorder))
         closing.enter_context(_evaluating(model))
         closing.enter_context(torch.no_grad())
@@ -323,6 +328,34 @@ def _listening(model: nn.Module, recorder: Recorder) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Afterwards modules have the buffers and the attributes of their own that they had, and what
+    of these are lists, dicts and sets hold what they held: a pass that is only followed counts for
+    no counter."""
+    before = []
+    for module in model.modules():
+        own = {key: value for key, value in vars(module).items() if key not in OF_MODULES}
+        held = [(v, copy.copy(v)) for v in own.values() if isinstance(v, list | dict | set)]
+        before.append((module, own, held, dict(module._buffers)))
+    try:
+        yield
+    finally:
+        for module, own, held, buffers in before:
+            attributes = vars(module)
+            for key in [key for key in attributes if key not in OF_MODULES and key not in own]:
+                del attributes[key]
+            attributes.update(own)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+            for value, kept in held:
+                value.clear()
+                if isinstance(value, list):
+                    value.extend(kept)
+                else:
+                    value.update(kept)
 
 
 @contextmanager

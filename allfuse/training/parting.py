@@ -19,7 +19,6 @@ from allfuse.split.whole import Whole
 from allfuse.training.measure import to_device
 
 if TYPE_CHECKING:
-    from allfuse.split.pipe.pipeline import Pipeline
     from allfuse.training.place import Place
     from allfuse.training.session import Session
     from allfuse.training.settings import Settings
@@ -45,16 +44,15 @@ def make_split(place: Place) -> Split:
     )
 
 
-def refuse_in_stages(place: Place, settings: Settings, has_norms: bool) -> None:
+def refuse_in_stages(plan: Plan, settings: Settings, has_norms: bool) -> None:
     """Refuse what a model that is cut between its layers cannot keep to.
 
     Raises:
         PlanError: says which setting can be.
     """
-    if place.pipe.size == 1:
+    axis, nearest = plan.axis("pipe"), f"data({plan.workers})"
+    if not isinstance(axis, Pipe) or axis.n == 1:
         return
-    axis, nearest = place.plan.axis("pipe"), f"data({place.plan.workers})"
-    assert isinstance(axis, Pipe)
     if has_norms and settings.batch_statistics == "global":
         why = (
             "BatchNorm over the whole batch would need the rows of all microbatches at once; "
@@ -104,27 +102,25 @@ def cut_model(s: Session, source: Source | Stream, batch_size: int | None) -> No
     elsewhere = frozenset(name for name, piece in s.split.pieces().items() if piece is None)
     s.state.elsewhere = s.rounds.elsewhere = elsewhere
     s.rounds.level = lambda: s.split.level(model)
-    if s.split.pipeline is not None and batch_size is not None:
-        _refuse_few(s, s.split.pipeline, batch_size)
+    if batch_size is not None:
+        refuse_few(s.plan, batch_size, s.settings.accumulate)
     for learner in s.learners:
         learner.take_cut()
 
 
-def _refuse_few(s: Session, pipeline: Pipeline, batch_size: int) -> None:
-    """Refuse more microbatches than samples. Raises UserError."""
-    outer = s.plan.outer  # whose replicas have parts of a batch, too
-    parts = s.place.parts * (1 if outer is None else outer.n)
-    count = pipeline.axis.microbatches
-    rows = batch_size // parts // s.settings.accumulate
-    if count is not None and rows < count:
-        by = f" by {parts} replicas" if parts > 1 else ""
-        by += f" and accumulate={s.settings.accumulate}" if s.settings.accumulate > 1 else ""
-        raise UserError(
-            f"microbatches={count} of {s.plan}: batch_size={batch_size} divided{by} gives {rows} "
-            f"samples; allowed: from 1 to {rows} microbatches; next: pipe({pipeline.axis.n}), "
-            f"which derives them, or a batch_size of at least "
-            f"{count * parts * s.settings.accumulate}"
-        )
+def refuse_few(plan: Plan, batch_size: int, accumulate: int) -> None:
+    """Refuse more microbatches than a replica's share of a batch has samples. Raises UserError."""
+    axis, parts = plan.axis("pipe"), plan.replicas
+    rows = batch_size // parts // accumulate
+    if not isinstance(axis, Pipe) or axis.microbatches is None or rows >= axis.microbatches:
+        return
+    by = f" by {parts} replicas" if parts > 1 else ""
+    by += f" and accumulate={accumulate}" if accumulate > 1 else ""
+    raise UserError(
+        f"microbatches={axis.microbatches} of {plan}: batch_size={batch_size} divided{by} gives "
+        f"{rows} samples; allowed: from 1 to {rows} microbatches; next: pipe({axis.n}), which "
+        f"derives them, or a batch_size of at least {axis.microbatches * parts * accumulate}"
+    )
 
 
 def runs_on(

@@ -46,10 +46,10 @@ def refuse_changed_weights(names: Iterable[str]) -> None:
     for name in names:
         module = name.rpartition(".")[0] or name
         raise UserError(
-            f"{name} was changed in place by other code than its optimizer, and under tensor(n) "
-            "each rank has a piece of it: what reads or draws several of its numbers goes wrong; "
-            f"allowed: changes of modules that stay whole; next: keep_whole=[{module!r}], or a "
-            "plan without tensor(n)"
+            f"{name} was changed in place by other code than its optimizer, and this rank has a "
+            "piece of it: what reads or draws several of its numbers goes wrong; allowed: changes "
+            f"of modules that stay whole; next: keep_whole=[{module!r}] under tensor(n), or a plan "
+            "that leaves the model whole, such as data(n)"
         )
 
 
@@ -63,9 +63,9 @@ def refuse_changed_gradients(names: Iterable[str]) -> None:
     for name in names:
         raise UserError(
             f"the gradient of {name} was changed between s.backward and optimizer.step(), and "
-            "under tensor(n) each rank has a piece of it, whose norm is not that of the whole; "
-            "allowed: clipping by the session, which knows the whole norm; next: "
-            "af.session(clip=1.0) instead of clip_grad_norm_, or a plan without tensor(n)"
+            "this rank has a piece of it, whose norm is not that of the whole; allowed: clipping "
+            "by the session, which knows the whole norm; next: af.session(clip=1.0) instead of "
+            "clip_grad_norm_, or a plan that leaves the model whole, such as data(n)"
         )
 
 

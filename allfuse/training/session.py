@@ -228,7 +228,7 @@ class Session:
         )
         shared = self.place.sharers.size > 1 and self.settings.batch_statistics == "global"
         has_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
-        refuse_in_stages(self.place, self.settings, has_norms)
+        refuse_in_stages(self.place.plan, self.settings, has_norms)
         if self.apart is not None:
             self.apart.refuse_global_statistics(has_norms, self.settings.batch_statistics)
         if shared and has_norms:

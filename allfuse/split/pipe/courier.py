@@ -123,8 +123,8 @@ class Courier:
             raise UserError(
                 f"stage {parcel.crossing + parcel.back} passes on {_kind(tensor)} in microbatch "
                 f"{parcel.microbatch}, and by the first samples it is {_kind(expected)}; allowed: "
-                "a model that computes what its shapes say; next: report it, with the model, or "
-                "take a plan without pipe"
+                "a forward pass that goes the same way for all batches, whatever it counts or "
+                "draws; next: such a model, or a plan without pipe"
             )
         sent = tensor.contiguous()
         self._sent[peer].append((self.link.send(sent, peer, parcel.operation), sent))
