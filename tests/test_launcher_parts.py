@@ -24,6 +24,7 @@ from allfuse.base.errors import (
 from allfuse.launcher.alone import AloneWorld
 from allfuse.launcher.base import World, current_world, entered
 from allfuse.launcher.channel import Channel, receive_frame, send_frame
+from allfuse.launcher.local import threads_each
 from allfuse.launcher.outcome import Failure, Outcome, describe_failure, how_it_ended, judge
 from allfuse.launcher.signals import catch_signals
 from allfuse.launcher.thread import first_failure, launch_threads
@@ -409,3 +410,16 @@ def test_two_signals_at_once_ask_once(monkeypatch: pytest.MonkeyPatch, number: i
         assert len(asked) == 2
     finally:
         give_back()
+
+
+def test_threads_are_those_that_the_environment_says_or_a_share_of_the_cores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setattr("allfuse.launcher.local.count_cores", lambda: 8)
+    for said, threads in (("3", 3), ("0", 4), ("many", 4), ("", 4)):
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+        assert threads_each(2) == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert threads_each(2) == 4

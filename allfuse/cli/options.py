@@ -219,9 +219,9 @@ def set_threads(threads: int | None, local_workers: int) -> None:
     """Threads of this process: those asked for, or its share of the cores."""
     import torch
 
-    from allfuse.launcher.local import count_cores
+    from allfuse.launcher.local import threads_each
 
-    torch.set_num_threads(threads or max(1, count_cores() // local_workers))
+    torch.set_num_threads(threads or threads_each(local_workers))
 
 
 def is_first() -> bool:

@@ -18,12 +18,12 @@ from allfuse.launcher.channel import Channel
 from allfuse.launcher.crewmate import SCHEDULER, SERVER, WORKER, CrewRequest
 from allfuse.launcher.generation import RESTARTS, OnLoss
 from allfuse.launcher.local import (
-    count_cores,
     current_folder,
     flush_output,
     open_store,
     pack_function,
     rank_facts,
+    threads_each,
 )
 from allfuse.launcher.outcome import Outcome, is_nothing, judge
 from allfuse.launcher.signals import asked_to_stop
@@ -97,7 +97,7 @@ def launch_crew(crew: Crew, *, threads: int | None = None, timeout_s: float = 30
         from allfuse.base.torch_private import PrefixStore
 
         store, run = open_store(), uuid.uuid4().hex
-        threads = threads or max(1, count_cores() // (crew.groups * crew.ranks))
+        threads = threads or threads_each(crew.groups * crew.ranks)
         make = functools.partial(
             make_part,
             crew,

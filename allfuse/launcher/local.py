@@ -27,7 +27,7 @@ from allfuse.launcher.zygotes import Zygote, borrowed, warm_up
 if TYPE_CHECKING:
     from allfuse.link.base import Board
 
-__all__ = ["count_cores", "launch_local", "warm_up"]
+__all__ = ["count_cores", "launch_local", "threads_each", "warm_up"]
 
 
 def launch_local(
@@ -61,7 +61,7 @@ def launch_local(
             packed=pack_function(function),
             workers=workers,
             plan=plan,
-            threads=threads or max(1, count_cores() // workers),
+            threads=threads or threads_each(workers),
             timeout_s=timeout_s,
             policy=policy,
             store=open_store(),  # while the zygote loads torch too
@@ -158,6 +158,15 @@ class _Launch:
 
 def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads_each(workers: int) -> int:
+    """Threads of each worker of this host, where nobody said how many: OMP_NUM_THREADS, which
+    torchrun sets to 1 by itself and therefore says nothing there, or an even share of the cores."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    if said.isdecimal() and int(said) > 0 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return int(said)
+    return max(1, count_cores() // workers)
 
 
 def rank_facts(rank: int, workers: int, port: int) -> dict[str, str]:
