@@ -25,6 +25,7 @@ import models
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from together import take_turns
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -226,21 +227,11 @@ def measure_step(plan: str, meeting: str, quick: bool) -> dict[str, harness.Turn
         )
         theirs = script(plan, case, batch, session)
         loops = {"allfuse": ours.run, "torch": theirs.run}
-        steps = agree(1 if quick else models.steps_in(theirs, TURN_S))
-        turns = {key: functools.partial(run, steps) for key, run in loops.items()}
-        warm = harness.interleave(turns, 1, dist.barrier)
-        one_round = sum(turn.wall_s[0] for turn in warm.values())
-        rounds = agree(2 if quick else max(4, int(SECONDS / one_round)))
-        found = harness.interleave(turns, rounds, dist.barrier)
+        found = take_turns(
+            loops, theirs, turn_s=TURN_S, seconds=SECONDS, least=4, quick_steps=1 if quick else None
+        )
         ours.close()
-    return {key: turn.each(steps) for key, turn in found.items()}
-
-
-def agree(number: int) -> int:
-    """What rank 0 says."""
-    said = torch.tensor(number)
-    dist.broadcast(said, 0)
-    return int(said)
+    return found
 
 
 def step_figures(plan: str, quick: bool) -> list[harness.Figure]:

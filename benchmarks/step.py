@@ -20,6 +20,7 @@ import harness
 import models
 import torch
 import torch.distributed as dist
+from together import take_turns
 from torch.nn.parallel import DistributedDataParallel
 
 import allfuse as af
@@ -68,21 +69,16 @@ def measure(name: str, meeting: str, quick: bool) -> dict[str, harness.Turns]:
             "compute": compute.run,
             "all-reduce": Payload(case).run,
         }
-        steps = agree(2 if quick else models.steps_in(compute, TURN_S))
-        turns = {key: functools.partial(run, steps) for key, run in loops.items()}
-        warm = harness.interleave(turns, 1, dist.barrier)
-        one_round = sum(turn.wall_s[0] for turn in warm.values())
-        rounds = agree(2 if quick else max(2, int(SECONDS / one_round)))
-        found = harness.interleave(turns, rounds, dist.barrier)
+        found = take_turns(
+            loops,
+            compute,
+            turn_s=TURN_S,
+            seconds=SECONDS,
+            least=2,
+            quick_steps=2 if quick else None,
+        )
         ours.close()
-    return {key: turn.each(steps) for key, turn in found.items()}
-
-
-def agree(number: int) -> int:
-    """What rank 0 says."""
-    said = torch.tensor(number)
-    dist.broadcast(said, 0)
-    return int(said)
+    return found
 
 
 class Payload:

@@ -271,13 +271,10 @@ def free_place() -> str:
         return f"127.0.0.1:{free.getsockname()[1]}"
 
 
-@pytest.mark.slow
-def test_a_job_outlives_workers_that_are_killed_and_join_again_and_again(
-    start: Any, tmp_path: Path
-) -> None:
-    plan = "data(4, topology=central(servers=2), sync=asp, min=1, max=8)"
-    epochs, place, token = 30, free_place(), tmp_path / "job.token"
-    run = start(plan, epochs, "--listen", place, "--token-file", str(token))
+def outlive(start: Any, plan: str, token: Path) -> Run:
+    """A job of 4 workers of which 8 are killed, each followed by one that joins."""
+    epochs, place = 30, free_place()
+    run: Run = start(plan, epochs, "--listen", place, "--token-file", str(token))
     run.until(20)
     run.exchange_workers(8, place, token)
     run.finish(within_s=600)
@@ -285,6 +282,15 @@ def test_a_job_outlives_workers_that_are_killed_and_join_again_and_again(
     assert len(run.events("join")) == 12
     assert_every_sample_was_used_once(run, epochs)
     assert run.events("evaluated")[-1]["metrics"]["accuracy"] > 0.97
+    return run
+
+
+@pytest.mark.slow
+def test_a_job_outlives_workers_that_are_killed_and_join_again_and_again(
+    start: Any, tmp_path: Path
+) -> None:
+    plan = "data(4, topology=central(servers=2), sync=asp, min=1, max=8)"
+    run = outlive(start, plan, tmp_path / "job.token")
     assert (run.out / "model.safetensors").exists()
 
 

@@ -12,9 +12,9 @@ from test_chaos import (
     SAMPLES,
     Run,
     assert_every_sample_was_used_once,
-    free_place,
     is_alive,
     kill,
+    outlive,
     start,
 )
 
@@ -48,13 +48,4 @@ def test_of_workers_that_gossip_one_is_killed_and_the_run_is_executed_again(star
 @pytest.mark.slow
 def test_workers_that_gossip_outlive_each_other(start: Any, tmp_path: Path) -> None:
     plan = "site(4, topology=gossip, sync=asp, min=1, max=8)"
-    epochs, place, token = 30, free_place(), tmp_path / "job.token"
-    run = start(plan, epochs, "--listen", place, "--token-file", str(token))
-    run.until(20)
-    run.exchange_workers(8, place, token)
-    run.finish(within_s=600)
-    assert len(run.events("lost")) == 8
-    assert len(run.events("join")) == 12
-    assert_every_sample_was_used_once(run, epochs)
-    assert run.events("evaluated")[-1]["metrics"]["accuracy"] > 0.97
-    assert_verified(run)
+    assert_verified(outlive(start, plan, tmp_path / "job.token"))

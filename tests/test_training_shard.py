@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from test_training_split import CASES, Case, alone, assert_near, classes, figures, recorded
+from test_training_split import (
+    CASES,
+    Case,
+    alone,
+    assert_fused_as_whole,
+    assert_near,
+    classes,
+    figures,
+    recorded,
+)
 from torch import Tensor, nn
 from training_cases import TIGHT, Recorded, assert_equal, session, train, under
 
@@ -20,7 +29,6 @@ from allfuse.job import Stop
 from allfuse.launcher.local import launch_local
 from allfuse.launcher.thread import launch_threads
 from allfuse.link.thread import Script
-from allfuse.plan import as_plan
 from allfuse.split.parted import Parted
 from allfuse.store.tensorfile import read_tensors
 from allfuse.training.exporting import Assembly
@@ -108,14 +116,7 @@ def test_a_sharded_model_is_measured_and_trained_in_turn() -> None:
 def test_replicas_fuse_the_rows_that_each_rank_has(plan: str) -> None:
     """Of sites each has the gradient of its whole share, as one that is whole has."""
     made = CASES["mlp"].job(clip=None, batch_size=9, stop=Stop(steps=8))
-    whole = train(made, str(as_plan(plan.removesuffix(" * shard(2)"))))[0].weights
-    cut = train(made, plan)[0].weights
-    lossless = "codec" not in plan and "rule" not in plan
-    for name, value in whole.items():
-        if lossless:
-            torch.testing.assert_close(cut[name], value, **TIGHT)
-        else:
-            assert (cut[name] - value).norm() < 0.5 * value.norm()
+    assert_fused_as_whole(made, plan, " * shard(2)")
 
 
 @pytest.mark.parametrize(

@@ -171,8 +171,12 @@ def test_a_cut_model_learns_what_one_process_learns(name: str, plan: str) -> Non
 def test_replicas_fuse_what_each_rank_has(plan: str) -> None:
     """All that differs is what is fused: the same as by replicas that are whole, to what a codec
     or rule makes of other blocks."""
-    made = CASES["mlp"].job(clip=None, stop=Stop(steps=8))
-    whole = train(made, str(as_plan(plan.removesuffix(" * tensor(2)"))))[0].weights
+    assert_fused_as_whole(CASES["mlp"].job(clip=None, stop=Stop(steps=8)), plan, " * tensor(2)")
+
+
+def assert_fused_as_whole(made: Job, plan: str, split: str) -> None:
+    """By a plan without the axis that cuts the model the same comes out."""
+    whole = train(made, str(as_plan(plan.removesuffix(split))))[0].weights
     cut = train(made, plan)[0].weights
     lossless = "codec" not in plan and "rule" not in plan
     for name, value in whole.items():

@@ -73,7 +73,7 @@ class Assembly:
         return torch.zeros(prod(piece.own), dtype=held.dtype, device=self.device)
 
     def _joined(self, own: Mapping[str, Tensor | None], chunk: list[str]) -> dict[str, Tensor]:
-        found = {name: self._empty(name, self._shape(name)) for name in chunk}
+        found = {name: self._empty(name, self.held[name].whole) for name in chunk}
         for rank in range(self.mates.size):
             pieces = {
                 name: piece
@@ -154,14 +154,11 @@ class Assembly:
             if chunk and (size > CHUNK_BYTES or dtype != self.held[chunk[0]].dtype):
                 yield chunk
                 chunk, size = [], 0
-            numbers = prod(self._shape(name))
+            numbers = prod(self.held[name].whole)
             chunk.append(name)
             size += numbers * dtype.itemsize
         if chunk:
             yield chunk
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        return next(piece.whole for piece in self.held[name].pieces if piece is not None)
 
     def _empty(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, dtype=self.held[name].dtype, device=self.device)

@@ -21,12 +21,12 @@ def export_shared(s: Session) -> None:
     if s.place.mates.members[0] != 0:
         return  # another replica writes
     ((name, model),) = s.models.items()
-    assembly = Assembly(s.split, model.state_dict())
-    s.keeper.export({name: assembly.state_dict()}, fill=assembly.fill)
-    assembly.finish()
+    in_turn = InTurn(s.split, model.state_dict())
+    s.keeper.export({name: in_turn.state_dict()}, fill=in_turn.fill)
+    in_turn.finish()
 
 
-class Assembly:
+class InTurn:
     """The whole tensors of a model, each brought together on the first rank of a replica when its
     turn comes, in the order in which they are written.
 

@@ -112,7 +112,9 @@ def refuse_few(plan: Plan, batch_size: int, accumulate: int) -> None:
     """Refuse more microbatches than a replica's share of a batch has samples. Raises UserError."""
     axis, parts = plan.axis("pipe"), plan.replicas
     rows = batch_size // parts // accumulate
-    if not isinstance(axis, Pipe) or axis.microbatches is None or rows >= axis.microbatches:
+    if not isinstance(axis, Pipe) or axis.n == 1 or axis.microbatches is None:
+        return
+    if rows >= axis.microbatches:
         return
     by = f" by {parts} replicas" if parts > 1 else ""
     by += f" and accumulate={accumulate}" if accumulate > 1 else ""
