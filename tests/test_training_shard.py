@@ -31,7 +31,7 @@ from allfuse.launcher.thread import launch_threads
 from allfuse.link.thread import Script
 from allfuse.split.parted import Parted
 from allfuse.store.tensorfile import read_tensors
-from allfuse.training.exporting import Assembly
+from allfuse.training.exporting import InTurn
 from allfuse.training.loop import train_job
 
 PLANS = ("shard(2)", "shard(4)", "data(2) * shard(2)", "tensor(2) * shard(2)")
@@ -240,7 +240,7 @@ def test_a_disk_that_is_full_leaves_no_rank_waiting(
     def fill(*_: Any) -> Tensor:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Assembly, "fill", fill)
+    monkeypatch.setattr(InTurn, "fill", fill)
     out = tmp_path / "run"
     results = under("shard(2)", lambda: train_job(CASES["mlp"].job(), out=out).steps)
     assert results == [20, 20]
