@@ -66,11 +66,6 @@ def loss_policy(plan: Plan, on_loss: str | None) -> LossPolicy:
     """
     policy = check_on_loss(on_loss or "stop")
     given = f"--on-loss {policy}"
-    if policy == "continue" and plan.replica_size > 1:
-        raise UserError(
-            f"{given}: under {plan} ranks share a model, and in this version those of a lost "
-            "replica cannot be left behind; allowed: stop, restart"
-        )
     axis = losable(plan)
     if policy == "continue" and axis is None:
         raise UserError(

@@ -15,6 +15,8 @@ from allfuse.split.piece import Piece
 from allfuse.split.request import NO_WISHES, Request
 
 if TYPE_CHECKING:
+    from allfuse.link import Link
+    from allfuse.plan import Plan
     from allfuse.split.pipe.pipeline import Pipeline
 
 Run = Callable[[nn.Module], Any]
@@ -81,6 +83,13 @@ class Split(ABC):
 
     def level(self, model: nn.Module) -> None:
         """Make parameters that stages of several ranks use equal, after weights were fused."""
+        return
+
+    def meet_mates(
+        self, plan: Plan, rank: int, mates: Link, *, tensor: Link, pipe: Link, shard: Link
+    ) -> None:
+        """After other replicas were lost: go on under this plan, over new links to the same ranks
+        as before. What was under way is forgotten."""
         return
 
     def count(self, model: nn.Module) -> int:

@@ -24,6 +24,7 @@ from allfuse.split.recompute import recompute_blocks, repeated_blocks
 from allfuse.split.record import record
 from allfuse.split.request import NO_WISHES, Request
 from allfuse.split.shard.blocks import find_blocks
+from allfuse.split.shard.gather import Block
 from allfuse.split.shard.rows import shard_piece
 from allfuse.split.shard.sharding import shard_model
 from allfuse.split.tensor.attention import unfold_attention
@@ -78,9 +79,9 @@ class Parted(Whole):
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.plan, self.mates, self.device = plan, mates, device
-        self.places = [plan.coordinates(member) for member in plan.replica(rank)]
-        self.slice, self.pipe, self.shard = Slice(tensor), pipe, shard
+        self.device, self.slice = device, Slice(tensor)
+        self._blocks: list[Block] = []  # that are brought together
+        self.meet_mates(plan, rank, mates, tensor=tensor, pipe=pipe, shard=shard)
         self._users: dict[str, tuple[int, ...]] = {}  # coordinates of the stages that need a tensor
         self.held: dict[str, Held] = {}
         self.kept: list[str] = []  # what the state dict of the plain model names
@@ -131,6 +132,17 @@ class Parted(Whole):
             drop([tensor for name, tensor in tensors_of(model).items() if not self._has(name)])
         return choices
 
+    def meet_mates(
+        self, plan: Plan, rank: int, mates: Link, *, tensor: Link, pipe: Link, shard: Link
+    ) -> None:
+        self.plan, self.mates = plan, mates
+        self.places = [plan.coordinates(member) for member in plan.replica(rank)]
+        self.slice.link, self.pipe, self.shard = tensor, pipe, shard
+        for block in self._blocks:
+            block.link = shard
+        if self.pipeline is not None:
+            self.pipeline.meet_mates(pipe)
+
     def _size_here(self, cut: Cut) -> tuple[int, int]:
         """The dim that a cut is along, and the size of this rank's piece in it."""
         runs = cut.runs(self.slice.n, self.slice.index)
@@ -162,7 +174,7 @@ class Parted(Whole):
         with autocast():
             shortened = torch.is_autocast_enabled(self.device.type)
         twice = repeated_blocks(model) if request.recompute else []
-        made = shard_model(model, blocks, self.shard, shortened=shortened, twice=twice)
+        made = self._blocks = shard_model(model, blocks, self.shard, shortened=shortened, twice=twice)
         largest = max((each.numbers for each in made if each.again), default=0)
         return (
             f"{len(blocks)} blocks of up to {format_count(largest)} parameters are brought together"

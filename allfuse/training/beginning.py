@@ -62,7 +62,7 @@ def begin(
     _choose_topologies(s)
     s.course.tell_step_number()
     s.teller.start(source, size, loader.steps_per_epoch, epochs, steps)
-    s.survival.tell_of_restarts()
+    s.survival.losses.tell_of_restarts()
     for trouble in s.keeper.troubles:
         s.bus.emit("warning", text=trouble)
     if s.keeper.resume and found is None:

@@ -37,6 +37,12 @@ class Precision:
         self.name, self.device = name, device
         self.scaler = torch.amp.GradScaler(device.type) if name == "fp16" else None
 
+    def renew(self) -> None:
+        """Forget which gradients of a step under way were scaled back: they are found anew."""
+        if self.scaler is not None:
+            before, self.scaler = self.scaler, torch.amp.GradScaler(self.device.type)
+            self.scaler.load_state_dict(before.state_dict())
+
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.name == "fp32":
             return contextlib.nullcontext()
@@ -71,6 +77,7 @@ class Learner:
         self._unscaled = False
         self._spent = False  # gradients that a step has used up
         self._aside: list[tuple[Parameter, Tensor]] = []
+        self._before: list[tuple[Parameter, Tensor]] = []  # that were added, until the step is done
         self._weights, self._gradients = Untouched(), Untouched()
         self.parameters: list[Parameter] = []
         self.fusion = GradientFusion([], [], fuser)
@@ -134,9 +141,10 @@ class Learner:
         `kept`. What was begun and not finished is undone."""
         for parameter in self.parameters:
             parameter.grad = None
-        for parameter, before in self._aside:
+        for parameter, before in [*self._before, *self._aside]:
             parameter.grad = before
-        self._aside.clear()
+        self._fused = bool(self._before or self._aside)
+        self._aside, self._before = [], []
         self._unfinished = False
         rounds = self.fusion.rounds
         self.fusion.buckets.clear()  # hooks of the parameters still hold on to it
@@ -207,6 +215,7 @@ class Learner:
                 kept = gradient.clone() if self.fusion.buckets else gradient
                 self._aside.append((parameter, kept))
                 parameter.grad = None
+        self._before = []
 
     def finish(self, factor: float) -> None:
         """Wait for the fusions; `factor` corrects gradients that were scaled by a guessed count."""
@@ -215,8 +224,11 @@ class Learner:
         if factor != 1.0 and (gradients := self.gradients()):
             foreach_multiply(gradients, factor)
         for parameter, kept in self._aside:
-            parameter.grad = kept if parameter.grad is None else parameter.grad.add_(kept)
-        self._aside.clear()
+            if parameter.grad is None:
+                parameter.grad = kept.clone()
+            else:
+                parameter.grad.add_(kept)
+        self._before, self._aside = self._aside, []
         self._unfinished, self._fused = False, True
 
     def note_gradients(self) -> None:
@@ -251,7 +263,7 @@ class Learner:
         gradients = self.gradients()
         if not (gradients or self.split.cuts):
             return None
-        self._unscale()
+        self.unscale()
         if any(gradient.layout != torch.strided for gradient in gradients):  # was not fused
             raise sparse_gradient(self._find_sparse())
         norm = self.split.norm(
@@ -265,11 +277,11 @@ class Learner:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, largest, norm)
         return norm
 
-    def _unscale(self) -> None:
+    def unscale(self) -> None:
         """Undo the loss's scale, if that was not done, and find out whether anything overflowed: on
         any of the ranks that share the model, so that all leave out the step."""
         scaler = self.precision.scaler
-        if scaler is None or self._unscaled:
+        if scaler is None or self._unscaled or not (self.split.cuts or self.gradients()):
             return
         if self.split.cuts:
             gradients = self.gradients()
@@ -293,7 +305,7 @@ class Learner:
         if self.precision.scaler is None:
             self.optimizer.step()
         elif self.gradients():
-            self._unscale()
+            self.unscale()
             self.precision.scaler.step(self.optimizer)
             self.precision.scaler.update()
         self._spent = True
@@ -318,6 +330,7 @@ class Learner:
     def stepped(self) -> None:
         """The optimizer has stepped: the next step needs gradients of its own."""
         self._fused = False
+        self._before = []
         self._gradients.note({})
         self.note_weights()
 

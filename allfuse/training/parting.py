@@ -101,7 +101,7 @@ def cut_model(s: Session, source: Source | Stream, batch_size: int | None) -> No
     s.choices |= s.split.cut(model, runs, request, s.precision.autocast)
     elsewhere = frozenset(name for name, piece in s.split.pieces().items() if piece is None)
     s.state.elsewhere = s.rounds.elsewhere = elsewhere
-    s.rounds.level = lambda: s.split.level(model)
+    s.rounds.level = lambda: s.survival.level(model)
     if batch_size is not None:
         refuse_few(s.plan, batch_size, s.settings.accumulate)
     for learner in s.learners:

@@ -45,6 +45,8 @@ class Place:
         replicas: the same of all sites.
         mates: a link to the ranks that hold this replica's model together.
         everyone: a link to all ranks that are in step.
+        team: a link to those who do each step together: the ranks of a site. Where nobody goes on
+            after a loss, those of its data axis.
         index, parts: which of the replicas that divide the batch this rank belongs to.
         plan: of the ranks that are in step. whole: the plan of the job, which is the same where all
             are.
@@ -114,6 +116,12 @@ class Place:
         if self.mates.size > 1:
             everyone = tuple(range(self.plan.workers))
             self.everyone = world.link("everyone", everyone, self.device)
+        self.team = self.data
+        if self.mates.size > 1 and world.goes_on:
+            in_sites = self.site.size > 1
+            self.team = (
+                self._link_of("team", self.data, self.mates) if in_sites else self.everyone
+            )
 
     def regroup(self, error: PeerLost | None) -> tuple[Lost, ...]:
         """Take a place among those that are left after a loss; who was lost. The links that were
@@ -246,6 +254,7 @@ class Place:
             "replicas",
             "mates",
             "everyone",
+            "team",
             "statistics",
         )
         made = [self.__dict__[name] for name in names if name in self.__dict__]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -21,17 +21,22 @@ if TYPE_CHECKING:
     from allfuse.link import Link
     from allfuse.training.session import Session
 
-Among = Literal["data", "all"]
-"""Whose a section is: of the ranks of a data axis, or of all."""
+Among = Literal["data", "mixed", "all"]
+"""Whose a section is, and which count it has: of the ranks that step together (steps, and rounds of
+a topology that only mixes, which other sites may leave out), or of all."""
 
 
 @dataclass
 class Handed:
-    """What a section came to, from a rank that has ended it: plain values, and a state."""
+    """What a section came to, from a rank that has ended it: plain values, and a state.
+
+    is_own: nothing was handed over, as this rank had what it took to end it by itself.
+    """
 
     among: Among
-    result: Any
-    state: Any
+    result: Any = None
+    state: Any = None
+    is_own: bool = False
 
 
 @dataclass
@@ -49,6 +54,7 @@ class Where:
     """How far a rank is: sections ended, steps done, the step of its last save."""
 
     data: int
+    mixed: int
     all: int
     steps: int
     asked: int
@@ -58,17 +64,21 @@ class Recovery:
     """Takes a session from the ranks that were to those that are left.
 
     Phases: (1) links are closed, the world is formed anew and links are made; (2) each tells how
-    far it is, one sum of (n, 4) numbers; (3) those that have missed the end of a section get what
-    it came to from one that has not. A loss meanwhile begins all of them again. Then, without any
-    transfer, all parts of the session take the new links.
+    far it is, one sum of (n, 5) numbers; (3) those that have missed the end of a section get what
+    it came to from one that has not, or end it by themselves. A loss meanwhile begins all of them
+    again. Then, without any transfer, all parts of the session take the new links.
     """
 
     def __init__(self, session: Session) -> None:
         self.session, self.place = session, session.place
-        self.ended: dict[Among, Ended] = {"data": Ended(), "all": Ended()}
+        self.ended: dict[Among, Ended] = {"data": Ended(), "mixed": Ended(), "all": Ended()}
 
     def run(
-        self, error: PeerLost | None, among: Among | None, undo: Callable[[], list[Any]]
+        self,
+        error: PeerLost | None,
+        among: Among | None,
+        undo: Callable[[], list[Any]],
+        ready: Callable[[], None] | None = None,
     ) -> Handed | None:
         """Go on with those that are left.
 
@@ -76,6 +86,7 @@ class Recovery:
             error: what was noticed, None where the launcher has told of a loss.
             among: the section that was under way. undo: takes back what it changed, and gives what
                 codecs kept before.
+            ready: ends it, where this rank has what that takes.
 
         Returns:
             What the section came to, where this rank has missed its end; None: it is to be done
@@ -84,25 +95,31 @@ class Recovery:
         Raises:
             PeerLost: the others do not go on.
         """
-        begin, kept = time.monotonic(), undo()
-        before, old_data = self.place.world.ids, self._data_ids()
+        begin, before = time.monotonic(), self.place.world.ids
+        old_sharers = self._sharers()
         lost: list[Lost] = []
         while True:
             lost += self.place.regroup(error)
             try:
                 self.place.meet_again()
                 told = self._tell_where()
-                handed = self._settle(told, among)
+                handed = self._settle(told, among, ready is not None)
                 break
             except PeerLost as failure:
                 error = failure
-        if handed is not None:
+        if handed is not None and handed.is_own:
+            assert ready is not None
+            ready()
             kept = self.capture_fusions()
+        else:
+            kept = undo()
+            if handed is not None:
+                kept = self.capture_fusions()
         first = max(where.steps for where in told)
-        self._link_up(kept, [old_data.index(each) for each in self._data_ids()], first)
+        self._link_up(kept, [old_sharers.index(each) for each in self._sharers()], first)
         self._take(handed, first, max(where.asked for where in told))
-        is_again = among if handed is None else None
-        self.session.survival.tell(lost, len(before), is_again, time.monotonic() - begin)
+        redone = among == "data" and handed is None
+        self.session.survival.losses.tell(lost, len(before), redone, time.monotonic() - begin)
         return handed
 
     def capture_fusions(self) -> list[Any]:
@@ -120,61 +137,71 @@ class Recovery:
             "scaler": None if scaler is None else scaler.state_dict(),
         }
 
-    def _data_ids(self) -> list[int]:
+    def _sharers(self) -> list[int]:
         ids = self.place.world.ids
-        return [ids[member] for member in self.place.data.members]
+        return [ids[member] for member in self.place.sharers.members]
 
     def _tell_where(self) -> list[Where]:
-        link, session = self.place.replicas, self.session
-        counts = self.ended["data"].count, self.ended["all"].count
+        link, session = self.place.everyone, self.session
+        counts = [each.count for each in self.ended.values()]
         own = [*counts, session.steps, session.keeper.asked]
         rows = torch.zeros(link.size, len(own), dtype=torch.int64, device=self.place.device)
         rows[link.rank] = torch.tensor(own)
         link.all_reduce(rows, "agree where all are").wait()
         return [Where(*row) for row in rows.tolist()]
 
-    def _settle(self, told: list[Where], among: Among | None) -> Handed | None:
-        """Hand over what those have missed that are behind."""
-        data, everybody = self.place.data, self.place.replicas
-        in_data = [told[everybody.members.index(member)].data for member in data.members]
+    def _settle(self, told: list[Where], among: Among | None, is_ready: bool) -> Handed | None:
+        """Find out whether this rank has missed the end of a section; hand over what those have
+        missed that are behind and cannot end it by themselves."""
+        team, everybody = self.place.team, self.place.everyone
+        in_team = [told[everybody.members.index(member)] for member in team.members]
         ways: list[tuple[Among, Link, list[int]]] = [
-            ("data", data, in_data),
+            ("data", team, [where.data for where in in_team]),
+            ("mixed", team, [where.mixed for where in in_team]),
             ("all", everybody, [where.all for where in told]),
         ]
         found = None
         for name, link, counts in ways:
-            most = max(counts)
+            most, own = max(counts), counts[link.rank]
             if min(counts) == most:
                 continue
-            ahead, own = counts.index(most), counts[link.rank]
-            last = self.ended[name]
-            mine = [json.dumps(last.result), last.give()] if link.rank == ahead else None
-            result, state = hand_over(link, ahead, mine, self.place.device)
+            ends_itself = name == "mixed" or self.place.mates.size > 1
+            made = None if ends_itself else self._hand_over(name, link, counts.index(most))
             if own == most:
                 continue
-            if own < most - 1 or name != among:
+            if own < most - 1 or name != among or (ends_itself and not is_ready):
                 raise WorkerFailed(
                     f"rank {self.place.world.ids[self.place.rank]} is more than one fusion behind "
                     "the others after a loss, so that it cannot go on",
                     rank=self.place.world.ids[self.place.rank],
                 )
-            found = Handed(name, json.loads(result), state)
+            found = made or Handed(name, is_own=True)
         return found
 
-    def _link_up(self, kept: list[Any], same_data: list[int], first_step: int) -> None:
+    def _hand_over(self, name: Among, link: Link, root: int) -> Handed:
+        """What the last section of its kind came to on a rank, for all of a link."""
+        last = self.ended[name]
+        mine = [json.dumps(last.result), last.give()] if link.rank == root else None
+        result, state = hand_over(link, root, mine, self.place.device)
+        return Handed(name, json.loads(result), state)
+
+    def _link_up(self, kept: list[Any], same: list[int], first_step: int) -> None:
         """Have all parts of the session use the links to those that are left.
 
         Args:
-            same_data: the places that the ranks of this data axis had in it before.
+            same: the places that those who share a batch had among those who did before.
             first_step: that no rank has done yet.
         """
         session, place = self.session, self.place
         session.bus.rank = place.rank
+        session.precision.renew()
+        mates = {"tensor": place.tensor, "pipe": place.pipe, "shard": place.shard}
+        session.split.meet_mates(place.plan, place.rank, place.mates, **mates)
         for learner, own in zip(session.learners, kept, strict=True):
             learner.meet_peers(place.data_fuser, own)
         for norm in session.stepper.norms:
             norm.link = place.statistics
-        session.stepper.keep_peers(same_data)
+        session.stepper.keep_peers(same)
         session.rounds.meet_peers(first_step)
         session.keeper.meet_peers()
 
@@ -182,7 +209,7 @@ class Recovery:
         """Go on from what was handed over, on batches that are cut for those that are left."""
         session = self.session
         session.keeper.asked = asked
-        if handed is not None and handed.among == "data":
+        if handed is not None and handed.among == "data" and not handed.is_own:
             self._take_learned(handed.state)
         self._cut_anew(first_step)
         session.course.tell_step_number()
@@ -210,13 +237,3 @@ class Recovery:
             learner.fusion.rounds = state["rounds"][number]
         if scaler is not None and state["scaler"] is not None:
             scaler.load_state_dict(state["scaler"])
-
-
-def describe(lost: list[Lost]) -> str:
-    """Who was lost, in words."""
-    return ", ".join(map(str, lost)) or "a worker is lost"
-
-
-def entries(lost: list[Lost], **more: Any) -> list[dict[str, Any]]:
-    """What a run's record keeps of losses."""
-    return [{**asdict(each), **more} for each in lost]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from allfuse.base.errors import PeerLost, PlanError
+from allfuse.base.errors import PlanError
 from allfuse.base.tensors import map_nest
 from allfuse.base.torch_private import foreach_copy
 from allfuse.codec import Identity
@@ -88,7 +88,7 @@ class Rounds:
         self._runner = Runner(f"allfuse-rounds-{place.rank}")
         self._departed: list[Departure] = []
         self._last: tuple[Flight, int | None] | None = None  # that was carried: for `outcome`
-        self._undone: dict[str, Any] | None = None  # what codecs kept before one that was not
+        self._undone: dict[str, Any] | None = None  # what codecs kept before one under way
 
     def _take_axis(self) -> None:
         axis = self.place.plan.axis("site")
@@ -182,14 +182,10 @@ class Rounds:
         """A round of all sites at once, carried, and the strongest wish of any."""
         survives = self.survive is not None
         lossy = not self.place.site_fuser.fusion.codec.lossless
-        before = map_nest(_copied, self._fusion.capture()) if survives and lossy else None
+        self._undone = map_nest(_copied, self._fusion.capture()) if survives and lossy else None
         flight = read()
-        try:
-            weights, heard = self._tell(self.place.site, samples, wish)
-            flight.carry(weights)
-        except PeerLost:
-            self._undone = before
-            raise
+        weights, heard = self._tell(self.place.site, samples, wish)
+        flight.carry(weights)
         self._last = (flight, fragment) if survives else None
         return flight, heard
 
@@ -207,10 +203,15 @@ class Rounds:
 
         return self.survive(
             lambda: self._carry(read, samples, wish, fragment),
+            finish=lambda _: self._is_done(),
             tell=lambda made: made[1],
             hear=hear,
             mixes=self.mixes and fragment is not None,
         )
+
+    def _is_done(self) -> None:
+        """What a round did to what codecs keep is not undone any more."""
+        self._undone = None
 
     def _land(self) -> None:
         """Take in the oldest round under way."""
@@ -257,6 +258,7 @@ class Rounds:
         flight, _ = self._carry(
             lambda: self._fusion.read(exact=self._exact), max(self.samples), NOTHING
         )
+        self._is_done()
         self._land_exactly(flight, keep=False)
 
     def _land_exactly(self, flight: Flight, keep: bool) -> None:

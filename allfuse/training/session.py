@@ -414,10 +414,7 @@ class Session:
 
         def attempt() -> Figures | None:
             self.course.open_step_for(learner)
-            found = self.stepper.learn(learner, batch, compute)
-            if found is not None:
-                learner.step()
-            return found
+            return self.stepper.learn(learner, batch, compute)
 
         def again() -> None:
             nonlocal batch
@@ -607,7 +604,10 @@ class Session:
         found = {name: module.state_dict() for name, module in self.models.items()}
         if not self.split.cuts:
             return found
-        return {name: self.split.whole(values) for name, values in found.items()}
+        bring = self.split.whole
+        return self.survival.together(
+            "all", lambda: {name: bring(values) for name, values in found.items()}
+        )
 
     def _finish(self) -> None:
         """What a session does at its end when nothing went wrong."""

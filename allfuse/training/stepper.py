@@ -142,6 +142,10 @@ class Stepper:
         """Take the places of the peers in the plan, and the link to them, as they are now."""
         place = self.place
         self.group = [place.plan.replica_index(member) for member in place.sharers.members]
+        self._take_link()
+
+    def _take_link(self) -> None:
+        place = self.place
         self.exchange = Exchange(place.sharers, place.device)
         columns = [
             place.plan.coordinates(member).get("data", 0) for member in place.sharers.members
@@ -154,8 +158,8 @@ class Stepper:
     def keep_peers(self, places: Sequence[int]) -> None:
         """Go on with some of the peers, which keep their shares until batches are cut anew."""
         self.group = [self.group[place] for place in places]
-        self.exchange = Exchange(self.place.sharers, self.place.device)
-        self._columns = [[at] for at in range(len(places))]
+        self._take_link()
+        self._since_norm_s = math.inf  # as on others, who may have taken it in a step undone here
         if self.current is not None:
             self.current.keep_peers(places)
 

@@ -2,35 +2,45 @@
 
 What ranks do together comes in *sections*, in the same order on all: the fusions of a step (with
 the optimizer's step), a round of the sites, an evaluation. A section needs all of its ranks, so
-that of two survivors one is at most one section ahead. After a loss those that are behind take
-what the section came to from one that is ahead; the section that none has ended all do again,
-among themselves.
+that of two survivors one is at most one section ahead. The section that none has ended all do
+again, among themselves. Where one has ended it, those that are behind end it too:
+
+- where each has the whole model, they take what it came to from one that is ahead;
+- where ranks share a model, what one has says nothing of the pieces of others. So nobody ends a
+  section, and nothing is changed that could not be undone, before all have told each other that
+  they have what it takes: one sum of 4 bytes over all of them. Who is behind then ends it from
+  what it has itself.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from allfuse.base.errors import DataError, PeerLost
-from allfuse.base.events import Bus
 from allfuse.base.tensors import map_nest
-from allfuse.launcher.generation import Lost
 from allfuse.split.data import Stream
 from allfuse.training.exchange import Figures
 from allfuse.training.loading import refuse_unequal
-from allfuse.training.recovery import Among, Ended, Handed, Recovery, describe, entries
+from allfuse.training.losses import Losses
+from allfuse.training.recovery import Among, Ended, Handed, Recovery
 
 if TYPE_CHECKING:
+    from allfuse.link import Link
     from allfuse.split.data import Portion, Source
     from allfuse.training.learner import Learner
     from allfuse.training.session import Session
 
 T = TypeVar("T")
+
+
+class LeftOut(Exception):
+    """A section is not done again."""
 
 
 class Survive(Protocol):
@@ -40,6 +50,7 @@ class Survive(Protocol):
         self,
         work: Callable[[], T],
         *,
+        finish: Callable[[T], None],
         tell: Callable[[T], Any],
         hear: Callable[[Handed], T],
         mixes: bool,
@@ -55,8 +66,8 @@ class Survival:
     def __init__(self, session: Session) -> None:
         self.session, self.place = session, session.place
         self.active = self.place.world.goes_on and session.apart is None
-        self.recovery = Recovery(session)
-        self.losses: list[dict[str, Any]] = []
+        self.recovery, self.losses = Recovery(session), Losses(session)
+        self._inside = False  # a section is under way
 
     def take_part(self) -> None:
         """Have what ranks do together go through losses."""
@@ -71,6 +82,7 @@ class Survival:
         among: Among,
         work: Callable[[], T],
         *,
+        finish: Callable[[T], None] = lambda made: None,
         again: Callable[[], None] = lambda: None,
         tell: Callable[[T], Any] = lambda result: result,
         hear: Callable[[Handed], T] = lambda handed: handed.result,
@@ -79,36 +91,68 @@ class Survival:
         """Do something with the others; after a loss do it again with those that are left.
 
         Args:
+            finish: makes of what the work came to what cannot be undone, without the others.
             again: prepares to do it again, after what was begun is undone.
             tell, hear: make of the result plain values for a rank that has missed the end, and of
                 those the result again.
             give: the state that goes with them.
         """
-        if not self.active:
-            return work()
+        if not self.active or self._inside:  # a part of what is done again as a whole
+            made = work()
+            finish(made)
+            return made
         is_again = False
         while True:
-            undo = self._mark(among)
+            undo, here = self._mark(among), list[T]()
             try:
                 if is_again:
                     again()
-                result = work()
+                here.append(self._within(work))
+                self._await_all(among)
             except PeerLost as error:
-                handed = self.recovery.run(error, among, undo)
+                ready = functools.partial(finish, here[0]) if here else None
+                handed = self.recovery.run(error, among, undo, ready)
                 if handed is None:
                     is_again = True
                     continue
-                result = hear(handed)
+                result = here[0] if handed.is_own else hear(handed)
+            else:
+                result = here[0]
+                finish(result)
             last = self.recovery.ended[among]
             self.recovery.ended[among] = Ended(last.count + 1, tell(result), give)
             return result
+
+    def _within(self, work: Callable[[], T]) -> T:
+        self._inside = True
+        try:
+            return work()
+        finally:
+            self._inside = False
+
+    def _await_all(self, among: Among) -> None:
+        """Where ranks share a model: until all of a section have what it takes to end it."""
+        link = self._way_of(among)
+        if link is not None:
+            here = torch.zeros(1, device=self.place.device)
+            link.all_reduce(here, "wait until all can end what they do").wait()
+
+    def _way_of(self, among: Among) -> Link | None:
+        """To those who wait for each other; None where one can take over what another has made,
+        or where nobody is left who could be lost alone."""
+        place = self.place
+        if among == "mixed":  # what a rank of a site has mixed with is not what another has
+            return place.team if place.team.size > 1 else None
+        if place.mates.size in (1, place.everyone.size):
+            return None
+        return place.everyone if among == "all" else place.team
 
     def leave_together(self, last: Callable[[], None]) -> None:
         """Do what is done last. Nobody leaves while another may need what the last step came to."""
 
         def work() -> None:
             last()
-            if self.active:
+            if self.active and self._way_of("all") is None:
                 nothing = torch.zeros(1, device=self.place.device)
                 self.place.everyone.all_reduce(nothing, "end together").wait()
 
@@ -134,9 +178,26 @@ class Survival:
     def step(
         self, learner: Learner, work: Callable[[], Figures | None], again: Callable[[], None]
     ) -> Figures | None:
-        """The section of one optimizer's step, where others have a part of its batch."""
-        if self.place.data.size == 1:
-            return work()
+        """The section of one optimizer's step, where others have a part of its batch or model.
+
+        Args:
+            work: computes and fuses the gradients; None where nothing is learned.
+        """
+
+        def attempt() -> Figures | None:
+            figures = work()
+            if figures is not None:
+                learner.unscale()  # which ranks that share a model do together
+            return figures
+
+        def finish(figures: Figures | None) -> None:
+            if figures is not None:
+                learner.step()
+
+        if self.place.team.size == 1:
+            figures = attempt()
+            finish(figures)
+            return figures
 
         def hear(handed: Handed) -> Figures | None:
             figures = None if handed.result is None else Figures(**handed.result)
@@ -145,7 +206,8 @@ class Survival:
 
         return self.together(
             "data",
-            work,
+            attempt,
+            finish=finish,
             again=again,
             tell=lambda figures: None if figures is None else asdict(figures),
             hear=hear,
@@ -156,6 +218,7 @@ class Survival:
         self,
         work: Callable[[], T],
         *,
+        finish: Callable[[T], None],
         tell: Callable[[T], Any],
         hear: Callable[[Handed], T],
         mixes: bool,
@@ -163,12 +226,21 @@ class Survival:
         """The section of a round. One that only mixes is left out after a loss: None."""
         if not mixes:
             outcome = self.session.rounds.outcome
-            return self.together("all", work, tell=tell, hear=hear, give=outcome)
+            return self.together("all", work, finish=finish, tell=tell, hear=hear, give=outcome)
+
+        def leave_out() -> None:
+            raise LeftOut
+
         try:
-            return work()
-        except PeerLost as error:
-            self.recovery.run(error, None, self.recovery.capture_fusions)
+            return self.together("mixed", work, finish=finish, again=leave_out)
+        except LeftOut:
             return None
+
+    def level(self, model: nn.Module) -> None:
+        """Make parameters equal that several stages use, after weights were fused."""
+        split = self.session.split
+        if split.pipeline is not None and split.pipeline.shared:
+            self.together("data", lambda: split.level(model))
 
     def fetch(self, work: Callable[[], Portion | None]) -> Portion | None:
         """The next portion, which a stream's replicas agree on. Looks for losses first."""
@@ -213,7 +285,7 @@ class Survival:
 
     def _mark(self, among: Among) -> Callable[[], list[Any]]:
         """What takes back what a section changes halfway; it gives what codecs kept before."""
-        if among == "all":
+        if among != "data":
             return self.recovery.capture_fusions
         models = self.session.models.values()
         buffers = [(buffer, buffer.clone()) for module in models for buffer in module.buffers()]
@@ -226,63 +298,6 @@ class Survival:
             return list(kept)
 
         return undo
-
-    # What is told.
-
-    def tell(self, lost: list[Lost], before: int, among: Among | None, seconds: float) -> None:
-        """Tell of a loss that was survived: an event, and an entry in the run's record.
-
-        Args:
-            before: how many there were. among: whose section is done again, if one is.
-        """
-        session, place = self.session, self.place
-        left, rows = place.world.size, self._count_rows(among)
-        more = {"step": session.steps, "left": left, "before": before, "rows_again": rows}
-        added = entries(lost, policy="continue", **more)
-        self.losses += added
-        session.keeper.record(losses=self.losses)
-        self._promote()
-        again = f"the step under way is done again with all its {rows} samples" if rows else ""
-        if session.rounds.active:
-            again = "what it had learned since the last round is lost"
-        told = [describe(lost), f"{left} of {before} workers go on under {place.whole}", again]
-        text = "; ".join(part for part in told if part)
-        session.bus.emit("lost", text=text, losses=added, seconds=seconds)
-
-    def tell_of_restarts(self) -> None:
-        """Tell of the losses after which all workers were started again."""
-        again, session = list(self.place.world.again), self.session
-        folder = session.keeper.folder
-        if folder is not None:
-            self.losses = list(folder.record.get("losses", []))
-        if again:
-            added = entries(again[-1:], policy="restart", step=session.steps)
-            self.losses += added
-            session.keeper.record(losses=self.losses)
-            text = f"{again[-1]}; all workers were started again, after step {session.steps}"
-            session.bus.emit("lost", text=text, losses=added)
-
-    def _promote(self) -> None:
-        """Take over the displays and files of the run, where this is the first rank by now."""
-        session = self.session
-        if not (session.is_main and session.when_main):
-            return
-        has_begun = session.teller.began is not None
-        shown = Bus(0) if has_begun else session.bus
-        for subscribe in session.when_main:
-            subscribe(shown)
-        session.when_main.clear()
-        if has_begun:
-            shown.step = session.steps
-            shown.emit("start", **{**session.teller.about, "resumed_step": session.steps})
-            session.bus.subscribe(shown.forward)
-
-    def _count_rows(self, among: Among | None) -> int:
-        """Samples of the batch that is learned from again."""
-        step = self.session.stepper.current
-        if among != "data" or step is None or step.portion is None:
-            return 0
-        return sum(step.portion.shares)
 
 
 def _copied(leaf: Any) -> Any:

@@ -69,6 +69,11 @@ class Pipeline:
         self._before: deque[Courier] = deque()  # of passes before, whose parcels may be under way
         self.waited_s = 0.0
 
+    def meet_mates(self, link: Link) -> None:
+        """Go on over another link to the same ranks. What was under way is forgotten."""
+        self.link = link
+        self._before.clear()
+
     # Passes through the model.
 
     def enter(self, model: nn.Module, args: Any, kwargs: Any) -> None:
