@@ -361,6 +361,10 @@ def test_plan_refuses_what_train_would_refuse(tmp_path: Path, job: Path) -> None
     allfuse("plan", job, "--plan", "pipe(2)", cwd=tmp_path, ok=True)
     done = allfuse("plan", job, "--plan", "pipe(2, microbatches=9)", cwd=tmp_path)
     refused(done, "from 1 to 8 microbatches")
+    for verb in ("plan", "train"):  # nobody waits for microbatches of the one stage there is
+        allfuse(verb, job, "--plan", "pipe(1, microbatches=9)", cwd=tmp_path, ok=True)
+    done = allfuse("plan", job, "--plan", "tensor(2)", "--set", "samples=2", cwd=tmp_path)
+    refused(done, "is found out on its first 3 samples")
 
 
 def test_a_job_whose_model_cannot_be_written_fails(

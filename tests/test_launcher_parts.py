@@ -16,6 +16,7 @@ from allfuse.base.errors import (
     CheckpointError,
     Interrupted,
     JobError,
+    NonFiniteLoss,
     PeerLost,
     PlanError,
     UserError,
@@ -123,6 +124,13 @@ def test_the_loss_of_a_peer_is_never_the_cause() -> None:
     assert str(caught.value) == "rank 1 failed at step 4: ValueError: cause"
     assert "ValueError: cause" in caught.value.trace
     assert any(caught.value.trace in note for note in caught.value.__notes__)
+
+
+def test_an_error_that_tells_where_it_came_from_is_not_blamed_on_who_said_so_first() -> None:
+    error = NonFiniteLoss("the loss is nan on rank 1 at step 3")
+    with pytest.raises(WorkerFailed) as caught:
+        judge([failed(error, 0, order=0), failed(error, 1, order=1)], interrupted=False)
+    assert str(caught.value) == "the loss is nan on rank 1 at step 3"
 
 
 def test_a_worker_that_the_launcher_killed_is_no_cause_and_is_not_blamed() -> None:

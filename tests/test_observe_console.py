@@ -369,6 +369,15 @@ def test_resuming_keeps_the_curve_up_to_the_checkpoint() -> None:
     assert steps == [float(number) for number in range(1, 32)]
 
 
+def test_the_summary_of_a_resumed_run_says_where_its_loss_came_from() -> None:
+    again = [start(resumed_step=30), step(31), step(32)]
+    assert dict(final_rows(again))["loss"].endswith("where it was resumed")
+    seen = [start(), *(step(number) for number in range(1, 41)), *again]
+    first = dict(final_rows([start(), step(1), step(2)]))["loss"].partition(", ")[2]
+    assert dict(final_rows(seen))["loss"].endswith(first)
+    assert first.endswith("at the start")
+
+
 @pytest.mark.parametrize("count", [1, 4, 5, 9, 1000, 4097])
 def test_curve_keeps_its_mean_in_bounded_memory(count: int) -> None:
     curve = Curve(capacity=8)

@@ -15,8 +15,10 @@ from sliced import TiedWords, convolutions
 from torch import Tensor, nn
 from training_cases import TIGHT, Recorded, adam, assert_equal, job, session, train, under
 
-from allfuse.base.errors import PlanError, UserError
+from allfuse.base.errors import NonFiniteLoss, PlanError, UserError
 from allfuse.job import Job, Stop
+from allfuse.launcher import current_world
+from allfuse.launcher.thread import launch_threads
 from allfuse.plan import as_plan
 from allfuse.store.run import RunFolder
 from allfuse.store.tensorfile import read_tensors
@@ -289,6 +291,28 @@ def test_batches_of_a_script_s_own_are_refused_while_nothing_is_cut() -> None:
 
     with pytest.raises(UserError, match=r"a batch of the script's own.*s\.batches"):
         under("tensor(2)", work)
+
+
+@pytest.mark.parametrize(
+    "plan", [f"{axis}(2) * tensor(2)" for axis in ("data", "site")] + ["data(2) * pipe(2)"]
+)
+def test_all_ranks_tell_alike_where_a_loss_was_not_finite(plan: str) -> None:
+    def loss(outputs: Tensor, batch: Any) -> Tensor:
+        world = current_world()
+        assert world is not None
+        return classes(outputs, batch) * (float("nan") if world.rank >= 2 else 1.0)
+
+    made = CASES["mlp"].job(loss=loss)
+    results = launch_threads(lambda: train_job(made), 4, plan=plan)
+    told = {str(e).partition(";")[0] for e in results if isinstance(e, NonFiniteLoss)}
+    rank = 3 if "pipe" in plan else 2
+    assert told == {f"the loss is nan on rank {rank} at step 0"}
+
+
+@pytest.mark.parametrize("plan", ["pipe(2)", "data(2) * tensor(2)"])
+def test_the_link_of_the_ranks_of_a_replica_is_told(plan: str) -> None:
+    _, told = recorded(CASES["mlp"].job(stop=Stop(steps=1)), plan)
+    assert told[0].named("start")[0].data["link"] == "thread"
 
 
 def test_a_model_of_which_nothing_can_be_cut_is_refused_with_its_reasons(tmp_path: Path) -> None:

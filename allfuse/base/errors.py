@@ -25,9 +25,13 @@ from collections.abc import Iterable
 
 
 class AllfuseError(Exception):
-    """Root of all errors that allfuse raises on purpose."""
+    """Root of all errors that allfuse raises on purpose.
+
+    `tells_where` says that its text has rank and step, whichever rank it comes from.
+    """
 
     exit_code = 1
+    tells_where = False
 
 
 class UserError(AllfuseError):
@@ -73,6 +77,8 @@ class CheckpointError(AllfuseError):
 
 class NonFiniteLoss(AllfuseError):
     """The loss became NaN or infinite; names step and rank."""
+
+    tells_where = True
 
 
 class WorkerFailed(AllfuseError):

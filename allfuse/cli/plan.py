@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from allfuse.job import Job
+    from allfuse.split.base import Run
     from allfuse.split.data import Source, Stream
 
 
@@ -229,25 +229,24 @@ def tell_splits(
     job: Job, source: Source | Stream, model: nn.Module, plan: Plan
 ) -> tuple[list[str], dict[str, object]]:
     """How the axes of a plan that cut a model cut this one."""
-    import numpy as np
+    import torch
     from torch import nn
 
     from allfuse.job import default_forward
-    from allfuse.split.data import Source
     from allfuse.split.describe import describe_splits
     from allfuse.training.loop import settings_of
-    from allfuse.training.parting import refuse_few, refuse_in_stages
+    from allfuse.training.parting import refuse_few, refuse_settings, run_on, runs_on
 
-    if not isinstance(source, Source) or job.batch_size is None or source.size < 3:
+    if plan.replica_size == 1 or job.batch_size is None:
         return [], {}
     settings = settings_of(job, None)
     has_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    refuse_in_stages(plan, settings, has_norms)
+    refuse_settings(plan, settings, has_norms)
     refuse_few(plan, job.batch_size, settings.accumulate)
-
-    def run(rows: int) -> tuple[int, Callable[[nn.Module], Any]]:
-        batch = source.fetch(np.arange(rows))
-        return rows, lambda made: (job.forward or default_forward)(made, batch)
-
+    runs = runs_on(plan, source, job.forward or default_forward, torch.device("cpu"))
     rows = -(-job.batch_size // plan.replicas)
-    return describe_splits(plan, model, (run(2), run(3)), rows, job.request)
+
+    def run(count: int) -> Run:
+        return run_on(source, job.forward or default_forward, torch.device("cpu"), count)
+
+    return describe_splits(plan, model, runs, rows, job.request, run)

@@ -17,7 +17,8 @@ class Failure:
     """An exception of a worker as plain values: those of users need not be picklable.
 
     `expected` says that allfuse raised it on purpose; `error` is then the pickled error, where that
-    is possible. `peer`: the rank that is lost.
+    is possible. `peer`: the rank that is lost. `tells_where`: the text has rank and step, which
+    need not be those of this worker.
     """
 
     type: str
@@ -29,6 +30,7 @@ class Failure:
     step: int | None
     error: bytes | None = None
     peer: int | None = None
+    tells_where: bool = False
 
     @property
     def was_stopped(self) -> bool:
@@ -57,6 +59,7 @@ def describe_failure(error: BaseException, step: int | None) -> Failure:
         step=step,
         error=packed,
         peer=error.peer if isinstance(error, PeerLost) else None,
+        tells_where=isinstance(error, AllfuseError) and error.tells_where,
     )
 
 
@@ -181,7 +184,8 @@ def _cause(outcome: Outcome, failure: Failure, others: Sequence[Outcome]) -> All
         return kind(failure.text)
     where = "before the first step" if failure.step is None else f"at step {failure.step}"
     name = "" if failure.expected else f"{failure.type}: "
-    lines = [f"{outcome.name} failed {where}: {name}{failure.text}"]
+    told = "" if failure.tells_where else f"{outcome.name} failed {where}: "
+    lines = [f"{told}{name}{failure.text}"]
     lines += [_line(other) for other in others if other.failure is None]
     trace = "" if failure.expected else failure.trace
     failed = WorkerFailed("\n".join(lines), outcome.rank, trace, failure.exit_code)

@@ -52,7 +52,7 @@ class Progress:
 
     def __init__(self) -> None:
         self.curve = Curve()
-        self.first_loss: float | None = None  # of the run, or since it was resumed
+        self.first_loss: tuple[int, float] | None = None  # that was heard of, after which step
         self._handlers: dict[str, Callable[[Event], None]] = {
             "start": self._start,
             "step": self._step,
@@ -159,7 +159,7 @@ class Progress:
             before = loss if self.smooth_loss is None else self.smooth_loss
             self.smooth_loss = keep * before + (1 - keep) * loss
             self.curve.add(event.step, loss)
-            self.first_loss = loss if self.first_loss is None else self.first_loss
+            self.first_loss = self.first_loss or (event.step, loss)
 
     def _round(self, event: Event) -> None:
         self.rounds += 1

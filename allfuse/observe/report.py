@@ -110,11 +110,19 @@ def _training_rows(progress: Progress) -> list[Row]:
     rows = [("steps", steps), ("time", duration(seconds))]
     rows.append(("speed", f"{rate(speed)}, {format_count(samples)} samples"))
     loss = end.get("loss", progress.loss)
-    first = progress.first_loss
-    fell = f", from {figure(first)} at the start" if first and progress.steps > 1 else ""
     if loss is not None and math.isfinite(loss):
-        rows.append(("loss", figure(loss) + fell))
+        rows.append(("loss", figure(loss) + _fall_text(progress)))
     return rows
+
+
+def _fall_text(progress: Progress) -> str:
+    """Where the loss came from. A run that was resumed may have begun where nobody was looking."""
+    if progress.first_loss is None or progress.steps < 2:
+        return ""
+    step, loss = progress.first_loss
+    resumed = progress.start.get("resumed_step") or 0
+    seen = not resumed or step <= resumed
+    return f", from {figure(loss)} " + ("at the start" if seen else "where it was resumed")
 
 
 def _metrics_at(step: int, data: Mapping[str, Any]) -> str:

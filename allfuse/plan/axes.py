@@ -278,6 +278,8 @@ class Pipe(Axis):
         return self.schedule.owner(self.n * self.schedule.each - 1, self.n)
 
     def explain(self) -> str:
+        if self.n == 1:
+            return "one rank has all layers; there are no other stages to pass microbatches to"
         each = self.schedule.each
         stages = f"{_count(self.n * each, 'stage')}, {'one' if each == 1 else each} per rank"
         count = "" if self.microbatches is None else f"{self.microbatches} "

@@ -44,8 +44,8 @@ def make_split(place: Place) -> Split:
     )
 
 
-def refuse_in_stages(plan: Plan, settings: Settings, has_norms: bool) -> None:
-    """Refuse what a model that is cut between its layers cannot keep to.
+def refuse_settings(plan: Plan, settings: Settings, has_norms: bool) -> None:
+    """Refuse what a model that is cut cannot keep to.
 
     Raises:
         PlanError: says which setting can be.

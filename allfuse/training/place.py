@@ -272,6 +272,13 @@ class Place:
         return list(self.fusers_by_axis.values())
 
     @property
+    def linked_by(self) -> str:
+        """What moves the bytes between replicas, and between the ranks of one, for people."""
+        several = [self.replicas, self.tensor, self.pipe, self.shard]
+        kinds = [link.kind for link in several if link.size > 1]
+        return ", ".join(dict.fromkeys(kinds)) or self.replicas.kind
+
+    @property
     def sent_bytes(self) -> int:
         """What this rank has sent to its peers so far."""
         return self._sent_before + sum(link.sent_bytes for link in self.links)

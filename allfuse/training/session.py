@@ -35,7 +35,7 @@ from allfuse.training.loading import (
 )
 from allfuse.training.measure import to_device
 from allfuse.training.merged import plain_pieces
-from allfuse.training.parting import make_split, refuse_in_stages
+from allfuse.training.parting import make_split, refuse_settings
 from allfuse.training.place import Place
 from allfuse.training.rounds import Rounds
 from allfuse.training.settings import Settings
@@ -228,7 +228,7 @@ class Session:
         )
         shared = self.place.sharers.size > 1 and self.settings.batch_statistics == "global"
         has_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
-        refuse_in_stages(self.place.plan, self.settings, has_norms)
+        refuse_settings(self.place.plan, self.settings, has_norms)
         if self.apart is not None:
             self.apart.refuse_global_statistics(has_norms, self.settings.batch_statistics)
         if shared and has_norms:

@@ -222,9 +222,9 @@ class Stepper:
             return loss * (factor / step.reference)
 
         def work(inputs: Sequence[Parameter] | None) -> None:
-            first = 0
+            first, fewest = 0, self._fewest_rows(step, pieces)
             for piece, rows in pieces:
-                parts = pipeline.cut(piece, rows)
+                parts = pipeline.cut(piece, rows, fewest)
                 pipeline.learn(parts, compute, lose, self._before(first), inputs)
                 first += len(parts)
 
@@ -240,6 +240,17 @@ class Stepper:
         step.waited_s += pipeline.waited_s - begin_s
         self._tell_peers(step, learner)
         return self.finish(learner)
+
+    def _fewest_rows(self, step: Step, pieces: Sequence[tuple[Any, int]]) -> int | None:
+        """The fewest rows of a piece on the ranks that meet this one within each microbatch, since
+        they have other rows of its stages; None where there are none."""
+        if self.place.shard.size == 1:
+            return None
+        if step.portion is None:
+            (fewest,) = self.split.strongest([-min(rows for _, rows in pieces)])
+            return -int(fewest)
+        shares = [step.portion.shares[index] for index in step.group]
+        return min(size for size in shares if size > 0) // len(pieces)
 
     def _before(self, first: int) -> Callable[[int, int], None]:
         """What is done before a forward pass, where so many microbatches went before."""
@@ -324,14 +335,14 @@ class Stepper:
         figures = self._agreed(step.pending())
         bad, total = figures.first_not_finite(), figures.total
         if bad is not None:
-            rank = self._place_of(bad)
-            raise self._refusal(learner, "the loss", figures.losses[bad], rank)
+            raise self._refusal(learner, "the loss", figures.losses[bad], self._place_of(bad))
         if total == 0 and self.place.whole.outer is not None:  # others have samples that count
             learner.forget()
             step.figures, step.pending, step.losses = figures, None, []
             return figures
         if not 0 < total < math.inf:
-            raise self._refusal(learner, "the count that the loss is a mean over", total)
+            what = "the count that the loss is a mean over"
+            raise self._refusal(learner, what, total, self._group)
         learner.finish(step.reference / total if learner.fusion.is_mean else 1.0)
         step.figures, step.pending, step.losses, step.count = figures, None, [], 0.0
         step.waited_s += time.perf_counter() - begin
@@ -340,7 +351,8 @@ class Stepper:
             norm = learner.clip(self.clip)
             step.norm, self._since_norm_s = None if norm is None else float(norm), 0.0
             if step.norm is not None and not math.isfinite(step.norm) and not learner.may_skip:
-                raise self._refusal(learner, "the norm of the gradient", step.norm)
+                what = "the norm of the gradient"
+                raise self._refusal(learner, what, step.norm, self._group)
         learner.note_gradients()
         return figures
 
@@ -353,17 +365,32 @@ class Stepper:
         return figures
 
     def _place_of(self, member: int) -> str:
-        """Which rank of the data axis it is; of a group that a scheduler knows, of which worker."""
-        found, axis = self.place.sharers.members[member], self.place.plan.axis("pipe")
+        """Which rank of the data axis it is, in words that all ranks of its replica say alike; of a
+        group that a scheduler knows, of which worker."""
+        plan = self.place.plan
+        found, axis = self.place.sharers.members[member], plan.axis("pipe")
         if isinstance(axis, Pipe):  # where the loss was computed
-            found = self.place.plan.peers(found, "pipe")[axis.teller]
+            found = plan.peers(found, "pipe")[axis.teller]
+        found = plan.peers(found, "tensor")[0]  # of those that computed the same
         rank = f" on rank {self.place.world.ids[found]}"
-        crew = self.place.world.crew
-        if crew is None or self.place.whole.outer is None:
+        if self._worker is None:
             return rank
-        return f"{rank if self.place.data.size > 1 else ''} in worker {crew.index}"
+        return f"{rank if self.place.sharers.size > 1 else ''} in worker {self._worker}"
 
-    def _refusal(self, learner: Learner, what: str, value: float, where: str = "") -> NonFiniteLoss:
+    @property
+    def _worker(self) -> int | None:
+        """The group of a scheduler that this is; None without one."""
+        crew = self.place.world.crew
+        return None if crew is None or self.place.whole.outer is None else crew.index
+
+    @property
+    def _group(self) -> str:
+        """Which of those this is that step on their own, and so fail on their own, in words."""
+        if self._worker is not None:
+            return f" in worker {self._worker}"
+        return f" in site {self.place.site.rank}" if self.place.site.size > 1 else ""
+
+    def _refusal(self, learner: Learner, what: str, value: float, where: str) -> NonFiniteLoss:
         learner.forget()
         diverged = not all(bool(parameter.isfinite().all()) for parameter in learner.parameters)
         weights = (

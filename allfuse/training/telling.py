@@ -46,7 +46,7 @@ class Teller:
             "promise": session.plan.promise,
             "workers": session.plan.workers,
             "device": str(session.device),
-            "link": session.place.replicas.kind,
+            "link": session.place.linked_by,
             "threads": torch.get_num_threads(),
             "samples": source.size,
             "batch_size": batch_size,
