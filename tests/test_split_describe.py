@@ -33,11 +33,13 @@ def test_bytes_of_slices_are_two_sums_of_activations_for_each_region() -> None:
 
 
 def test_a_gather_is_half_a_sum_and_what_no_gradient_goes_back_to_is_not_summed() -> None:
+    """Of what the last map gives a loss by parts gathers one number of each rank for each row."""
     model = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.Softmax(-1), nn.Linear(HIDDEN, 6))
-    _, facts = told("tensor(2)", model)
-    assert facts["tensor"]["modules"] == {"0.weight": "gathered", "2.weight": "gathered"}
-    gathers, back = ROWS * (HIDDEN + 6) * 4, 2 * ROWS * HIDDEN * 4
+    lines, facts = told("tensor(2)", model)
+    assert facts["tensor"]["modules"] == {"0.weight": "gathered", "2.weight": "late"}
+    gathers, back = ROWS * (HIDDEN + 2) * 4, 2 * ROWS * HIDDEN * 4
     assert facts["tensor"]["bytes_per_step"] == (gathers + back) / 2
+    assert "2 by columns, loss by parts if it is a cross entropy, else gathered" in "".join(lines)
 
 
 def test_equal_blocks_are_told_once() -> None:

@@ -13,24 +13,37 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store, TCPStore
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
+    "DispatchMode",
     "PrefixStore",
     "Store",
     "TCPStore",
+    "assert_soon",
+    "below_torch_functions",
     "clone_store",
     "fake_tensors",
     "foreach_copy",
     "foreach_multiply",
     "gloo_group",
     "is_fake",
+    "is_written",
+    "memory_key",
+    "memory_users",
     "nccl_group",
+    "reduce_scatter",
+    "past_subclasses",
+    "shaped_like",
     "start_together",
     "storage_users",
 ]
+
+DispatchMode = TorchDispatchMode
+"""Hears, while in force, of every call below autograd that torch makes in this thread."""
 
 
 def clone_store(store: Any) -> Store:
@@ -47,6 +60,32 @@ def fake_tensors() -> AbstractContextManager[object]:
 def is_fake(tensor: Tensor) -> bool:
     """Whether a tensor has a shape and a type, and no numbers."""
     return isinstance(tensor, FakeTensor)
+
+
+def shaped_like(kind: type[Tensor], shape: Sequence[int], like: Tensor) -> Any:
+    """A tensor of a class of its own that has a shape, and what else `like` has, and no memory."""
+    return Tensor._make_wrapper_subclass(kind, shape, dtype=like.dtype, device=like.device)
+
+
+def past_subclasses() -> AbstractContextManager[object]:
+    """Within it functions of torch do not ask classes of tensors what they are to do."""
+    return torch._C.DisableTorchFunctionSubclass()
+
+
+def below_torch_functions() -> AbstractContextManager[object]:
+    """Within it they ask nobody, those who follow a model's calls neither."""
+    return torch._C.DisableTorchFunction()
+
+
+def is_written(function: Any, place: int) -> bool:
+    """Whether a call of torch changes its argument at a place."""
+    taken = function._schema.arguments
+    return place < len(taken) and bool(taken[place].alias_info and taken[place].alias_info.is_write)
+
+
+def assert_soon(condition: Tensor, message: str) -> None:
+    """Fail if a tensor of one truth value is false, by the time that a GPU has come to it."""
+    torch._assert_async(condition, message)
 
 
 def foreach_copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
@@ -98,6 +137,13 @@ def start_together(group: Any, starts: Sequence[Callable[[], object]]) -> Any:
     return group._end_coalescing()
 
 
+def reduce_scatter(group: Any, target: Tensor, parts: Tensor) -> Any:
+    """Start to sum parts (n, ...) over the members of an NCCL group, each its own. Before torch
+    2.13 the method had another name."""
+    start = getattr(group, "reduce_scatter_single", None) or group._reduce_scatter_base
+    return start(target, parts, dist.ReduceScatterOptions())
+
+
 def foreach_multiply(tensors: Sequence[Tensor], factor: float) -> None:
     """Multiply many tensors in place by a number, in one call."""
     torch._foreach_mul_(list(tensors), factor)
@@ -105,5 +151,47 @@ def foreach_multiply(tensors: Sequence[Tensor], factor: float) -> None:
 
 def storage_users(tensor: Tensor) -> int:
     """How many tensors share a tensor's memory, itself and this look at it included."""
-    count: int = vars(torch._C)["_storage_Use_Count"](tensor.untyped_storage()._cdata)
+    return memory_users(tensor.untyped_storage())
+
+
+def memory_users(memory: UntypedStorage) -> int:
+    """How many tensors share some memory, this look at it included."""
+    count: int = vars(torch._C)["_storage_Use_Count"](memory._cdata)
     return count
+
+
+def memory_key(memory: UntypedStorage) -> int:
+    """A number that no other memory has while this one is held."""
+    key: int = memory._cdata
+    return key
+
+
+def shaped_like(kind: Any, shape: Sequence[int], tensor: Tensor) -> Any:
+    """A tensor of a subclass, of a shape, and of the type and on the device of another one, that
+    holds no numbers itself."""
+    make: Any = Tensor._make_wrapper_subclass
+    return make(kind, tuple(shape), dtype=tensor.dtype, device=tensor.device)
+
+
+def past_subclasses() -> AbstractContextManager[object]:
+    """Within it functions of torch go past what subclasses of tensors make of them."""
+    return torch._C.DisableTorchFunctionSubclass()
+
+
+def below_torch_functions() -> AbstractContextManager[object]:
+    """Within it no subclass and no mode hears of functions of torch."""
+    return torch._C.DisableTorchFunction()
+
+
+def is_written(function: Any, place: int) -> bool:
+    """Whether a call below autograd changes its argument at a place."""
+    arguments = function._schema.arguments
+    if place >= len(arguments):
+        return False
+    info = arguments[place].alias_info
+    return info is not None and bool(info.is_write)
+
+
+def assert_soon(condition: Tensor, message: str) -> None:
+    """Fail with a message where a tensor of one truth is false, without waiting for it."""
+    torch._assert_async(condition, message)

@@ -18,6 +18,14 @@ from allfuse.split.tensor.attention import unfold_attention
 from allfuse.split.tensor.search import TensorPlan, Use, find_cuts
 
 
+HOW = {
+    "vocabulary": "by its rows",
+    "gathered": "by columns, gathered",
+    "late": "by columns, loss by parts if it is a cross entropy, else gathered",
+}
+"""How maps that stand alone are cut."""
+
+
 def describe_splits(
     plan: Plan,
     model: nn.Module,
@@ -76,12 +84,12 @@ def _tell_tensor(plan: TensorPlan, shapes: Shapes, sizes: dict[str, int], rows: 
         text = f"{_names(columns, uses)} by columns, {_names(ends, uses)} by rows"
         told[text] = told.get(text, 0) + 1
     for use in plan.uses.values():
-        if use.way in ("gathered", "vocabulary"):
-            how = "by its rows" if use.way == "vocabulary" else "by columns, gathered"
+        if use.way in HOW:
+            how = HOW[use.way]
             text = f"{_pattern(use.map.weight)} {how}"
             reason = plan.reasons.get(use.map.weight.rpartition(".")[0])
-            if reason is not None and use.way == "gathered":
-                text += f", since {_starred(reason)}"
+            if reason is not None and use.way != "vocabulary":
+                text += f"; alone since {_starred(reason)}"
             told[text] = told.get(text, 0) + 1
     lines += [f"    {text}" + (f"  x{n}" if n > 1 else "") for text, n in told.items()]
     whole: dict[tuple[str, str], int] = {}
@@ -116,16 +124,18 @@ def _starred(text: str) -> str:
 
 def _sent(plan: TensorPlan, shapes: Shapes, rows: int) -> int:
     """Bytes that each rank sends in a step: 2 (n - 1) / n of what is summed, half of that of what
-    is gathered."""
+    is gathered. A cross entropy by parts gathers one number of each rank for each row."""
     summed, gathered = 0, 0
     entered: set[int] = set()
     learned = shapes.one.learned()
     for use in plan.uses.values():
         if use.way == "gathered":  # backward takes a piece, and sends nothing
             gathered += shapes.bytes(use.map.output, rows)
+        elif use.way == "late":
+            gathered += plan.n * shapes.bytes(use.map.output, rows) // use.cut.size
         elif use.way != "columns":
             summed += shapes.bytes(use.map.output, rows)
-        if use.way in ("columns", "gathered") and use.map.x in learned - entered:
+        if use.way in ("columns", "gathered", "late") and use.map.x in learned - entered:
             entered.add(use.map.x)
             summed += shapes.bytes(use.map.x, rows)
     for number, name in shapes.one.parameters.items():

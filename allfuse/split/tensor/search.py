@@ -18,7 +18,7 @@ from allfuse.split.tensor.agree import agreeing, edited, said, telling_apart
 from allfuse.split.tensor.cut import Cut, Passing, Size
 from allfuse.split.tensor.maps import Map, find_map
 
-Way = Literal["columns", "rows", "gathered", "vocabulary"]
+Way = Literal["columns", "rows", "gathered", "late", "vocabulary"]
 
 PACKED = (3, 2)
 """How many things of one size are often packed into a weight: queries, keys and values; halves."""
@@ -34,7 +34,8 @@ class Use:
 
     Attributes:
         way: columns and rows as said above; gathered: by the channels it gives, which are put
-            together at once; vocabulary: a table of embeddings cut by its rows.
+            together at once; late: likewise, put together where something asks for the whole;
+            vocabulary: a table of embeddings cut by its rows.
         cut: of its weight.
     """
 
@@ -347,10 +348,23 @@ class Search:
             cut = Cut(dim, (shapes[weight][dim],))
             self.plan.cuts[weight] = cut
             for each in maps:
-                way: Way = "vocabulary" if each.kind == "embedding" else "gathered"
+                way = self._way_alone(each)
                 self.plan.uses[each.call.index] = Use(each, way, cut)
-                if way == "gathered" and each.bias is not None:
+                if way != "vocabulary" and each.bias is not None:
                     self.plan.cuts[each.bias] = Cut(0, cut.parts)
+
+    def _way_alone(self, each: Map) -> Way:
+        """What the last map gives goes to a loss, which may do without the whole; others go on with
+        it."""
+        if each.kind == "embedding":
+            return "vocabulary"
+        reached = {each.output}
+        for call in self.recording.calls[each.call.index + 1 :]:
+            if reached.intersection(call.inputs):
+                if call.index in self.maps:
+                    return "gathered"
+                reached.update(call.outputs)
+        return "late"
 
     def _keeps_whole(
         self, weight: str, maps: Sequence[Map], shape: tuple[int, ...], total: int

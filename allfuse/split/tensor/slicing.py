@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from allfuse.split.record import argument_leaves, draws, map_arguments
 from allfuse.split.tensor.cut import Size
+from allfuse.split.tensor.late import put_off
 from allfuse.split.tensor.search import TensorPlan, Use
 from allfuse.split.tensor.traffic import Entrance, Slice, gather, leave
 
@@ -23,8 +24,9 @@ Key = tuple[str, int]
 """The name of a function and the `id` of a weight."""
 
 
-def slice_model(model: nn.Module, plan: TensorPlan, slice_: Slice) -> None:
-    """Keep one slice of a model, in place; what goes in and comes out stays the whole.
+def slice_model(model: nn.Module, plan: TensorPlan, slice_: Slice) -> list[nn.Module]:
+    """Keep one slice of a model, in place; what goes in and comes out stays the whole. The modules
+    that are more than a program of their own now: those in which slices meet or draw.
 
     Parameters keep their names and identities and have the shapes of pieces. Parts of gradients are
     summed over the slices in the backward pass.
@@ -39,21 +41,23 @@ def slice_model(model: nn.Module, plan: TensorPlan, slice_: Slice) -> None:
     for name in sorted(plan.partial):
         weights[name].register_hook(_summing(slice_, name))
     handlers = _handlers(plan, weights, slice_)
-    followed, changed = [], set()
+    followed: list[nn.Module] = []
+    changed: list[nn.Module] = []
     for name, module in model.named_modules():
         own = {id(p) for p in module.parameters(recurse=False)}
         mine = {key: handler for key, handler in handlers.items() if key[1] in own}
         care = Care(slice_, mine, plan.sizes.get(name, ()), plan.random.get(name, ()))
         if type(module) is nn.Linear and mine:
             module.forward = _linear(module, mine["linear", id(module.weight)])  # type: ignore[method-assign]
-            changed.add(module)
+            changed.append(module)
         elif care.is_needed:
             module.forward = care.of(module)
-            changed.add(module)
+            changed.append(module)
             followed.append(module)
     inside = {child for module in followed for child in module.modules()}
-    for module in inside - changed:
+    for module in inside.difference(changed):
         module.forward = _shield(module)
+    return changed
 
 
 def _summing(slice_: Slice, name: str) -> Callable[[Tensor], Tensor]:
@@ -104,12 +108,20 @@ class Handler:
             case "columns":
                 return self._columns(function, args, kwargs)
             case "gathered":
+                return self._gather(self._columns(function, args, kwargs))
+            case "late":
                 piece = self._columns(function, args, kwargs)
-                return gather(piece, self.slice, self._y_dim(piece), self.use.cut.size, self.name)
+                if not (torch.is_grad_enabled() and piece.requires_grad):
+                    return self._gather(piece)  # one rank alone may look at predictions
+                dim = self._y_dim(piece)
+                return put_off(piece, self.slice, dim, self.use.cut.size, self.name)
             case "rows":
                 return self._rows(function, args, kwargs)
             case _:
                 return self._look_up(*args, **kwargs)
+
+    def _gather(self, piece: Tensor) -> Tensor:
+        return gather(piece, self.slice, self._y_dim(piece), self.use.cut.size, self.name)
 
     def _columns(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         at = 1 if self.use.map.kind == "addmm" else 0
