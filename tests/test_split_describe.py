@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -45,6 +46,29 @@ def test_a_gather_is_half_a_sum_and_what_no_gradient_goes_back_to_is_not_summed(
 def test_equal_blocks_are_told_once() -> None:
     lines, _ = told("tensor(2)", blocks(3))
     assert lines[1:] == ["    *.inner.*.both (2 parts) by columns, *.inner.*.down by rows  x3"]
+
+
+def test_blocks_that_read_alike_and_are_cut_in_other_ways_are_told_by_their_numbers() -> None:
+    layers = [nn.Linear(WIDTH, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, WIDTH), nn.Softmax(-1)]
+    net = nn.Sequential(*layers, nn.Linear(WIDTH, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, WIDTH))
+    lines, _ = told("tensor(2)", nn.Sequential(OrderedDict(net=net)))
+    assert lines[1:] == ["    net.0,4 by columns, net.2,6 by rows  x2"]
+
+
+def test_a_weight_that_two_maps_have_is_told_once() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(24, WIDTH), nn.Linear(WIDTH, 24, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.head(self.table((x[:, 0] > 0).long()))
+            return y
+
+    lines, _ = told("tensor(2)", Tied())
+    (line,) = [line for line in lines if "table" in line]
+    assert "table by its rows, and in head by columns" in line
 
 
 def test_what_is_left_whole_is_told_with_the_reason() -> None:

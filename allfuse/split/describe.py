@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
 from allfuse.base.units import format_bytes, format_count
 from allfuse.plan import Pipe, Plan, Tensor
 from allfuse.split.base import Run
+from allfuse.split.naming import Line, alike, merged
 from allfuse.split.pipe.describe import tell_pipe
 from allfuse.split.record import record
 from allfuse.split.request import NO_WISHES, Request
@@ -78,48 +78,55 @@ def _tell_tensor(plan: TensorPlan, shapes: Shapes, sizes: dict[str, int], rows: 
         f"  tensor      {plan.n} slices: {cut / max(total, 1):.1%} of {format_count(total)} "
         f"parameters are cut; each rank sends {format_bytes(_sent(plan, shapes, rows))} a step"
     ]
+    said = [*_tell_regions(plan), *_tell_alone(plan)]
+    said += [
+        Line("{} whole: " + _braced(reason), ((_plain(module),),))
+        for module, reason in plan.whole.items()
+    ]
+    return lines + [f"    {text}" for text in merged(said)]
+
+
+def _tell_regions(plan: TensorPlan) -> Iterator[Line]:
     uses = {use.map.weight: use for use in plan.uses.values()}
-    told: dict[str, int] = {}
-    for columns, ends in plan.regions:
-        text = f"{_names(columns, uses)} by columns, {_names(ends, uses)} by rows"
-        told[text] = told.get(text, 0) + 1
+    for region in plan.regions:
+        texts, names = [], []
+        for weights, how in zip(region, ("columns", "rows"), strict=True):
+            parts: dict[str, list[str]] = {}
+            for weight in weights:
+                count = len(uses[weight].cut.parts)
+                suffix = f" ({count} parts)" if count > 1 else ""
+                parts.setdefault(suffix, []).append(_plain(weight))
+            found = [(suffix, each) for suffix, them in parts.items() for each in alike(them)]
+            texts.append(", ".join("{}" + suffix for suffix, _ in found) + f" by {how}")
+            names += [each for _, each in found]
+        yield Line(", ".join(texts), tuple(names))
+
+
+def _tell_alone(plan: TensorPlan) -> Iterator[Line]:
+    """Maps in no region, each weight once: several maps may have one."""
+    by_weight: dict[str, list[Use]] = {}
     for use in plan.uses.values():
         if use.way in HOW:
-            how = HOW[use.way]
-            text = f"{_pattern(use.map.weight)} {how}"
-            reason = plan.reasons.get(use.map.weight.rpartition(".")[0])
-            if reason is not None and use.way != "vocabulary":
-                text += f"; alone since {_starred(reason)}"
-            told[text] = told.get(text, 0) + 1
-    lines += [f"    {text}" + (f"  x{n}" if n > 1 else "") for text, n in told.items()]
-    whole: dict[tuple[str, str], int] = {}
-    for module, reason in plan.whole.items():
-        key = _pattern(module), _starred(reason)
-        whole[key] = whole.get(key, 0) + 1
-    lines += [
-        f"    {module} whole: {reason}" + (f"  x{n}" if n > 1 else "")
-        for (module, reason), n in whole.items()
-    ]
-    return lines
+            by_weight.setdefault(use.map.weight, []).append(use)
+    for weight, uses in by_weight.items():
+        first = uses[0]
+        ways = {use.way: use.map.call.module or "the model" for use in reversed(uses)}
+        others = [(way, module) for way, module in ways.items() if way != first.way]
+        text = "{} " + HOW[first.way]
+        text += "".join(f", and in {module} {HOW[way]}" for way, module in others)
+        reason = plan.reasons.get(weight.rpartition(".")[0])
+        if reason is not None and set(ways) != {"vocabulary"}:
+            text += f"; alone since {_braced(reason)}"
+        yield Line(text, ((_plain(weight),),))
 
 
-def _names(weights: Sequence[str], uses: dict[str, Use]) -> str:
-    """Weights of one region, numbers of blocks left out."""
-    found = []
-    for weight in weights:
-        use = uses[weight]
-        parts = f" ({len(use.cut.parts)} parts)" if len(use.cut.parts) > 1 else ""
-        found.append(_pattern(weight) + parts)
-    return ", ".join(dict.fromkeys(found))
+def _plain(weight: str) -> str:
+    return weight.removesuffix(".weight")
 
 
-def _pattern(weight: str) -> str:
-    return _starred(weight.removesuffix(".weight"))
-
-
-def _starred(text: str) -> str:
-    """Text with the numbers of blocks replaced, so that equal blocks read alike."""
-    return re.sub(r"(?<![\w.])\d+(?=\.[A-Za-z_])|(?<=[A-Za-z_]\.)\d+\b", "*", text)
+def _braced(text: str) -> str:
+    """Text in which braces stand for themselves."""
+    return text.replace("{", "{{").replace("}", "}}")
 
 
 def _sent(plan: TensorPlan, shapes: Shapes, rows: int) -> int:
