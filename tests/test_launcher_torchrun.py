@@ -14,6 +14,7 @@ import pytest
 
 from allfuse.base.errors import UserError
 from allfuse.launcher.torchrun import own_address
+from allfuse.observe import read_events
 
 PREAMBLE = """
 import os, signal, sys, time
@@ -191,6 +192,47 @@ def test_a_sigterm_to_torchrun_asks_to_stop(tmp_path: Path, training: bool) -> N
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert said(tmp_path) == ["stopped after the step" if training else "interrupted"] * 2
+
+
+RESTARTED = """
+import os, signal, torch
+import allfuse as af
+
+def die(session, event):
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and event.step == 7 and session.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def job():
+    x = torch.arange(192.0).reshape(64, 3) / 192
+    return af.Job(
+        model=lambda: torch.nn.Linear(3, 1),
+        train=(x, x.sum(1, keepdim=True)),
+        loss=lambda outputs, batch: torch.nn.functional.mse_loss(outputs, batch[1]),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        batch_size=8,
+        stop=af.Stop(steps=12),
+        save_every=2,
+        hooks=[af.on("step", die)],
+    )
+"""
+
+
+@pytest.mark.slow
+def test_workers_that_torchrun_starts_again_go_on_from_the_last_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(RESTARTED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "1"]
+    command += ["--nproc-per-node", "2", "-m", "allfuse", "train", "job.py", "--plan", "data(2)"]
+    done = subprocess.run(
+        [*command, "--out", "run", "--auto-resume"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=180, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "gave no answer to the roll call" in done.stderr
+    steps = [e.step for e in read_events(tmp_path / "run" / "events.jsonl") if e.name == "step"]
+    again = steps.index(7) + 1
+    assert steps[:again] == [*range(1, 8)]
+    assert steps[again] in (3, 5, 7)  # after the newest checkpoint that was whole
+    assert steps[again:] == [*range(steps[again], 13)]
 
 
 def test_the_address_that_others_reach_is_not_a_loopback_one(
