@@ -11,11 +11,13 @@ from torch import Tensor
 from allfuse.job import Job
 from allfuse.plan import Plan
 from allfuse.roles.terms import terms_of
+from allfuse.verify.central import Named
 from allfuse.verify.distance import Yardstick
 from allfuse.verify.history import Event, History, Update
+from allfuse.verify.pupil import Lesson
 from allfuse.verify.record import Reference
 from allfuse.verify.round_table import RoundTable
-from allfuse.verify.serial import Lesson, Named, Serial
+from allfuse.verify.serial import Serial
 from allfuse.verify.tally import END, Tally
 from allfuse.verify.witness import Seen
 

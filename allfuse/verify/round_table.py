@@ -27,9 +27,11 @@ from allfuse.roles.diary import (
 from allfuse.roles.gossiper import half_way, mean_of
 from allfuse.roles.terms import terms_of
 from allfuse.training.start import build_model
+from allfuse.verify.central import Named
 from allfuse.verify.history import Gossip, History
 from allfuse.verify.meetings import AFTER, Learned, in_order
-from allfuse.verify.serial import Lesson, Named, Pupil, Samples, make_blueprint
+from allfuse.verify.pupil import Lesson, Pupil, Samples
+from allfuse.verify.serial import make_blueprint
 
 KEPT = (OFFERED, LENT, GAVE)
 """Deeds after which somebody may need the weights as they were."""
