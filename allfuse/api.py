@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from allfuse.base.errors import UserError, nearest
-from allfuse.job import Job, as_job
+from allfuse.job import Job
+from allfuse.jobfile import as_job
 from allfuse.launcher import World, current_world, entered
 from allfuse.launcher.generation import check_on_loss
 from allfuse.launcher.torchrun import started_by_torchrun

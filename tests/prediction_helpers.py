@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from allfuse.job import load_job
+from allfuse.jobfile import load_job
 from allfuse.store.run import RunFolder
 from allfuse.store.tensorfile import write_model
 from allfuse.training.start import build_model

@@ -28,7 +28,8 @@ from allfuse.base import errors
 from allfuse.cli.app import app, main
 from allfuse.cli.run import run_script
 from allfuse.codec import CODECS
-from allfuse.job import EVENTS, Job, Stop, load_job_function
+from allfuse.job import EVENTS, Job, Stop
+from allfuse.jobfile import load_job_function
 from allfuse.plan.axes import AXES
 from allfuse.rule import RULES
 from allfuse.sync import SYNCS

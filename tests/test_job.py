@@ -12,17 +12,8 @@ from torch import Tensor, nn
 from training_cases import job, points
 
 from allfuse.base.errors import JobError
-from allfuse.job import (
-    Hook,
-    Metric,
-    Stop,
-    default_forward,
-    load_job,
-    load_job_function,
-    make_job,
-    on,
-    resolve,
-)
+from allfuse.job import Hook, Metric, Stop, default_forward, on
+from allfuse.jobfile import load_job, load_job_function, make_job, resolve
 
 GOOD = """
 from torch import nn, optim, zeros

@@ -14,7 +14,7 @@ LAYERS = (
     ("base",),
     ("rule", "topology", "sync", "codec", "link", "launcher"),
     ("execute", "charge", "plan", "fusion", "split"),
-    ("job", "store"),
+    ("job", "jobfile", "store"),
     ("roles", "training", "prediction", "merge"),
     ("distill", "judge", "planner", "verify"),
     ("observe",),

@@ -10,7 +10,7 @@ import torch
 from prediction_helpers import make_run
 
 from allfuse.base.errors import CheckpointError, Interrupted, JobError, RunError, UserError
-from allfuse.job import load_job
+from allfuse.jobfile import load_job
 from allfuse.launcher.local import launch_local
 from allfuse.launcher.thread import first_failure, launch_threads
 from allfuse.prediction import Evaluation, evaluate_run, open_run

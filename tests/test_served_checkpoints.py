@@ -18,7 +18,8 @@ from torch import Tensor
 import allfuse as af
 from allfuse.audience import RunAudience
 from allfuse.base.errors import Interrupted
-from allfuse.job import Job, load_job
+from allfuse.job import Job
+from allfuse.jobfile import load_job
 from allfuse.launcher import current_world
 from allfuse.launcher.thread import launch_threads
 from allfuse.plan import as_plan

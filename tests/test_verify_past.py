@@ -14,7 +14,7 @@ from crews import train_crew_into
 import allfuse as af
 from allfuse.base.errors import AllfuseError, RunError, UserError
 from allfuse.cli.verify import verify
-from allfuse.job import load_job
+from allfuse.jobfile import load_job
 from allfuse.store.run import RunFolder
 from allfuse.store.tensorfile import read_model, write_tensors
 from allfuse.training.loop import train_job

@@ -145,7 +145,7 @@ def tell_job(
     """What the plan means for this job: samples, shares, parameters, bytes."""
     from allfuse.base.tensors import share
     from allfuse.base.units import format_bytes, format_count
-    from allfuse.job import load_job
+    from allfuse.jobfile import load_job
     from allfuse.plan.traffic import leaving_hosts, leaving_in_pairs, leaving_to_servers
     from allfuse.split.data import as_source
     from allfuse.training.start import build_model

@@ -180,7 +180,8 @@ def train_file(
     """
     from dataclasses import replace
 
-    from allfuse.job import Stop, load_job_function, make_job, resolve
+    from allfuse.job import Stop
+    from allfuse.jobfile import load_job_function, make_job, resolve
     from allfuse.store.run import RunFolder, source_fingerprint
     from allfuse.training.loop import train_job
     from allfuse.training.session import Session

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from allfuse.base.errors import RunError
-from allfuse.job import Job, load_job
+from allfuse.job import Job
+from allfuse.jobfile import load_job
 from allfuse.store.checkpoint import Checkpoints
 from allfuse.store.run import RunFolder
 from allfuse.store.tensorfile import read_model

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from allfuse.base.errors import Interrupted, RunError
-from allfuse.job import Job, load_job
+from allfuse.job import Job
+from allfuse.jobfile import load_job
 from allfuse.launcher import current_world
 from allfuse.launcher.thread import launch_threads
 from allfuse.plan import Plan, Site, as_plan

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from allfuse.base.errors import AllfuseError, Interrupted
-from allfuse.job import Job, as_job
+from allfuse.job import Job
+from allfuse.jobfile import as_job
 from allfuse.launcher import current_world
 from allfuse.plan import Data, Plan
 from allfuse.training.device import choose_device
