@@ -19,10 +19,10 @@ from training_cases import session, under
 from allfuse.base.errors import AllfuseError
 from allfuse.job import Job, Stop
 from allfuse.launcher import current_world
+from allfuse.split import assembly
+from allfuse.split.assembly import Assembly
 from allfuse.store.checkpoint import Checkpoints
 from allfuse.store.tensorfile import read_tensors
-from allfuse.training import assembly
-from allfuse.training.assembly import Assembly
 from allfuse.training.loop import Result, train_job
 from allfuse.training.session import Session
 from allfuse.verify import Report, verify_job
@@ -58,7 +58,6 @@ def test_servers_of_cut_models_in_step_equal_one_process(name: str, split: str) 
 @pytest.mark.parametrize(
     ("outer", "split"),
     [
-        (f"{SERVED[:-1]}, codec=int8)", "tensor(2)"),
         ("data(2, topology=central(servers=2, replicas=1))", "pipe(2)"),
         ("site(2, every=3, topology=central(servers=2), outer=nesterov(lr=0.7))", "tensor(3)"),
         ("site(2, every=3, topology=central(servers=2))", "tensor(2) * pipe(2)"),
@@ -105,6 +104,7 @@ def check(plan: str, **changes: Any) -> Report:
         "data(2, topology=central(servers=1), sync=ssp(1)) * pipe(2)",
         "data(2, topology=central(servers=2), sync=asp) * shard(2)",
         "data(2, topology=central(servers=2), sync=asp, codec=int8) * tensor(2)",
+        "data(2, topology=central(servers=2), codec=int8) * shard(2)",
         "site(2, every=2, sync=asp) * tensor(2)",
         "site(2, every=3, delay=1, sync=asp) * pipe(2)",
         "site(2, every=2, fragments=2, sync=asp) * tensor(2)",

@@ -1,4 +1,4 @@
-"""Carries the letters of a worker: its client at callers to the scheduler and to each server."""
+"""Carries the letters of a worker, or of its first rank, which talks to the scheduler for all."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from allfuse.base.errors import PeerLost, UserError, WorkerFailed
 from allfuse.launcher.crewmate import Crewmate
-from allfuse.link.post import Caller, Malformed, wait_any
+from allfuse.link.post import Malformed, wait_any
 from allfuse.roles.blueprint import Blueprint
 from allfuse.roles.client import Client
+from allfuse.roles.hand import SLICE_S, Hand
 from allfuse.roles.messages import (
     INTERRUPTED,
     SCHEDULER,
@@ -33,17 +33,15 @@ from allfuse.roles.messages import (
     open_letter,
 )
 
-TICK_S = 0.25  # between two looks at what came, while the worker computes
-QUICK_S = 0.01  # the same, while an update is on its way, or weights are
 BEAT_S = 2.5  # between two signs of life, which the scheduler answers
 LOOK_S = 0.5  # between two looks at whether the crew has ended
+UNSENT_BYTES = 16_000_000  # of checkpoints, that wait to be carried
+WAIT_S = 0.002  # between two looks at these
 PATIENCE_S = 6.0  # with a silent scheduler, once it was asked to stop
-SLICE_S = 0.05  # of a wait, after which others may use the callers
 
 
-class Agent:
-    """What a worker asks for, and waits for; a thread beside it keeps in touch while it computes:
-    often while `is_awaited`, when weights come meanwhile.
+class Agent(Hand):
+    """What a worker asks for, and waits for; see `Hand`.
 
     Nothing of the scheduler for `timeout_s` raises PeerLost, in every wait.
 
@@ -60,43 +58,24 @@ class Agent:
     def __init__(
         self, crew: Crewmate, name: str, timeout_s: float, asked: threading.Event | None = None
     ) -> None:
-        self.name, self.timeout_s = f"{name} ({secrets.token_hex(3)})", timeout_s
-        self.step = 0
-        self._crew, self._post = crew, crew.post()
-        self._lock = threading.RLock()
+        super().__init__(crew, f"{name} ({secrets.token_hex(3)})")
+        self.timeout_s, self.step, self._crew = timeout_s, 0, crew
         try:
             place = crew.scheduler(timeout_s)
         except TimeoutError:
             raise self._lost("did not say where it is", "find the scheduler", timeout_s) from None
         self._scheduler = self._post.call(place, self.name)
         crew.tell_process(self.name)
-        self._servers: dict[str, Caller] = {}
-        self.client: Client | None = None
         self._heard_s = time.monotonic()
         self._begin_s = self._looked_s = self._heard_s
         self._asked, self._asked_s = asked or threading.Event(), math.inf
-        self.is_awaited = False
         self.waiting: Callable[[], None] = lambda: None
-        self._over = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._trouble: BaseException | None = None
 
     def join(self, join: Join, blueprint: Blueprint, servers: int, device: torch.device) -> Client:
         """Be a worker from now on. The first weights come with the first lease."""
         beat_s = min(BEAT_S, self.timeout_s / 4)
         self.client = Client(join, blueprint, servers, device=device, beat_s=beat_s)
         self._begin_to_keep_in_touch()
-        return self.client
-
-    def _begin_to_keep_in_touch(self) -> None:
-        self._thread = threading.Thread(
-            target=self._keep_in_touch, name="allfuse-agent", daemon=True
-        )
-        self._thread.start()
-
-    @property
-    def _open_client(self) -> Client:
-        assert self.client is not None, "join first"
         return self.client
 
     def next_work(self) -> Lease | None:
@@ -118,39 +97,42 @@ class Agent:
             UserError: the scheduler does not let this worker in. WorkerFailed: the job cannot go
             on. PeerLost: the scheduler is gone.
         """
+        while True:
+            lease = self.next_ready()
+            if self.begin(lease):
+                return lease
+
+    def next_ready(self) -> Lease:
+        """Wait for the next lease and its weights, or the end; raises as `next_lease`. What comes
+        meanwhile may be another one: `begin` says so."""
         client = self._open_client
         self._drive(lambda: client.is_ready or client.is_over, "wait for the next lease")
         with self._lock:
-            lease = check_lease(client.lease, client.refusal)
-            if lease.lease < 0:
+            return check_lease(client.lease, client.refusal)
+
+    def begin(self, lease: Lease) -> bool:
+        """Begin to work on a lease; whether it is still the one to work on, with its weights."""
+        with self._lock:
+            client, is_last = self._open_client, lease.lease < 0
+            if client.lease is not lease or not (client.is_over if is_last else client.is_ready):
+                return False
+            if is_last:
                 client.replica.settle()
-                return lease
-            return client.begin(time.monotonic())
+            else:
+                client.begin(time.monotonic())
+            return True
 
-    def push(
-        self, gradients: Mapping[str, Tensor], options: list[dict[str, Any]], scale: float = 1.0
-    ) -> None:
-        """Some gradients are final: send what is whole, multiplied by `scale`."""
+    def take_heard(self) -> tuple[list[Message], int]:
+        """What other ranks of the worker are to be handed, once; see `Client.follow`."""
         with self._lock:
             client = self._open_client
-            client.options = options
-            self._send(client.push(gradients, time.monotonic(), scale))
+            heard, client.heard = client.heard, []
+            return heard, client.kept
 
-    def finish(
-        self,
-        options: list[dict[str, Any]],
-        *,
-        loss: float,
-        count: float,
-        rows: int,
-        seconds: float,
-    ) -> None:
-        """The update of the lease is whole."""
+    def be_patient(self) -> None:
+        """Weights are still on their way to other ranks of the worker."""
         with self._lock:
-            client = self._open_client
-            client.options = options
-            now_s = time.monotonic()
-            self._send(client.finish(now_s, loss=loss, count=count, rows=rows, seconds=seconds))
+            self._open_client.be_patient(time.monotonic())
 
     def stop(self, reason: str) -> None:
         """Ask that no more work is handed out."""
@@ -160,10 +142,13 @@ class Agent:
         """Hand a state on to whoever needs it next."""
         self._say(Note(name=name, done=done, state=state))
 
-    def save(self, messages: Iterable[Save]) -> None:
-        """Hand in this worker's part of a checkpoint."""
-        for message in messages:
-            self._say(message)
+    def save(self, message: Save) -> None:
+        """Hand in a piece of this worker's part of a checkpoint, once most of what was before is on
+        its way."""
+        until_s = time.monotonic() + self.timeout_s
+        while self._scheduler.unsent_bytes() > UNSENT_BYTES and time.monotonic() < until_s:
+            time.sleep(WAIT_S)
+        self._say(message)
 
     def tell(self, event: str, data: dict[str, Any]) -> None:
         self._say(Tell(event=event, data=data))
@@ -178,11 +163,6 @@ class Agent:
         for to, message in mail:
             caller = self._scheduler if to == SCHEDULER else self._server(to)
             caller.send(message.letter())
-
-    def _server(self, place: str) -> Caller:
-        if place not in self._servers:
-            self._servers[place] = self._post.call(place, self.name)
-        return self._servers[place]
 
     def _drive(self, until: Callable[[], bool], operation: str) -> None:
         self._begin_s = time.monotonic()
@@ -231,29 +211,13 @@ class Agent:
         client, now_s = self._open_client, time.monotonic()
         self._send(client.tick(now_s))
         wait_any([self._scheduler, *self._servers.values()], timeout_s)
-        for caller in (self._scheduler, *list(self._servers.values())):
-            is_scheduler = caller is self._scheduler
-            for letter in caller.receive(0):
-                with contextlib.suppress(Malformed):  # nothing has changed then
-                    message = open_letter(letter)
-                    if is_scheduler:
-                        self._heard_s = time.monotonic()
-                    if not isinstance(message, Beat):
-                        sender = SCHEDULER if is_scheduler else caller.place
-                        self._send(client.handle(sender, message, time.monotonic()))
-        for place in client.places:
-            self._server(place)  # they can only write to whom they know
-
-    def _keep_in_touch(self) -> None:
-        while not self._over.wait(QUICK_S if self.is_awaited else TICK_S):
-            with self._lock:
-                if self._over.is_set():
-                    return
-                try:
-                    self._work(0.0)
-                except BaseException as error:  # the worker hears of it when it waits next
-                    self._trouble = error
-                    return
+        for letter in self._scheduler.receive(0):
+            with contextlib.suppress(Malformed):  # nothing has changed then
+                message = open_letter(letter)
+                self._heard_s = time.monotonic()
+                if not isinstance(message, Beat):
+                    self._send(client.handle(SCHEDULER, message, time.monotonic()))
+        self._hear_servers()
 
     def _lost(self, reason: str, operation: str, seconds: float) -> PeerLost:
         return PeerLost(
@@ -271,10 +235,8 @@ class Agent:
         with self._lock:
             if self.client is not None and not self.client.refusal:
                 self._send(self.client.leave())
-            for caller in (self._scheduler, *self._servers.values()):
-                caller.close()
-        if self._thread is not None:
-            self._thread.join()
+            self._scheduler.close()
+        super().close()
 
 
 def check_lease(lease: Lease | None, refusal: str) -> Lease:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from allfuse.link.post import Malformed
 from allfuse.plan.parse import read_call
 from allfuse.roles.cutting import Block
 from allfuse.roles.elementwise import check_optimizer, find_class, is_option, to_plain
+from allfuse.split.piece import Piece
 
 Pushed: TypeAlias = Literal["gradient", "change"]
 """gradient: of the loss. change: weights as read less weights now, which is a gradient for the
@@ -35,16 +36,30 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MOST_BYTES = 1 << 44
 MOST_FRAGMENTS = 1 << 20
+MOST_RANKS = 1 << 16
+
+
+class Part(NamedTuple):
+    """Where a tensor lies in one of the plain model. of: the name of that."""
+
+    of: str
+    piece: Piece
 
 
 @dataclass(frozen=True)
 class Held:
-    """A tensor that servers hold."""
+    """A tensor that servers hold.
+
+    ranks: of a worker, that have it; more than one rank only where they share the model. part: of
+    which tensor of the plain model it is a part; None where it is one.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     group: int
+    ranks: tuple[int, ...] = (0,)
+    part: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -172,6 +187,24 @@ class Blueprint:
         read_codec(codec)
         return cls(tuple(tensors), tuple(groups), codec)
 
+    def parted(self, pieces: Mapping[str, Sequence[Piece | None]]) -> Blueprint:
+        """The same where ranks of a worker share the model: of each tensor what ranks have of it,
+        each part once.
+
+        Args:
+            pieces: of each tensor by name, what each rank has; None is nothing.
+        """
+        tensors = [part for held in self.tensors for part in _parts_of(held, pieces[held.name])]
+        return Blueprint(tuple(tensors), self.groups, self.codec)
+
+    @cached_property
+    def parts(self) -> Mapping[str, tuple[Held, ...]]:
+        """What makes up each tensor of the plain model, by its name."""
+        found: dict[str, list[Held]] = {}
+        for held in self.tensors:
+            found.setdefault(held.part.of if held.part else held.name, []).append(held)
+        return {name: tuple(parts) for name, parts in found.items()}
+
     @cached_property
     def fragments(self) -> int:
         """Into how many parts the weights are cut that travel by themselves."""
@@ -179,10 +212,11 @@ class Blueprint:
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
-        """Tensors of one group and type end to end, in the order in which they are first met."""
-        found: dict[tuple[int, torch.dtype], list[Held]] = {}
+        """Tensors of one group and type that the same ranks have end to end, in the order in which
+        they are first met."""
+        found: dict[tuple[int, torch.dtype, tuple[int, ...]], list[Held]] = {}
         for held in self.tensors:
-            found.setdefault((held.group, held.dtype), []).append(held)
+            found.setdefault((held.group, held.dtype, held.ranks), []).append(held)
         return tuple(
             Block(
                 group,
@@ -190,8 +224,9 @@ class Blueprint:
                 tuple(h.name for h in held),
                 tuple(h.shape for h in held),
                 self.groups[group].fragment,
+                ranks,
             )
-            for (group, dtype), held in found.items()
+            for (group, dtype, ranks), held in found.items()
         )
 
     def pushes_changes(self, block: int) -> bool:
@@ -219,7 +254,7 @@ class Blueprint:
     def plain(self) -> dict[str, Any]:
         """As lists, dicts, numbers and texts."""
         return {
-            "tensors": [[h.name, list(h.shape), NAMES[h.dtype], h.group] for h in self.tensors],
+            "tensors": [_held_to_plain(held) for held in self.tensors],
             "groups": [_group_to_plain(group) for group in self.groups],
             "codec": self.codec,
         }
@@ -282,6 +317,30 @@ def _held(name: str, tensor: Tensor, group: int) -> Held:
     return Held(name, tuple(tensor.shape), tensor.dtype, group)
 
 
+def _held_to_plain(held: Held) -> list[Any]:
+    plain = [held.name, list(held.shape), NAMES[held.dtype], held.group]
+    if held.ranks == (0,) and held.part is None:
+        return plain
+    part = held.part and [held.part.of, held.part.piece.plain()]
+    return [*plain, list(held.ranks), part]
+
+
+def _parts_of(held: Held, pieces: Sequence[Piece | None]) -> list[Held]:
+    """What ranks have of a tensor, each part once."""
+    ranks: dict[Piece, list[int]] = {}
+    for rank, piece in enumerate(pieces):
+        if piece is not None and (0 not in piece.own or 0 in held.shape):
+            ranks.setdefault(piece, []).append(rank)
+    found = []
+    for number, (piece, own) in enumerate(ranks.items()):
+        if piece.own == held.shape:
+            return [replace(held, ranks=tuple(own))]
+        part = Part(held.name, piece)
+        name = f"{held.name}:{number}"
+        found.append(Held(name, piece.own, held.dtype, held.group, tuple(own), part))
+    return found
+
+
 def _read_group(plain: Any) -> Group:
     name, options, pushed = plain["optimizer"], plain["options"], plain["pushed"]
     found = find_class(name) if isinstance(name, str) else None
@@ -297,13 +356,21 @@ def _read_group(plain: Any) -> Group:
 
 
 def _read_held(plain: Any, groups: int) -> Held:
-    name, shape, dtype, group = plain
+    name, shape, dtype, group, *more = plain
     sizes = [size for size in shape if type(size) is int and size >= 0]
     if not isinstance(name, str) or len(sizes) < len(shape) or len(shape) > 64:
         raise ValueError(f"tensor {name!r} of shape {shape!r}")
     if type(group) is not int or not 0 <= group < groups:
         raise ValueError(f"tensor {name!r} of group {group!r}")
-    return Held(name, tuple(sizes), DTYPES[dtype], group)
+    if not more:
+        return Held(name, tuple(sizes), DTYPES[dtype], group)
+    ranks, told = more
+    if not ranks or not all(type(n) is int and 0 <= n < MOST_RANKS for n in ranks):
+        raise ValueError(f"tensor {name!r} of ranks {ranks!r}")
+    part = None if told is None else Part(str(told[0]), Piece.of(told[1]))
+    if part is not None and part.piece.own != tuple(sizes):
+        raise ValueError(f"tensor {name!r} of shape {shape!r} for a piece of {part.piece.own}")
+    return Held(name, tuple(sizes), DTYPES[dtype], group, tuple(ranks), part)
 
 
 def read_codec(text: str) -> MessageCodec | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -57,6 +57,9 @@ class Client:
         join: what this worker says of itself and the job.
         blueprint: of the model; the one in `join`.
         servers: how many there are.
+        rank: of the worker, whose ranks may share the model: each has a client, for what it has of
+            that. The first one's talks to the scheduler; the others are handed what that one heard,
+            by `follow`, and what they have to say to the scheduler themselves is to be dropped.
 
     Attributes:
         replica: the weights. updates: what is pushed.
@@ -66,6 +69,8 @@ class Client:
             `Blueprint.changed_options`.
         own_share: what is kept, where newer weights come, of those that are worked on.
         refusal: why this worker may not take part; empty where it may.
+        heard: what other ranks are to be handed before the next lease, in its order; empty it.
+        kept: the lease whose update was the last to count for sure.
 
     Example:
         client = Client(join, blueprint, servers=2)
@@ -84,12 +89,13 @@ class Client:
         blueprint: Blueprint,
         servers: int,
         *,
+        rank: int = 0,
         device: torch.device | str = "cpu",
         repeat_s: float = 1.0,
         beat_s: float = 2.5,
     ) -> None:
         self._join, self.servers = join, servers
-        self.replica = Replica(blueprint, servers, device)
+        self.replica = Replica(blueprint, servers, device, rank)
         self.updates = Updates(self.replica, join.name)
         self.lease: Lease | None = None
         self.places: list[str] = []
@@ -97,11 +103,14 @@ class Client:
         self.options: list[dict[str, Any]] = []
         self.refusal = ""
         self.own_share = 0.0
+        self.heard: list[Message] = []
+        self.kept = -1
         self._begun = -1  # the version that the last lease was begun from
         self._phase = Phase.JOINING
         self._deliveries: dict[int, Delivery] = {}
         self._current: Delivery | None = None  # what belongs to `lease`, from `begin` on
         self._waiting: dict[tuple[int, int], tuple[int, Weights]] = {}  # while one works
+        self._holds = False
         self._pace = Insistence(repeat_s, beat_s)
 
     # How it stands.
@@ -157,7 +166,7 @@ class Client:
         self._begun = lease.sequence
         self.updates.undo(own)
         self.updates.begin(lease.lease, lease.clock, lease.fragment)
-        self._phase = Phase.WORKING
+        self._phase, self._holds = Phase.WORKING, False
         self._current = Delivery(lease.lease, lease.clock, lease.sequence, lease.fragment)
         self._deliveries[lease.lease] = self._current
         return lease
@@ -233,6 +242,7 @@ class Client:
     def _hear_scheduler(self, message: Message, now_s: float) -> list[Mail]:
         match message:
             case Welcome():
+                self._note(message)
                 return self._welcome(message, now_s)
             case Refused():
                 self.refusal = message.reason
@@ -241,9 +251,15 @@ class Client:
                 self._take_lease(message, now_s)
                 return []
             case Repush():
+                self._note(message)
                 self._move(message.places)
                 return self._deliver_again(self._deliveries.get(message.lease), now_s)
         raise Malformed(f"a {message.kind} from the scheduler")
+
+    def _note(self, message: Message) -> None:
+        blocks = self.replica.blueprint.blocks
+        if self.replica.rank == 0 and any(rank for block in blocks for rank in block.ranks):
+            self.heard.append(message)
 
     def _move(self, places: list[str]) -> bool:
         """Where the servers are now; whether that is said of all."""
@@ -262,9 +278,11 @@ class Client:
             return []
         given = Delivery(GIVEN, -1, self.replica.sequence)
         for server, pieces in enumerate(self.replica.shards):
-            for piece in range(len(pieces)):
-                values = self.replica.copy(server, piece)
-                given.pieces[server, piece] = Give(piece=piece, pieces=len(pieces), tensors=values)
+            for number, piece in enumerate(pieces):
+                if piece.ranks[0] == self.replica.rank:
+                    values = self.replica.copy(server, number)
+                    give = Give(piece=number, pieces=len(pieces), tensors=values)
+                    given.pieces[server, number] = give
         given.finished = {"loss": 0.0, "count": 0.0, "rows": 0, "seconds": 0.0}
         self._deliveries[GIVEN] = given
         return self._deliver_again(given, now_s)
@@ -313,13 +331,14 @@ class Client:
             return
         if self._current.was_told:
             self.updates.keep()
+            self.kept = self._current.lease
         else:
             del self._deliveries[self._current.lease]
         self._current = None
 
     def _take(self, server: int, message: Weights, now_s: float) -> None:
         """Weights that come while one works wait: they must not change under a backward pass."""
-        if self._phase is Phase.WORKING:
+        if self._phase is Phase.WORKING or self._holds:
             _, held = self._waiting.get((server, message.piece), (0, message))
             if held.sequence <= message.sequence:
                 self._waiting[server, message.piece] = server, message
@@ -330,6 +349,36 @@ class Client:
         waiting, self._waiting = self._waiting, {}
         for server, message in waiting.values():
             self.replica.take(server, message)
+
+    # What other ranks of a worker than the first do.
+
+    def follow(
+        self, heard: Sequence[Message], lease: Lease | None, kept: int, now_s: float
+    ) -> list[Mail]:
+        """Take in what the first rank has heard, and the lease that it is to begin.
+
+        Args:
+            kept: of the first rank.
+        """
+        mail = [each for message in heard for each in self.handle(SCHEDULER, message, now_s)]
+        if lease is not None:
+            if self._current is not None:
+                self._current.was_told = self._current.lease == kept
+            mail += self.handle(SCHEDULER, lease, now_s)
+        return mail
+
+    def hold(self) -> None:
+        """What there is to begin with stays as it is, until `begin` or `release`."""
+        self._holds = True
+
+    def release(self) -> None:
+        """Take in again what comes."""
+        self._holds = False
+        self._take_waiting()
+
+    def be_patient(self, now_s: float) -> None:
+        """Other ranks of this worker still get what they need: it is not asked for again."""
+        self._pace.progress(now_s)
 
     # Time.
 

@@ -32,25 +32,34 @@ class Span(NamedTuple):
 
 
 class Piece(tuple[Span, ...]):
-    """What travels as one, in the order of blocks. fragment: of the weights, that it is part of."""
+    """What travels as one, in the order of blocks.
+
+    fragment: of the weights, that it is part of. ranks: of a worker, that have it: those of its
+    blocks. The first of them pushes it.
+    """
 
     fragment: int
+    ranks: tuple[int, ...]
 
-    def __new__(cls, spans: Iterable[Span] = (), fragment: int = 0) -> Piece:
+    def __new__(
+        cls, spans: Iterable[Span] = (), fragment: int = 0, ranks: tuple[int, ...] = (0,)
+    ) -> Piece:
         piece = super().__new__(cls, spans)
-        piece.fragment = fragment
+        piece.fragment, piece.ranks = fragment, ranks
         return piece
 
 
 @dataclass(frozen=True)
 class Block:
-    """Tensors of one group and one type, end to end. fragment: that of the group."""
+    """Tensors of one group and one type that the same ranks of a worker have, end to end.
+    fragment: that of the group."""
 
     group: int
     dtype: torch.dtype
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     fragment: int = 0
+    ranks: tuple[int, ...] = (0,)
 
     @property
     def sizes(self) -> list[int]:
@@ -117,25 +126,33 @@ def _at_grain(place: int, block: Block, grain: int) -> int:
 def cut_pieces(
     blocks: Sequence[Block], spans: Iterable[Span], most_bytes: int = PIECE_BYTES
 ) -> list[Piece]:
-    """A shard in pieces of at most so many bytes. There is one at least, which may be empty."""
+    """A shard in pieces of at most so many bytes, of each of which the same ranks have all. There is
+    one at least, which may be empty."""
     pieces: list[list[Span]] = [[]]
+    ranks: list[tuple[int, ...]] = [(0,)]
     room = most_bytes
     grain = GRAIN if most_bytes >= FINE_BYTES else 1
     for span in spans:
         block, start = blocks[span.block], span.start
         size = block.dtype.itemsize
+        if pieces[-1] and ranks[-1] != block.ranks:
+            pieces.append([])
+            ranks.append(block.ranks)
+            room = most_bytes
+        ranks[-1] = block.ranks
         while start < span.stop:
             stop = min(span.stop, start + room // size)
             if stop < span.stop:
                 stop = _at_grain(stop, block, grain)
             if stop <= start:
                 pieces.append([])
+                ranks.append(block.ranks)
                 room = most_bytes
                 continue
             pieces[-1].append(Span(span.block, start, stop))
             room -= (stop - start) * size
             start = stop
-    return [Piece(piece) for piece in pieces]
+    return [Piece(piece, ranks=own) for piece, own in zip(pieces, ranks, strict=True)]
 
 
 def cut(blocks: Sequence[Block], servers: int) -> list[list[Piece]]:
@@ -143,7 +160,7 @@ def cut(blocks: Sequence[Block], servers: int) -> list[list[Piece]]:
     shards: list[list[Piece]] = [[] for _ in range(servers)]
     for fragment in sorted({block.fragment for block in blocks} or {0}):
         for own, spans in zip(shards, cut_shards(blocks, servers, fragment), strict=True):
-            own += [Piece(piece, fragment) for piece in cut_pieces(blocks, spans)]
+            own += [Piece(each, fragment, each.ranks) for each in cut_pieces(blocks, spans)]
     return shards
 
 
@@ -157,10 +174,12 @@ def cut_at_grains(blocks: Sequence[Block], servers: int) -> list[bool]:
 
 
 def view_all(blocks: Sequence[Block], flats: Sequence[Tensor]) -> dict[str, Tensor]:
-    """All tensors by name, in the flat tensors of the blocks."""
+    """All tensors by name, in the flat tensors of the blocks; none of a block whose flat tensor is
+    empty, since it is not here."""
     found: dict[str, Tensor] = {}
     for block, flat in zip(blocks, flats, strict=True):
-        found |= block.views(flat)
+        if flat.numel() == block.elements:
+            found |= block.views(flat)
     return found
 
 

@@ -17,7 +17,10 @@ from allfuse.roles.rotation import ALL
 
 
 class Replica:
-    """Flat tensors, one for each block of a blueprint.
+    """Flat tensors, one for each block of a blueprint; empty ones for blocks that its rank has not.
+
+    Args:
+        rank: of the worker, whose ranks may share the model.
 
     Attributes:
         sent: the weights as they came from the servers.
@@ -35,12 +38,20 @@ class Replica:
     """
 
     def __init__(
-        self, blueprint: Blueprint, servers: int, device: torch.device | str = "cpu"
+        self,
+        blueprint: Blueprint,
+        servers: int,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
     ) -> None:
-        self.blueprint = blueprint
+        self.blueprint, self.rank = blueprint, rank
         blocks = blueprint.blocks
         self.shards = cut(blocks, servers)
-        self.sent = [torch.zeros(b.elements, dtype=b.dtype, device=device) for b in blocks]
+        sizes = [block.elements if rank in block.ranks else 0 for block in blocks]
+        self.sent = [
+            torch.zeros(size, dtype=block.dtype, device=device)
+            for size, block in zip(sizes, blocks, strict=True)
+        ]
         self.read = self.sent
         if blueprint.fragments > 1:
             self.read = [flat.clone() for flat in self.sent]
@@ -56,7 +67,7 @@ class Replica:
         self._wanted: dict[int, set[tuple[int, int]]] = {}  # pieces of each fragment, and of all
         for server, pieces in enumerate(self.shards):
             for number, piece in enumerate(pieces):
-                for fragment in (piece.fragment, ALL):
+                for fragment in (piece.fragment, ALL) if rank in piece.ranks else ():
                     self._wanted.setdefault(fragment, set()).add((server, number))
         self._begun: list[Tensor] = []
 
@@ -70,8 +81,14 @@ class Replica:
                     flat.copy_(live)
 
     def is_whole(self, sequence: int, fragment: int = ALL) -> bool:
-        """Whether all pieces of a fragment, or all there are, are of that version."""
-        return sequence == self.sequence and self._wanted[fragment] <= self._arrived
+        """Whether all pieces of a fragment, or all there are for this rank, are of that version."""
+        wanted = self._wanted.get(fragment, set())
+        return not wanted or (sequence == self.sequence and wanted <= self._arrived)
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """The newest version of which something came, and how many pieces of it."""
+        return self.sequence, len(self._arrived)
 
     @torch.no_grad()
     def take(self, server: int, message: Weights) -> bool:
@@ -103,7 +120,7 @@ class Replica:
         if message.pieces != len(pieces) or not 0 <= message.piece < len(pieces):
             raise Malformed(f"piece {message.piece} of {message.pieces} of {len(pieces)}")
         spans = pieces[message.piece]
-        fits = len(message.tensors) == len(spans)
+        fits = len(message.tensors) == len(spans) and self.rank in spans.ranks
         for span, tensor in zip(spans, message.tensors, strict=False):
             dtype, elements = self.sent[span.block].dtype, span.elements
             if message.base >= 0:
@@ -156,6 +173,6 @@ class Replica:
             foreach_copy(self.live, self._begun)
 
     def copy(self, server: int, piece: int) -> tuple[Tensor, ...]:
-        """A copy of the weights of a piece as they were sent, on the CPU."""
+        """A copy of the weights of a piece, which this rank has, as they were sent, on the CPU."""
         spans = self.shards[server][piece]
         return tuple(self.sent[s.block][s.start : s.stop].cpu().clone() for s in spans)

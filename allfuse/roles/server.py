@@ -9,6 +9,7 @@ from pathlib import Path
 from allfuse.base.errors import AllfuseError
 from allfuse.link.post import Malformed
 from allfuse.roles.blueprint import Blueprint, read_codec
+from allfuse.roles.limbs import name_of, worker_of
 from allfuse.roles.messages import (
     SCHEDULER,
     Applied,
@@ -148,10 +149,10 @@ class Server:
         return is_new
 
     def lost(self, name: str, now_s: float) -> list[Mail]:
-        """The connection of a worker has ended: nothing that it sent is on its way."""
-        self._given.pop(name, None)
+        """The connection of a rank of a worker has ended: nothing that it sent is on its way."""
+        self._given.pop(worker_of(name), None)
         if self.shard is not None:
-            self._readers.forget(name)
+            self._readers.forget(worker_of(name))
         return []
 
     def handle(self, sender: str, message: Message, now_s: float) -> list[Mail]:
@@ -237,7 +238,7 @@ class Server:
         if shard is None:
             return
         values = self._stage.read(message.piece, message.pieces, message.tensors)
-        pieces = self._given.setdefault(sender, {})
+        pieces = self._given.setdefault(worker_of(sender), {})
         if self._takes_weights and message.piece not in pieces:
             pieces[message.piece] = values
             if len(pieces) == len(shard.pieces):
@@ -248,12 +249,12 @@ class Server:
                     self._takes_weights = False  # copies wait for them, and orders for copies
                     yield from self.ring.answer_all(self._own)
         if not self._missing_given(sender):
-            yield sender, Staged(lease=GIVEN, birth=self.birth)
+            yield from self._say(Staged(lease=GIVEN, birth=self.birth), sender)
 
     def _missing_given(self, sender: str) -> list[int]:
         """What a giver has not brought yet; nothing where weights are not taken any more."""
         assert self.shard is not None
-        held = self._given.get(sender, {})
+        held = self._given.get(worker_of(sender), {})
         count = len(self.shard.pieces) if self._takes_weights else 0
         return [number for number in range(count) if number not in held]
 
@@ -267,23 +268,31 @@ class Server:
         options = self._stage.read_options(message.options)
         values = self._stage.read(message.piece, message.pieces, message.tensors)
         fragment = self._stage.read_fragment(message.piece, message.fragment)
-        self._readers.confirm(sender, message.sequence)
+        worker = worker_of(sender)
+        self._readers.confirm(worker, message.sequence)
         bundle, lease, piece = (
-            Bundle(sender, message.sequence, options, fragment),
+            Bundle(worker, message.sequence, options, fragment),
             message.lease,
             message.piece,
         )
         if self._stage.add(lease, piece, values, bundle, message.tensors):
             yield from self.ring.pass_on(lease, piece, self._stage)
-        yield from self._say_staged(lease)
+        yield from self._say_staged(lease, sender)
 
-    def _say_staged(self, lease: int) -> Iterator[Mail]:
+    def _say(self, message: Message, sender: str) -> Iterator[Mail]:
+        """To a rank of a worker, and to its first one, which speaks for all."""
+        for name in dict.fromkeys((worker_of(sender), sender)):
+            yield name, message
+
+    def _say_staged(self, lease: int, sender: str = "") -> Iterator[Mail]:
         """To who pushed, once all of it is here and with all copies."""
         if self.shard is None or lease in self._stage.ended or self._stage.missing(lease):
             return
         bundle = self._stage.get(lease)
         if self.ring.keepers.hold(lease, bundle.sequence):
-            yield bundle.sender, Staged(lease=lease, birth=self.birth)
+            is_of = worker_of(sender) == bundle.sender
+            to = sender if is_of else bundle.sender
+            yield from self._say(Staged(lease=lease, birth=self.birth), to)
 
     def _tell_missing(self, sender: str, lease: int) -> Iterator[Mail]:
         if self.shard is None or lease in self._stage.ended:
@@ -292,7 +301,7 @@ class Server:
         if lease == GIVEN or missing:
             yield sender, Staged(lease=lease, birth=self.birth, missing=missing)
             return
-        yield from self._say_staged(lease)
+        yield from self._say_staged(lease, sender)
 
     def _hear_copied(self, message: Copied) -> Iterator[Mail]:
         lease = message.lease
@@ -353,16 +362,15 @@ class Server:
                 weights = shard.read(piece)
             for worker in to:
                 base, tensors = self._readers.message(worker, spans.fragment, piece, weights)
-                yield (
-                    worker,
-                    Weights(
-                        sequence=sequence,
-                        piece=piece,
-                        pieces=len(shard.pieces),
-                        base=base,
-                        tensors=tensors,
-                    ),
+                message = Weights(
+                    sequence=sequence,
+                    piece=piece,
+                    pieces=len(shard.pieces),
+                    base=base,
+                    tensors=tensors,
                 )
+                for rank in spans.ranks:
+                    yield name_of(worker, rank), message
         self._readers.end()
         for lease in order.ended:
             stage.end(lease)

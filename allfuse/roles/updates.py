@@ -12,18 +12,22 @@ from allfuse.base.keys import mix
 from allfuse.base.torch_private import foreach_copy, foreach_multiply, storage_users
 from allfuse.codec import MessageCodec
 from allfuse.roles.blueprint import Blueprint, read_codec
-from allfuse.roles.cutting import Span, find_places, overlaps, view_all
+from allfuse.roles.cutting import Span, overlaps, view_all
 from allfuse.roles.readers import to_exact
 from allfuse.roles.replica import Replica
 from allfuse.roles.rotation import ALL
 
 
 class Sheet:
-    """Memory for one update: a flat tensor for each block, and views by name."""
+    """Memory for one update of a rank: a flat tensor for each block, empty where it is not this
+    rank that pushes it, and views by name."""
 
-    def __init__(self, blueprint: Blueprint, device: torch.device) -> None:
+    def __init__(self, blueprint: Blueprint, device: torch.device, rank: int) -> None:
         blocks = blueprint.blocks
-        self.flats = [torch.empty(b.elements, dtype=b.dtype, device=device) for b in blocks]
+        self.flats = [
+            torch.empty(b.elements * (b.ranks[0] == rank), dtype=b.dtype, device=device)
+            for b in blocks
+        ]
         self.tensors = view_all(blocks, self.flats)
         self._users = [storage_users(flat) for flat in self.flats]
 
@@ -34,7 +38,7 @@ class Sheet:
 
 
 class Updates:
-    """The updates of one worker, lease by lease.
+    """The updates of one worker, lease by lease: of those blocks that its rank pushes.
 
     Phases of one update, for B bytes:
       1. `put`: gradients that are final are copied into flat memory (B read and written once); a
@@ -56,8 +60,13 @@ class Updates:
         self.key = zlib.crc32(name.encode())
         blocks = self.blueprint.blocks
         self._homes = overlaps(blocks, replica.shards)
-        places = find_places(blocks)
-        self.pushed = [n for n, p in places.items() if not self.blueprint.pushes_changes(p.block)]
+        self.own = [number for number, block in enumerate(blocks) if block.ranks[0] == replica.rank]
+        self.pushed = [
+            name
+            for number in self.own
+            for name in blocks[number].names
+            if not self.blueprint.pushes_changes(number)
+        ]
         self._sheets: list[Sheet] = []
         self.sheet = self._idle_sheet()
         self._waits: dict[tuple[int, int], int] = {}
@@ -71,12 +80,12 @@ class Updates:
     def _zeros(self) -> list[Tensor]:
         if self.codec is None:
             return []
-        return [torch.zeros_like(to_exact(flat)) for flat in self.replica.read]
+        return [torch.zeros_like(to_exact(flat)) for flat in self.sheet.flats]
 
     def _idle_sheet(self) -> Sheet:
         idle = next((sheet for sheet in self._sheets if sheet.is_idle), None)
         if idle is None:
-            idle = Sheet(self.blueprint, self.device)
+            idle = Sheet(self.blueprint, self.device, self.replica.rank)
             self._sheets.append(idle)
         return idle
 
@@ -96,7 +105,7 @@ class Updates:
             (server, number): 0
             for server, pieces in enumerate(self.replica.shards)
             for number, piece in enumerate(pieces)
-            if fragment in (ALL, piece.fragment)
+            if fragment in (ALL, piece.fragment) and piece.ranks[0] == self.replica.rank
         }
         for homes in self._homes.values():
             for home in homes:
@@ -106,8 +115,8 @@ class Updates:
     @property
     def _blocks(self) -> list[int]:
         """Those that the update is of."""
-        blocks = enumerate(self.blueprint.blocks)
-        return [n for n, block in blocks if self._fragment in (ALL, block.fragment)]
+        blocks = self.blueprint.blocks
+        return [n for n in self.own if self._fragment in (ALL, blocks[n].fragment)]
 
     @torch.no_grad()
     def put(self, gradients: Mapping[str, Tensor], scale: float = 1.0) -> list[tuple[int, int]]:

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from allfuse.base.errors import CheckpointError
-from allfuse.roles.blueprint import Blueprint
+from allfuse.roles.blueprint import Blueprint, Held
 from allfuse.roles.cutting import Span, cut, find_places
 from allfuse.roles.shard import Shard
 from allfuse.roles.slices import STATE
 from allfuse.roles.snapshots import Snapshots
+from allfuse.split.piece import join
 from allfuse.store.tensorfile import describe_tensors, read_tensors
 
 WEIGHTS = "weights"
@@ -51,7 +52,6 @@ class Version:
 
     def __init__(self, blueprint: Blueprint, paths: Sequence[Path]) -> None:
         self.blueprint = blueprint
-        self._held = {held.name: held for held in blueprint.tensors}
         self._places = find_places(blueprint.blocks)
         self._homes: list[tuple[Span, Path, str]] = []
         self._kept: dict[str, dict[str, Kept]] = {}
@@ -70,23 +70,45 @@ class Version:
             lambda path, name: read_tensors(path, [name])[name]
         )
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, as the plain model has it."""
+        part, shape = self.blueprint.parts[name][0].part, self.blueprint.parts[name][0].shape
+        return shape if part is None else part.piece.whole
+
     def states(self, name: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """What the optimizer keeps of a tensor: type and shape by name."""
         kept: dict[str, Kept] = {}
-        for _, path, prefix in self._overlapping(self._places[name]):
-            kept |= self._kept[f"{path} {prefix}"]
+        for held in self.blueprint.parts[name]:
+            for _, path, prefix in self._overlapping(self._places[held.name]):
+                kept |= self._kept[f"{path} {prefix}"]
         return {
-            key.removeprefix(STATE): (each.dtype, self._held[name].shape if each.is_whole else ())
+            key.removeprefix(STATE): (each.dtype, self.shape(name) if each.is_whole else ())
             for key, each in kept.items()
             if key.startswith(STATE)
         }
 
     def weights(self, name: str) -> Tensor:
-        return self._gather(name, WEIGHTS, self._held[name].dtype)
+        return self._join(name, WEIGHTS, self.blueprint.parts[name][0].dtype)
 
     def state(self, name: str, kind: str) -> Tensor:
         """What the optimizer keeps of a tensor under a name."""
-        return self._gather(name, f"{STATE}{kind}", self.states(name)[kind][0])
+        return self._join(name, f"{STATE}{kind}", self.states(name)[kind][0])
+
+    def _join(self, name: str, what: str, dtype: torch.dtype) -> Tensor:
+        """What is kept of a tensor of the plain model, of which ranks may have had parts."""
+        found = self.blueprint.parts[name]
+        values = [self._gather(held, what, dtype) for held in found]
+        pieces = [
+            (held.part.piece, value)
+            for held, value in zip(found, values, strict=True)
+            if held.part is not None
+        ]
+        if not pieces or pieces[0][1].shape != pieces[0][0].own:
+            return values[0]
+        try:
+            return join(pieces)
+        except ValueError as error:
+            raise CheckpointError(f"servers do not hold all of {name}: {error}") from None
 
     def _overlapping(self, span: Span) -> list[tuple[Span, Path, str]]:
         return [
@@ -97,8 +119,8 @@ class Version:
             and span.start < home[0].stop
         ]
 
-    def _gather(self, name: str, what: str, dtype: torch.dtype) -> Tensor:
-        own, parts = self._places[name], []
+    def _gather(self, held: Held, what: str, dtype: torch.dtype) -> Tensor:
+        own, parts = self._places[held.name], []
         for span, path, prefix in self._overlapping(own):
             if what not in self._kept[f"{path} {prefix}"]:  # of a part that was never stepped
                 parts.append(torch.zeros(_common(own, span), dtype=dtype))
@@ -108,10 +130,10 @@ class Version:
                 return part.clone()
             start, stop = max(own.start, span.start), min(own.stop, span.stop)
             parts.append(part[start - span.start : stop - span.start])
-        held = self._held[name]
         flat = torch.cat(parts) if parts else torch.empty(0, dtype=dtype)
         if flat.numel() != prod(held.shape):
-            raise CheckpointError(f"servers hold {flat.numel()} of {prod(held.shape)} of {name}")
+            count = prod(held.shape)
+            raise CheckpointError(f"servers hold {flat.numel()} of {count} of {held.name}")
         return flat.reshape(held.shape)
 
 
@@ -142,9 +164,16 @@ def write_version(
     """
     places = find_places(blueprint.blocks)
     held = {each.name: each for each in blueprint.tensors}
+    plain = {part.name: name for name, parts in blueprint.parts.items() for part in parts}
+
+    def take(values: Tensor, name: str) -> Tensor:
+        """What is held under a name, of a tensor of the plain model."""
+        found = held[name].part
+        is_whole = found is not None and values.shape == found.piece.whole
+        return found.piece.take(values) if found is not None and is_whole else values
 
     def part(values: Tensor, name: str, span: Span) -> Tensor:
-        own = places[name]
+        own, values = places[name], take(values, name)
         if values.numel() != own.elements:
             shape = tuple(values.shape)
             raise CheckpointError(f"{name} is {shape} in the checkpoint, and {held[name].shape}")
@@ -158,12 +187,13 @@ def write_version(
             for name in block.names
             if places[name].start < span.stop and span.start < places[name].stop
         ]
-        found = {WEIGHTS: torch.cat([part(weights(n), n, span).to(block.dtype) for n in names])}
-        kept = {name: states(name) for name in names}
+        own = [part(weights(plain[name]), name, span).to(block.dtype) for name in names]
+        found = {WEIGHTS: torch.cat(own)}
+        kept = {name: states(plain[name]) for name in names}
         for kind in dict.fromkeys(kind for state in kept.values() for kind in state):
             given = [state[kind] for state in kept.values() if kind in state]
-            plain = [held[name].shape == () for name, state in kept.items() if kind in state]
-            if all(each.dim() == 0 for each in given) and (kind in FOR_ALL or not all(plain)):
+            single = [held[name].shape == () for name, state in kept.items() if kind in state]
+            if all(each.dim() == 0 for each in given) and (kind in FOR_ALL or not all(single)):
                 found[f"{STATE}{kind}"] = torch.stack(given).max()
                 continue
             found[f"{STATE}{kind}"] = torch.cat(

@@ -50,6 +50,17 @@ def wrap(
     ]
 
 
+def split_parts(messages: Sequence[Save]) -> list[list[Save]]:
+    """What several ranks have handed in as one, each by itself: the first message of each says what
+    it is."""
+    parts: list[list[Save]] = []
+    for message in messages:
+        if message.content or not parts:
+            parts.append([])
+        parts[-1].append(message)
+    return parts
+
+
 def unwrap(messages: Sequence[Save]) -> tuple[Any, dict[str, Tensor]]:
     """What `wrap` was given, of all its messages in their order.
 

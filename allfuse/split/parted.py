@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from allfuse.base.units import format_count
 from allfuse.link import Link
 from allfuse.plan import Pipe, Plan
 from allfuse.plan import Tensor as TensorAxis
+from allfuse.split.assembly import Assembly, Held
 from allfuse.split.base import Run
 from allfuse.split.piece import Piece, whole_piece
 from allfuse.split.pipe.cutting import Autocast, PipePlan
@@ -33,25 +33,6 @@ from allfuse.split.tensor.search import TensorPlan, find_cuts
 from allfuse.split.tensor.slicing import slice_model
 from allfuse.split.tensor.traffic import Slice
 from allfuse.split.whole import Whole
-
-
-@dataclass(frozen=True)
-class Held:
-    """Of one parameter or buffer: its type, and the piece that each rank of the replica has. None
-    where one has nothing of it."""
-
-    dtype: torch.dtype
-    pieces: tuple[Piece | None, ...]
-
-    @property
-    def whole(self) -> tuple[int, ...]:
-        """Its shape in the plain model."""
-        return next(piece for piece in self.pieces if piece is not None).whole
-
-    def counts(self, rank: int) -> bool:
-        """Whether it is a rank's to speak for what it has: it is the first that has just that."""
-        own = self.pieces[rank]
-        return own is not None and bool(math.prod(own.own)) and own not in self.pieces[:rank]
 
 
 class Parted(Whole):
@@ -267,26 +248,13 @@ class Parted(Whole):
     def assemble(self, name: str, own: Tensor | None) -> Tensor | None:
         """All of a tensor on the first rank of the replica, from those that speak for a part of it;
         None elsewhere. All ranks ask, in the same order."""
-        held, rank, operation = self.held[name], self.mates.rank, f"gather {name}"
-        if rank:
-            if held.counts(rank):
-                assert own is not None
-                self.mates.send(own.detach().contiguous(), 0, operation).wait()
-            return None
-        if own is not None and held.pieces[0] is not None and own.shape == held.whole:
-            return own.detach()
-        whole = torch.empty(held.whole, dtype=held.dtype, device=self.device)
-        for other, piece in enumerate(held.pieces):
-            if piece is None or not held.counts(other):
-                continue
-            if other == 0:
-                assert own is not None
-                piece.put(own.detach(), whole)
-            else:
-                part = torch.empty(piece.own, dtype=held.dtype, device=self.device)
-                self.mates.receive(part, other, operation).wait()
-                piece.put(part, whole)
-        return whole
+        (found,) = self.assembly.gather({} if own is None else {name: own}, [name])
+        return found.get(name)
+
+    @property
+    def assembly(self) -> Assembly:
+        """What brings the tensors of the replica together."""
+        return Assembly(self.held, self.mates, self.device)
 
 
 def drop(tensors: Iterable[Tensor]) -> None:

@@ -16,8 +16,8 @@ Under `fragments=k` a lease is from the step where one fragment of the weights i
 next. Its update is of that one alone (B / k), of which newer weights are taken in then; the others
 are what the site has come to. The last leases bring all.
 
-Where ranks share the model, servers know whole tensors, under the names of the plain model: pieces
-are gathered by rank 0 before they leave, and weights that come are scattered; see assembly.py.
+Where ranks share the model, each brings the servers what it has, and gets what it needs from them:
+B is less by as much; see following.py.
 """
 
 from __future__ import annotations
@@ -31,32 +31,41 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import msgpack
-import torch
-from torch import Tensor
-
 from allfuse.base.errors import PlanError, UserError
 from allfuse.job import check_whole
 from allfuse.plan import Site
 from allfuse.roles.agent import Agent
+from allfuse.roles.limb import Limb
 from allfuse.roles.messages import Join, Lease
 from allfuse.roles.replica import Replica
 from allfuse.roles.rotation import ALL
 from allfuse.roles.terms import terms_of
 from allfuse.store.run import RunFolder, is_run
+from allfuse.training.following import Following
 from allfuse.training.holdings import Holdings, make_blueprint
 from allfuse.training.keeper import decide_resume
 from allfuse.training.leased import LeasedCourse
 from allfuse.training.outflow import Outflow
 from allfuse.training.rounds import OWN_SHARE
-from allfuse.training.worker_part import WorkerPart, names_of, restore, unsaved_buffers
+from allfuse.training.worker_part import (
+    WorkerPart,
+    hand_on,
+    names_of,
+    restore,
+    unsaved_buffers,
+)
 
 if TYPE_CHECKING:
     import threading
 
+    import torch
+    from torch import Tensor
+
     from allfuse.base.events import Bus, Event
     from allfuse.launcher.crewmate import Crewmate
     from allfuse.roles.blueprint import Blueprint
+    from allfuse.roles.client import Client
+    from allfuse.roles.hand import Hand
     from allfuse.split.base import Split
     from allfuse.training.learner import Learner
     from allfuse.training.place import Place
@@ -93,14 +102,16 @@ class Apart:
         self.export_to: str | None = None
         self.capture: Callable[[], dict[str, Any]] = dict
         self.replica: Replica | None = None
-        self.leads = place.rank == 0
+        self.leads, self.is_of_first = place.rank == 0, place.rank < place.plan.replica_size
         self._agent: Agent | None = None
         if self.leads:
             host = socket.gethostname()
             name, asked = f"worker {crew.index} on {host}", place.world.stop_requested
             self._agent = self._make_agent(crew, name, place.world.timeout_s, asked)
-            self._agent.waiting = self._hold_on
             bus.subscribe(self._tell, TOLD)
+        self._following = Following(place, self._agent)
+        if self._agent is not None:
+            self._agent.waiting = self._following.hold_on
         self._options: Callable[[], list[dict[str, Any]]] = list
         self._loss = self._count = self._begin_s = 0.0
         self._rows = self._done_before = self._steps_done = 0
@@ -115,7 +126,6 @@ class Apart:
         self._saved: int | None = None
         self._is_scored = False
         self._steps_per_epoch = 1
-        self._told_s = 0.0  # when the others of the group heard of rank 0 last
 
     def _make_agent(
         self, crew: Crewmate, name: str, timeout_s: float, asked: threading.Event
@@ -156,15 +166,13 @@ class Apart:
             )
         if not self.pushes_gradients:
             return
-        if self._agent is not None and self.place.mates.size == 1:
+        if self.is_of_first:
             self._outflow = Outflow(learner, self._push)
 
         def push(optimizer: torch.optim.Optimizer, closure: None = None) -> None:
             before()
             if self._outflow is not None:
                 self._outflow.rest()
-            elif self.holdings.is_cut:
-                self._push_pieces()
             after()
 
         vars(learner.optimizer)["step"] = types.MethodType(push, learner.optimizer)
@@ -213,7 +221,7 @@ class Apart:
         Args:
             split: how the model lies on the ranks of the group, by now.
         """
-        learner, blueprint = state.learners[0], self._blueprint
+        learner = state.learners[0]
         self._steps_per_epoch = steps_per_epoch
         limits = [steps, None if epochs is None else epochs * steps_per_epoch]
         self._limit = min((limit for limit in limits if limit is not None), default=None)
@@ -221,14 +229,15 @@ class Apart:
         resumes = decide_resume(self.facts.get("resume", False), out)
         if out is not None and resumes and is_run(out):
             restore(state, learner, Path(out), inner, split.pieces())
-        self.holdings = Holdings(self.place, state, blueprint, split)
-        held = self.holdings.first_values()
-        unsaved = unsaved_buffers(state, held) if resumes else {}
+        self.holdings = holdings = Holdings(self.place, state, self._blueprint, split)
+        blueprint, names = holdings.blueprint, [held.name for held in self._blueprint.tensors]
+        unsaved = holdings.whole(unsaved_buffers(state, names) if resumes else ())
         self.facts["unsaved"] = list(unsaved)
-        if self._agent is not None:
+        self._following.shares_model = self.place.mates.size > 1
+        if self.is_of_first:
             digest = hashlib.sha256(repr(sorted(fingerprints.items())).encode()).hexdigest()[:16]
             join = Join(
-                name=self._agent.name,
+                name=self._following.share_name("" if self._agent is None else self._agent.name),
                 host=self.place.world.host_identity(),
                 fingerprint=f"{digest}-{blueprint.digest}",
                 steps_per_epoch=steps_per_epoch,
@@ -239,20 +248,37 @@ class Apart:
                 clip=self._clip,
                 tensors=tuple(buffer.detach().cpu().clone() for buffer in unsaved.values()),
             )
-            client = self._agent.join(join, blueprint, self.terms.servers, self.place.device)
+            client = self._take_part(join, blueprint)
             client.own_share = OWN_SHARE if self._delay else 0.0
             self.replica = client.replica
-        elif not self.holdings.is_cut:
-            self.replica = Replica(blueprint, self.terms.servers, self.place.device)
-        if self.replica is not None:
-            self.replica.load(held)
-            self.holdings.lay(self.replica.tensors)
-        self._part = WorkerPart(state, learner, self.holdings.whole, inner)
+        else:
+            rank = self.place.mates.rank
+            self.replica = Replica(blueprint, self.terms.servers, self.place.device, rank)
+        self.replica.load(holdings.own)
+        holdings.lay(self.replica.tensors)
+        self._part = WorkerPart(state, learner, names, inner)
         if self.pushes_gradients:
             self._options = lambda: blueprint.changed_options(learner.optimizer)
         elif self._fragments > 1:
             self._options = lambda: self._options_of_change(blueprint)
         self._next()
+
+    def _take_part(self, join: Join, blueprint: Blueprint) -> Client:
+        """Be a worker, or one of the ranks that share its model."""
+        place, servers = self.place, self.terms.servers
+        if self._agent is not None:
+            return self._agent.join(join, blueprint, servers, place.device)
+        crew = place.world.crew
+        assert crew is not None
+        limb = Limb(crew, join, blueprint, servers, place.mates.rank, place.device)
+        self._following.limb = limb
+        assert limb.client is not None
+        return limb.client
+
+    @property
+    def _hand(self) -> Hand | None:
+        """What brings servers what this rank has."""
+        return self._agent or self._following.limb
 
     def _options_of_change(self, blueprint: Blueprint) -> list[dict[str, Any]]:
         """Those of the servers' step by what the last update of a site brings: a fragment that is
@@ -295,18 +321,22 @@ class Apart:
         if self._outflow is not None:
             self._outflow.forget()
         assert self.lease is not None
-        self.holdings.collect(self.lease.fragment)
-        if self._agent is not None:
-            self._agent.finish(
+        self._collect(self.lease.fragment)
+        if self._hand is not None:
+            self._hand.finish(
                 self._options(),
                 loss=self._loss,
                 count=self._count,
                 rows=self._rows,
                 seconds=time.monotonic() - self._begin_s,
             )
-            self._agent.is_awaited = True
+            self._hand.is_awaited = True
         self._is_handed_in = True
         self._begin_count()
+
+    def _collect(self, fragment: int = ALL) -> None:
+        """What was learned is to travel: of a fragment, or all."""
+        self.holdings.collect(fragment)
 
     @property
     def outflow(self) -> Outflow | None:
@@ -314,39 +344,33 @@ class Apart:
         return None if self._clips_here else self._outflow
 
     def _push(self, gradients: Mapping[str, Tensor], scale: float) -> None:
-        assert self._agent is not None
-        self._agent.push(gradients, self._options(), scale)
-
-    def _push_pieces(self) -> None:
-        """Gradients of which the ranks of a replica have pieces."""
-        for part in self.holdings.gradients():
-            if self._agent is not None:
-                self._push(part, 1.0)
+        assert self._hand is not None
+        names = self.holdings.pushes
+        own = {names[name]: value for name, value in gradients.items() if name in names}
+        self._hand.push(own, self._options(), scale)
 
     def _next(self) -> None:
         """The next lease and its weights, on all ranks of the group."""
         before = self.lease
-        self._told_s = time.monotonic()
         if before is not None and self._has_others:
-            self.holdings.collect()  # what has been learned since the update was handed in
+            self._collect()  # what has been learned since the update was handed in
         if self._agent is not None:
             self._agent.step = 0 if self.lease is None else self.lease.done
             work = self._agent.next_work()
             if work is not None and self.place.everyone.size == 1:
                 self.prepare(work)  # while its weights travel
-            self.lease = self._agent.next_lease()
-        self.lease = self._shared(self.lease)
+        self.lease = self._following.next_lease()
         self._begin_lease(before)
-        flats = [] if self.replica is None else self.replica.live
-        self.holdings.spread(flats, "spread the weights of a lease")
+        assert self.replica is not None
+        self.holdings.spread(self.replica.live, "spread the weights of a lease")
 
     def _begin_lease(self, before: Lease | None) -> None:
         assert self.lease is not None
         self._done_before = self.lease.done if before is None else before.done
         self._begin_s = time.monotonic()
         self._steps_done = 0
-        if self._agent is not None:
-            self._agent.is_awaited = False
+        if self._hand is not None:
+            self._hand.is_awaited = False
         if not self._is_handed_in:  # else steps that came after are told with the next update
             self._begin_count()
         self._is_handed_in = False
@@ -361,6 +385,7 @@ class Apart:
         if not self._has_others or self.lease is None or self.is_over or self._is_handed_in:
             yield
             return
+        assert self.replica is not None
         with self.holdings.shown(self.replica):
             yield
 
@@ -368,38 +393,6 @@ class Apart:
     def _has_others(self) -> bool:
         """Whether a site has other weights than the servers sent last, and keeps some of them."""
         return self._delay > 0 or self._fragments > 1
-
-    def _shared(self, lease: Lease | None) -> Lease:
-        """The lease that rank 0 of the group has."""
-        link = self.place.everyone
-        if link.size == 1:
-            assert lease is not None
-            return lease
-        packed = msgpack.packb(vars(lease)) if self.leads and lease is not None else b""
-        size = self._size_of_lease(len(packed))
-        while not size:
-            size = self._size_of_lease(0)
-        text = torch.empty(size, dtype=torch.uint8)
-        if self.leads:
-            text = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
-        text = text.to(self.place.device)
-        link.broadcast(text, "spread a lease").wait()
-        if self.leads and lease is not None:
-            return lease
-        return Lease(**msgpack.unpackb(text.cpu().numpy().tobytes(), strict_map_key=False))
-
-    def _size_of_lease(self, size: int) -> int:
-        """The bytes of a lease that comes; 0 while rank 0 of the group waits for one itself."""
-        told = torch.tensor([size], device=self.place.device)
-        self.place.everyone.broadcast(told, "spread a lease").wait()
-        return int(told)
-
-    def _hold_on(self) -> None:
-        """While rank 0 waits: the others wait for it, and not longer than a link's deadline."""
-        now_s = time.monotonic()
-        if self.place.everyone.size > 1 and now_s - self._told_s > self.place.world.timeout_s / 4:
-            self._told_s = now_s
-            self._size_of_lease(0)
 
     def is_due(self, every: int | str | None) -> bool:
         """Whether what is done every so many steps, or every "epoch", falls to this group now.
@@ -452,17 +445,17 @@ class Apart:
         lease, has_folder = self.lease, bool(self.facts.get("out") or self.export_to)
         if lease is None or lease.sequence < 0 or not has_folder:
             return
-        if self._agent is None and not self.holdings.is_cut:
+        if not self.is_of_first:
             return
         is_scored = score is not None
         if lease.lease != self._saved or (lease.lease < 0 and is_scored > self._is_scored):
             self._saved, self._is_scored = lease.lease, is_scored
-            state = self.holdings.state(self._part, self.capture())
-            if self._agent is not None:
-                messages = self._part.hand_in(
-                    state, sequence=lease.sequence, done=lease.done, score=score
-                )
-                self._agent.save(messages)
+            messages = self._part.hand_in(
+                self.capture(), sequence=lease.sequence, done=lease.done, score=score
+            )
+            for message in hand_on(messages, self.place.mates, self.place.device):
+                if self._agent is not None:
+                    self._agent.save(message)
 
     def note(self, name: str, state: dict[str, Any]) -> None:
         """Hand a state on to the group that needs it next."""
@@ -477,8 +470,8 @@ class Apart:
     def close(self) -> None:
         if self._outflow is not None:
             self._outflow.shut()
-        if self._agent is not None:
-            self._agent.close()
+        if self._hand is not None:
+            self._hand.close()
 
 
 def steps_until_handed_in(lease: Lease, delay: int, limit: int | None) -> int:

@@ -32,10 +32,11 @@ from allfuse.roles.cutting import view_all
 from allfuse.roles.gossip_agent import GossipAgent
 from allfuse.roles.messages import Join
 from allfuse.roles.parcels import Flats
+from allfuse.roles.rotation import ALL
 from allfuse.store.run import is_run
 from allfuse.topology.gossip import Gossip
 from allfuse.training.apart import Apart
-from allfuse.training.holdings import Holdings
+from allfuse.training.gathered import Gathered
 from allfuse.training.keeper import decide_resume
 from allfuse.training.worker_part import WorkerPart, restore
 
@@ -86,10 +87,9 @@ class Gossiping(Apart):
         resumes = decide_resume(self.facts.get("resume", False), out)
         if out is not None and resumes and is_run(out):
             restore(state, learner, Path(out), True, split.pieces())
-        self.holdings = Holdings(self.place, state, blueprint, split)
-        held = self.holdings.first_values()
-        self._lay(held)
-        self._part = WorkerPart(state, learner, {}, inner=True)
+        self.gathered = Gathered(self.place, state, blueprint, split)
+        self._lay(self.gathered.first_values())
+        self._part = WorkerPart(state, learner, (), inner=True)
         agent = self._gossip_agent
         if agent is not None:
             digest = hashlib.sha256(repr(sorted(fingerprints.items())).encode()).hexdigest()[:16]
@@ -123,7 +123,7 @@ class Gossiping(Apart):
         self.flats = [torch.empty(b.elements, dtype=b.dtype, device=device) for b in blocks]
         self.tensors = view_all(blocks, self.flats)
         foreach_copy(list(self.tensors.values()), [held[name] for name in self.tensors])
-        self.holdings.lay(self.tensors)
+        self.gathered.lay(self.tensors)
 
     # From step to step.
 
@@ -131,42 +131,35 @@ class Gossiping(Apart):
         super().count(step)
         agent, changes = self._gossip_agent, self._changes
         meets = agent is not None and agent.look()
-        if self.holdings.is_cut:
-            meets = bool(self._told(int(meets), "tell whether the group is to mix"))
+        if self.gathered.is_cut:
+            meets = bool(self._following.tell(int(meets), "tell whether the group is to mix"))
             if meets:
-                self.holdings.collect()
+                self.gathered.collect()
         if agent is not None and meets:
             changes = agent.meet()
-        if meets or not self.holdings.is_cut:
-            changes = self._told(changes, "tell whether the group has mixed")
+        if meets or not self.gathered.is_cut:
+            changes = self._following.tell(changes, "tell whether the group has mixed")
         if changes != self._changes:
             self._changes = changes
             self._spread()
-
-    def _told(self, number: int, operation: str) -> int:
-        """The number that rank 0 of the group has."""
-        link = self.place.everyone
-        if link.size == 1:
-            return number
-        told = torch.tensor([number], device=self.place.device)
-        link.broadcast(told, operation).wait()
-        return int(told.item())
 
     def _next(self) -> None:
         """The next lease, on all ranks of the group, and the weights as they are by then."""
         before = self.lease
         if self._agent is not None:
             self._agent.step = 0 if self.lease is None else self.lease.done
-            self.lease = self._agent.next_lease()
-        self.lease = self._shared(self.lease)
+        self.lease = self._following.next_lease()
         self._begin_lease(before)
         self._spread()
         if self.is_over and self._gossip_agent is not None:
             self._gossip_agent.tell("exchanged", self._gossip_agent.exchanged)
 
+    def _collect(self, fragment: int = ALL) -> None:
+        self.gathered.collect()
+
     def _spread(self) -> None:
         """What rank 0 of the group has, on all of its ranks."""
-        self.holdings.spread(self.flats, "spread the weights of a group")
+        self.gathered.spread(self.flats, "spread the weights of a group")
 
     def how_to_go_on(self) -> str:
         return super().how_to_go_on().replace("what the servers held", "the mean of all weights")

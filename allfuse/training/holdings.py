@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,10 +12,8 @@ from torch import Tensor
 from allfuse.base.torch_private import foreach_copy
 from allfuse.plan import Site
 from allfuse.roles.blueprint import Blueprint
-from allfuse.roles.cutting import view_all
 from allfuse.roles.rotation import ALL
 from allfuse.split.parted import Parted
-from allfuse.training.assembly import Assembly
 
 if TYPE_CHECKING:
     from allfuse.plan import Data
@@ -25,111 +23,103 @@ if TYPE_CHECKING:
     from allfuse.training.learner import Learner
     from allfuse.training.place import Place
     from allfuse.training.state import State
-    from allfuse.training.worker_part import WorkerPart
 
 
 class Holdings:
-    """What a group of ranks holds in common with others, and how rank 0 of it, which talks to them,
-    has that from the other ranks and gives it to them.
+    """What a rank holds in common with servers: the whole model, or what it has of one that ranks
+    share, which no rank ever has whole.
 
-    Where each rank has the whole model, it trains with views of the tensors that travel. Where
-    ranks share one, rank 0 has those beside its pieces, and others have their pieces alone.
+    It trains with views of the tensors that travel; where they are rows that are brought together
+    block by block (`shard`), with copies of them.
+
+    Args:
+        blueprint: of whole tensors.
 
     Attributes:
-        blueprint: of whole tensors. whole: these, on ranks that have them, to be laid by `lay`.
-        own: those that this rank trains with.
+        blueprint: of what ranks have. own: the model's tensors by its names.
+        pushes: of those that this rank pushes, the name in the blueprint by that in the model.
     """
 
     def __init__(self, place: Place, state: State, blueprint: Blueprint, split: Split) -> None:
-        self.blueprint, self._learner, self._link = blueprint, state.learners[0], place.replicas
-        self.names = [held.name for held in blueprint.tensors]
-        self.own = held_tensors(state, self._learner)
-        self.whole: Mapping[str, Tensor] = {}
-        self._assembly = Assembly(place, split.held) if isinstance(split, Parted) else None
+        self._learner = state.learners[0]
+        self._tensors = tensors = held_tensors(state, self._learner)
+        rank = place.mates.rank
+        self._assembly = split.assembly if isinstance(split, Parted) else None
+        self._link, self._moves = place.replicas, place.shard.size == 1
+        if isinstance(split, Parted):
+            self._link = place.data
+            blueprint = blueprint.parted({name: h.pieces for name, h in split.held.items()})
+        self.blueprint = blueprint
+        self.own: dict[str, Tensor] = {}
+        self.pushes: dict[str, str] = {}
+        for held in blueprint.tensors:
+            name = held.part.of if held.part else held.name
+            if rank in held.ranks:
+                self.own[held.name] = tensors[name]
+            if rank == held.ranks[0]:
+                self.pushes[name] = held.name
+        self._travelling: Mapping[str, Tensor] = {}
 
-    @property
-    def is_cut(self) -> bool:
-        return self._assembly is not None
-
-    def first_values(self) -> Mapping[str, Tensor]:
-        """The tensors as they are before training; where they are cut on rank 0 alone. All ask."""
+    def whole(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Some tensors of the model, where they are cut on the first rank alone. All ask."""
+        tensors = self._tensors
         if self._assembly is None:
-            return self.own
-        parts = self._assembly.gather(self.own, self.names)
+            return {name: tensors[name] for name in names}
+        parts = self._assembly.gather(tensors, names)
         return {name: value for part in parts for name, value in part.items()}
 
-    def lay(self, whole: Mapping[str, Tensor]) -> None:
+    def lay(self, travelling: Mapping[str, Tensor]) -> None:
         """These travel, and have the values of the model by now."""
-        self.whole = whole
-        if self._assembly is None:
+        self._travelling = travelling
+        if self._moves:
             for name, tensor in self.own.items():
-                tensor.data = whole[name]
-
-    # To rank 0.
+                tensor.data = travelling[name]
 
     @torch.no_grad()
     def collect(self, fragment: int = ALL) -> None:
-        """Bring to rank 0 what ranks that share the model have made of that of which changes are
-        pushed: of a fragment, or of all."""
-        if self._assembly is None:
-            return
-        for part in self._assembly.gather(self.own, self._names_of("change", fragment)):
-            for name, value in part.items():
-                self.whole[name].copy_(value)
+        """What this rank has made of that of which changes are pushed is to travel: of a fragment,
+        or all."""
+        for name in () if self._moves else names_of(self.blueprint, "change", fragment):
+            if name in self.own:
+                self._travelling[name].copy_(self.own[name])
 
-    def gradients(self) -> Iterator[dict[str, Tensor]]:
-        """Gradients of a model that ranks share, some at a time, the last first: whole on rank 0,
-        nothing elsewhere. All ask."""
-        assert self._assembly is not None
-        found = {name: parameter.grad for name, parameter in self._learner.named().items()}
-        yield from self._assembly.gather(found, reversed(self._names_of("gradient")))
-
-    def _names_of(self, pushed: Pushed, fragment: int = ALL) -> list[str]:
-        groups, blocks = self.blueprint.groups, self.blueprint.blocks
-        found = [b for b in blocks if groups[b.group].pushed == pushed]
-        return [n for b in found if fragment in (ALL, b.fragment) for n in b.names]
-
-    def state(self, part: WorkerPart, captured: dict[str, Any]) -> dict[str, Any]:
-        """A captured state; of ranks that share a model on rank 0 that of all. All ask."""
-        if self._assembly is None:
-            return captured
-        return part.join(self._assembly, captured, set(self.names), self.whole)
-
-    # From there.
-
+    @torch.no_grad()
     def spread(self, flats: Sequence[Tensor], operation: str) -> None:
-        """Give all ranks what rank 0 has to train with.
+        """Train with what has come, which the first replica of a group hands on to the others.
 
         Args:
-            flats: what the whole tensors are views of.
+            flats: what the tensors that travel are views of.
         """
-        if self._assembly is not None:
-            self._scatter(self.whole)
-            return
         for flat in flats:
             if self._link.size > 1 and flat.numel():
                 self._link.broadcast(flat, operation).wait()
-
-    def _scatter(self, whole: Mapping[str, Tensor]) -> None:
-        assert self._assembly is not None
-        self._assembly.scatter(whole, self.own, self.names)
+        if not self._moves:
+            for name, tensor in self.own.items():
+                tensor.detach().copy_(self._travelling[name])
         self._learner.note_weights()
 
     @contextlib.contextmanager
-    def shown(self, replica: Replica | None) -> Iterator[None]:
-        """For a moment, all ranks have the weights as they were sent to rank 0 last."""
+    def shown(self, replica: Replica) -> Iterator[None]:
+        """For a moment, the weights are those that were sent last."""
         own = [tensor.detach() for tensor in self.own.values()]
         kept = [tensor.clone() for tensor in own]
-        if self._assembly is not None:
-            self._scatter({} if replica is None else view_all(self.blueprint.blocks, replica.sent))
-        elif replica is not None:
-            replica.show()
-            self.spread(replica.live, "spread the weights as they were sent")
+        live = [] if self._moves else [flat.clone() for flat in replica.live]
+        replica.show()
+        self.spread(replica.live, "spread the weights as they were sent")
         try:
             yield
         finally:
             foreach_copy(own, kept)
+            if live:
+                foreach_copy(replica.live, live)
             self._learner.note_weights()
+
+
+def names_of(blueprint: Blueprint, pushed: Pushed, fragment: int = ALL) -> Iterable[str]:
+    """The tensors of which gradients, or changes, are pushed: of a fragment, or all."""
+    for block in blueprint.blocks:
+        if blueprint.groups[block.group].pushed == pushed and fragment in (ALL, block.fragment):
+            yield from block.names
 
 
 def held_tensors(state: State, learner: Learner) -> dict[str, Tensor]:

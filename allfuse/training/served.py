@@ -24,13 +24,14 @@ from allfuse.roles.blueprint import Blueprint
 from allfuse.roles.messages import Save
 from allfuse.roles.snapshots import Snapshots
 from allfuse.roles.versions import Version
-from allfuse.roles.wrapping import unwrap
+from allfuse.roles.wrapping import split_parts, unwrap
 from allfuse.split.piece import Piece
 from allfuse.store.checkpoint import Checkpoints
 from allfuse.store.saving import NotSaved, Saved, give_way
 from allfuse.store.tree import unpack
 from allfuse.store.writing import StandIns, write_checkpoint
 from allfuse.training.cursor import Cursor
+from allfuse.training.joined import join_states
 from allfuse.training.merged import read_merged
 
 HELD = "held"
@@ -172,16 +173,21 @@ class Binder:
 
     def _state(self, files: Version, standins: StandIns, messages: Sequence[Save]) -> Any:
         """What a worker handed in, with what the servers hold in its place."""
-        content, tensors = unwrap(messages)
-        held = {each.name: each for each in self.blueprint.tensors}
-        for place, name in content["held"].items():
-            read = functools.partial(files.weights, name)
-            tensors[place] = standins.make(held[name].dtype, held[name].shape, read)
-        state = unpack(content["state"], tensors)
+        parts = [unwrap(part) for part in split_parts(messages)]
+        held = self.blueprint.parts
+        state = join_states([unpack(content["state"], tensors) for content, tensors in parts])
+        for prefix, names in parts[0][0]["held"].items():
+            own, values = state["models"][prefix], {}
+            for name, first in names.items():
+                if first is None:
+                    values[name] = own[name]
+                    continue
+                read = functools.partial(files.weights, first)
+                values[name] = standins.make(held[first][0].dtype, files.shape(first), read)
+            state["models"][prefix] = values
         kept = {name: self._states(files, standins, name) for name in held}
-        outer = {
-            n: s for n, s in kept.items() if self.blueprint.groups[held[n].group].pushed == "change"
-        }
+        groups = self.blueprint.groups
+        outer = {n: s for n, s in kept.items() if groups[held[n][0].group].pushed == "change"}
         if any(outer.values()):
             state["outer"] = outer
         gradients = {n: s for n, s in kept.items() if n not in outer and s}

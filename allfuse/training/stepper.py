@@ -190,14 +190,23 @@ class Stepper:
         if self.split.pipeline is not None:
             return self._learn_in_stages(self.split.pipeline, step, learner, pieces, compute)
         for number, (piece, rows) in enumerate(pieces, start=1):
-            loss, factor, count = sum_and_count(compute(piece), rows, "the loss")
+            value = compute(piece)
+            loss, factor, count = sum_and_count(value, rows, "the loss")
             is_last = number == len(pieces)
-            if is_last and step.count + count > 0 and self.outflow is not None:
-                self.outflow.open(step.reference / (step.count + count))
+            scale = self._scale(step, step.count + count, isinstance(value, Tensor))
+            if is_last and scale is not None and self.outflow is not None:
+                self.outflow.open(scale)
             self.differentiate(learner, loss, factor, count, last=is_last)
         if self.outflow is not None:
             self.outflow.close()
         return self.finish(learner)
+
+    def _scale(self, step: Step, count: float, is_of_samples: bool) -> float | None:
+        """What corrects the gradients of a step, where that is known before they are: for a mean
+        over samples, or where this rank alone has all that the mean is over."""
+        if self.place.sharers.size > 1:
+            return 1.0 if is_of_samples else None
+        return step.reference / count if count > 0 else None
 
     def _learn_in_stages(
         self,
@@ -223,9 +232,9 @@ class Stepper:
 
         def work(inputs: Sequence[Parameter] | None) -> None:
             first, fewest = 0, self._fewest_rows(step, pieces)
-            for piece, rows in pieces:
-                parts = pipeline.cut(piece, rows, fewest)
-                pipeline.learn(parts, compute, lose, self._before(first), inputs)
+            for number, (piece, rows) in enumerate(pieces, start=1):
+                parts, is_last = pipeline.cut(piece, rows, fewest), number == len(pieces)
+                pipeline.learn(parts, compute, lose, self._before(first), inputs, is_last)
                 first += len(parts)
 
         learner.refresh()

@@ -9,10 +9,13 @@ takes them to its step again.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from allfuse.roles.messages import Save
@@ -26,49 +29,25 @@ from allfuse.training.served import read_state
 from allfuse.training.state import State
 
 if TYPE_CHECKING:
-    from allfuse.training.assembly import Assembly
+    from allfuse.link import Link
 
 
 class WorkerPart:
     """Hands in and takes back what servers do not hold.
 
+    Where ranks share a model each hands in what it has, by the first one, which hands on what comes
+    from the others piece by piece.
+
     Args:
-        held: the tensors that servers hold, by name.
+        held: the names of the tensors that servers hold.
         inner: the optimizer's state is this worker's own.
     """
 
-    def __init__(self, state: State, learner: Learner, held: Mapping[str, Tensor], inner: bool):
+    def __init__(self, state: State, learner: Learner, held: Collection[str], inner: bool) -> None:
         self.state, self.learner, self.inner = state, learner, inner
-        self._held = {(t.data_ptr(), t.numel()): name for name, t in held.items() if t.numel()}
+        self._held = set(held)
         self._follows = all(each.every != "evaluation" for each in state.schedulers)
         self._options = _options(learner)
-
-    def join(
-        self,
-        assembly: Assembly,
-        captured: Mapping[str, Any],
-        names: Collection[str],
-        common: Mapping[str, Tensor],
-    ) -> dict[str, Any]:
-        """On the first rank the state of all that share its model, elsewhere nothing. All ask.
-
-        Args:
-            names: of tensors that are held in common: not what ranks captured of them is in it,
-                but those of `common`, which the first rank has.
-        """
-        ((prefix, module),) = self.state.models.items()
-        tensors = dict(module.named_parameters(remove_duplicate=False))
-        known = self.state.names()
-        first = {name: known[id(parameter)] for name, parameter in tensors.items()}
-        values = captured["models"][prefix]
-        rest = {name: v for name, v in values.items() if first.get(name, name) not in names}
-        whole = assembly.join({**captured, "models": {prefix: rest}})
-        if whole:
-            found = whole["models"][prefix]
-            for name in module.state_dict():
-                if first.get(name, name) in names:
-                    found[name] = common[first.get(name, name)]
-        return whole
 
     def hand_in(
         self, captured: Mapping[str, Any], *, sequence: int, done: int, score: float | None
@@ -90,15 +69,68 @@ class WorkerPart:
         ]
         if self._follows:
             state["schedulers"] = [None for _ in state["schedulers"]]
-        skeleton, tensors = pack(state)
-        held = {
-            place: self._held[tensor.data_ptr(), tensor.numel()]
-            for place, tensor in tensors.items()
-            if (tensor.data_ptr(), tensor.numel()) in self._held and place.startswith("models/")
+        held = self._held_names()
+        state["models"] = {
+            prefix: {name: v for name, v in values.items() if held[prefix][name] is None}
+            for prefix, values in state["models"].items()
         }
-        own = {place: tensor for place, tensor in tensors.items() if place not in held}
+        skeleton, tensors = pack(state)
         content = {"state": skeleton, "held": held}
-        return wrap(content, own, sequence=sequence, done=done, score=score)
+        return wrap(content, tensors, sequence=sequence, done=done, score=score)
+
+    def _held_names(self) -> dict[str, dict[str, str | None]]:
+        """Of all that the state dict of each model names, by which name servers hold it."""
+        known, several = self.state.names(), len(self.state.models) > 1
+        found: dict[str, dict[str, str | None]] = {}
+        for prefix, module in self.state.models.items():
+            parameters = dict(module.named_parameters(remove_duplicate=False))
+            names = found[prefix] = {}
+            for name in module.state_dict():
+                own = f"{prefix}.{name}" if several else name
+                first = known[id(parameters[name])] if name in parameters else own
+                names[name] = first if first in self._held else None
+        return found
+
+
+def hand_on(messages: Sequence[Save], mates: Link, device: torch.device) -> Iterator[Save]:
+    """What all ranks that share a model hand in, on the first of them, some megabytes at a time;
+    elsewhere nothing. All ask."""
+    if mates.size == 1:
+        yield from messages
+        return
+    operation = "hand in a checkpoint"
+    counts = torch.zeros(mates.size, dtype=torch.int64, device=device)
+    counts[mates.rank] = len(messages)
+    mates.all_reduce(counts, operation).wait()
+    if mates.rank:
+        text = torch.frombuffer(bytearray(messages[0].content.encode()), dtype=torch.uint8)
+        parts = [text, *(message.tensors[0] for message in messages)]
+        lengths = torch.tensor([part.numel() for part in parts])
+        for part in (lengths, *parts):
+            if part.numel():
+                mates.send(part.to(device), 0, operation).wait()
+        return
+
+    def receive(rank: int, size: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+        part = torch.empty(size, dtype=dtype, device=device)
+        if size:
+            mates.receive(part, rank, operation).wait()
+        return part.cpu()
+
+    total, numbers = int(counts.sum()), itertools.count()
+    for message in messages:
+        yield replace(message, piece=next(numbers), pieces=total)
+    for rank in range(1, mates.size):
+        length, *sizes = receive(rank, int(counts[rank]) + 1, torch.int64).tolist()
+        content = receive(rank, length).numpy().tobytes().decode()
+        for number, size in enumerate(sizes):
+            yield replace(
+                messages[0],
+                piece=next(numbers),
+                pieces=total,
+                content="" if number else content,
+                tensors=(receive(rank, size),),
+            )
 
 
 def restore(
@@ -145,15 +177,15 @@ def names_of(learner: Learner, names: Mapping[int, str]) -> list[str | None]:
     return [names[id(p)] if p.requires_grad else None for p in held]
 
 
-def unsaved_buffers(state: State, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those that servers hold and no checkpoint does."""
+def unsaved_buffers(state: State, held: Iterable[str]) -> list[str]:
+    """The names of those that servers hold and no checkpoint does."""
     several = len(state.models) > 1
     saved = {
         f"{prefix}.{name}" if several else name
         for prefix, module in state.models.items()
         for name in module.state_dict()
     }
-    return {name: tensor for name, tensor in held.items() if name not in saved}
+    return [name for name in held if name not in saved]
 
 
 def _options(learner: Learner) -> list[dict[str, Any]]:

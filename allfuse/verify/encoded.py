@@ -17,6 +17,7 @@ from allfuse.base.keys import mix
 from allfuse.roles.blueprint import Blueprint, read_codec
 from allfuse.roles.cutting import Span, cut
 from allfuse.roles.rotation import ALL
+from allfuse.verify.layout import Layout
 
 Named = dict[str, Tensor]
 
@@ -45,8 +46,9 @@ def wide(values: Tensor) -> Tensor:
 class Inward:
     """The updates of one worker on their way to the servers: what one loses the next one brings."""
 
-    def __init__(self, blueprint: Blueprint, servers: int, worker: str) -> None:
-        self.blueprint, self.codec = blueprint, read_codec(blueprint.codec)
+    def __init__(self, layout: Layout, servers: int, worker: str) -> None:
+        self.layout, self.blueprint = layout, layout.blueprint
+        blueprint, self.codec = layout.blueprint, read_codec(layout.blueprint.codec)
         self.shards = cut(blueprint.blocks, servers)
         self.key = zlib.crc32(worker.encode())
         self._left: dict[int, Tensor] = {}  # by block
@@ -64,7 +66,7 @@ class Inward:
         """What arrives of an update."""
         if self.codec is None or not self.codec.encodes(clock):
             return values
-        flats = flatten(self.blueprint, values)
+        flats = flatten(self.blueprint, self.layout.part(values))
         for number, flat in flats.items():
             self._left.setdefault(number, torch.zeros_like(flat))
         self._before = {number: self._left[number].clone() for number in flats}
@@ -79,14 +81,15 @@ class Inward:
             self.codec.decode(message, arrived)
             lost = whole - arrived
             self._left[span.block][part] = lost.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        return name_again(self.blueprint, flats)
+        return self.layout.join(name_again(self.blueprint, flats))
 
 
 class Outward:
     """Weights on their way to workers, as differences to what each of them has."""
 
-    def __init__(self, blueprint: Blueprint, servers: int) -> None:
-        self.blueprint, self.codec = blueprint, read_codec(blueprint.codec)
+    def __init__(self, layout: Layout, servers: int) -> None:
+        self.layout, self.blueprint = layout, layout.blueprint
+        blueprint, self.codec = layout.blueprint, read_codec(layout.blueprint.codec)
         self.shards = cut(blueprint.blocks, servers)
         self._sent: dict[tuple[str, int], int] = {}  # the sequence, by worker and fragment
         self._held: dict[str, Named] = {}
@@ -101,7 +104,7 @@ class Outward:
         """What a worker then has of all that it was sent: newest of that fragment."""
         if self.codec is None and self.blueprint.fragments == 1:
             return weights
-        held = dict(self._held.get(worker, {}))
+        held, weights = dict(self._held.get(worker, {})), self.layout.part(weights)
         for each in range(self.blueprint.fragments):
             if fragment not in (ALL, each):
                 continue
@@ -115,7 +118,7 @@ class Outward:
             self._sent[worker, each] = sequence
             held |= arrived
         self._held[worker] = held
-        return held
+        return self.layout.join(held)
 
     def _add_difference(self, sequence: int, fragment: int, held: Named, weights: Named) -> Named:
         assert self.codec is not None

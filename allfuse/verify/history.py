@@ -16,6 +16,7 @@ from allfuse.roles.ledger import Ledger, Unit
 from allfuse.roles.records import Commit, State, Work
 from allfuse.roles.rotation import Rotation, Turn
 from allfuse.roles.terms import Terms
+from allfuse.verify.layout import Layout
 
 ROOM = 1 << 62  # more clocks than there are
 
@@ -105,7 +106,7 @@ class History:
     rebirths: servers that had to be started again, and were not as before, bit for bit. stopped:
     why before its limit, if it was.
     begin: the step of the checkpoint that it went on from; what was before is not told.
-    gossip: where no servers held the weights.
+    gossip: where no servers held the weights. layout: how servers held them.
     """
 
     events: list[Event]
@@ -115,6 +116,7 @@ class History:
     stopped: str = ""
     gossip: Gossip | None = None
     begin: int = 0
+    layout: Layout = field(default_factory=lambda: Layout.of({}))
 
     @classmethod
     def read(cls, path: Path, terms: Terms) -> History:
@@ -148,6 +150,7 @@ class History:
                 book.get("stop") or "",
                 Gossip.read(book, ledger) if terms.gossips else None,
                 begin=book.get("begin", 0),
+                layout=Layout.of(task),
             )
         finally:
             book.close()

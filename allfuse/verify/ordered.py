@@ -191,6 +191,7 @@ def _replay(task: Task, reference: Reference) -> Findings:
             "for what killed them, or verify again"
         )
     seen, tolerance = Seen.read(run), TOLERANCES[reference.precision]
+    seen.layout, seen.each = history.layout, task.plan.inner.workers
 
     def tick() -> None:
         if world.stop_requested.is_set():

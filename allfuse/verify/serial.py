@@ -20,10 +20,11 @@ from allfuse.plan import Site
 from allfuse.roles.blueprint import Blueprint
 from allfuse.roles.rotation import ALL
 from allfuse.roles.terms import Terms
-from allfuse.training.start import build_model
+from allfuse.training.building import build_first
 from allfuse.verify.central import Central, Named
 from allfuse.verify.encoded import Inward, Outward, names_of
 from allfuse.verify.history import Event, History, Update
+from allfuse.verify.layout import Layout
 from allfuse.verify.pupil import Lesson, Pupil, Samples
 
 OWN_SHARE = 0.5
@@ -37,17 +38,25 @@ class Serial:
 
     Args:
         terms: of the plan. outer: its axis that is out of step. ranks: workers of a group.
+        layout: how servers held the weights; None: whole.
     """
 
     def __init__(
-        self, job: Job, outer: Any, terms: Terms, ranks: int, device: torch.device
+        self,
+        job: Job,
+        outer: Any,
+        terms: Terms,
+        ranks: int,
+        device: torch.device,
+        layout: Layout | None = None,
     ) -> None:
         self.job, self.outer, self.terms = job, outer, terms
-        self.model = build_model(job.model, job.seed).to(device)
+        self.model = build_first(job).to(device)
         self.blueprint = make_blueprint(job, self.model, outer, terms)
         self.central = Central(self.blueprint, self.model, terms.servers)
         self.samples = Samples(job, terms.parts, ranks)
-        self.outward = Outward(self.blueprint, terms.servers)
+        self.layout = layout if layout is not None and layout.is_cut else Layout(self.blueprint)
+        self.outward = Outward(self.layout, terms.servers)
         self.inward: dict[str, Inward] = {}
         self.pupils: dict[str, Pupil] = {}
         self._versions: dict[tuple[str, int], Named] = {}  # by reader and sequence
@@ -153,7 +162,7 @@ class Serial:
             self.pupils[update.worker] = Pupil(
                 self.job, self.model, self.blueprint, self.samples, clip
             )
-            self.inward[update.worker] = Inward(self.blueprint, self.terms.servers, update.worker)
+            self.inward[update.worker] = Inward(self.layout, self.terms.servers, update.worker)
         pupil, delay = self.pupils[update.worker], getattr(self.outer, "delay", 0)
         own = pupil.own_share(update, OWN_SHARE if delay else 0.0)
         if own:

@@ -14,6 +14,7 @@ from torch import Tensor
 from allfuse.job import Job
 from allfuse.store.tensorfile import read_tensors, write_tensors
 from allfuse.training.loop import train_job
+from allfuse.verify.layout import Layout
 from allfuse.verify.record import LIMIT_BYTES
 
 if TYPE_CHECKING:
@@ -74,21 +75,20 @@ class Witness:
     def _keep_weights(self) -> None:
         """Those that came for the lease, whatever its steps have made of them since.
 
-        Ranks that heard of them from the first of their group have kept those that no step changes.
+        Ranks of a model that is cut write what they have of it. Those that heard of weights from
+        another rank have kept those that no step changes.
         """
         apart = self.session.apart
         assert apart is not None
         replica = apart.replica
         if replica is None:  # weights of its own, which its losses and norms tell of
             return
-        read: dict[str, Tensor] = {}
-        for block, flat, live in zip(
-            replica.blueprint.blocks, replica.read, replica.live, strict=True
-        ):
-            if apart.leads or flat is live:
+        blocks, read = replica.blueprint.blocks, dict[str, Tensor]()
+        for block, flat, live in zip(blocks, replica.read, replica.live, strict=True):
+            if (apart.is_of_first or flat is live) and replica.rank in block.ranks:
                 read |= block.views(flat)
         if not self._every:
-            each = sum(tensor.nbytes for tensor in read.values()) * self._ranks
+            each = sum(block.bytes for block in blocks) * self._ranks
             limit = min(LIMIT_BYTES, shutil.disk_usage(self.folder).free / 2)
             self._every = max(1, math.ceil(self.updates * each / limit))
         if self._lease.lease % self._every == 0:
@@ -98,12 +98,17 @@ class Witness:
 
 @dataclass
 class Seen:
-    """What was written down: of each lease and rank, loss and norm of each step."""
+    """What was written down: of each lease and rank, loss and norm of each step.
+
+    layout: how servers held the weights, and so each rank, of `each` in a group; None: whole.
+    """
 
     folder: Path
     figures: dict[int, dict[int, list[tuple[float | None, float | None]]]] = field(
         default_factory=dict
     )
+    layout: Layout | None = None
+    each: int = 1
 
     @classmethod
     def read(cls, folder: Path) -> Seen:
@@ -117,11 +122,19 @@ class Seen:
         return seen
 
     def weights(self, moment: str) -> dict[int, Any]:
-        """What each rank had, as far as it was kept. moment: a lease's number, or "end"."""
+        """What each rank had, as far as it was kept; of ranks that shared a model the first what
+        all had. moment: a lease's number, or "end"."""
         found = {}
         for path in sorted(self.folder.glob(f"weights-{moment}-*.safetensors")):
             found[int(path.stem.rpartition("-")[2])] = read_tensors(path)
-        return found
+        return self._joined(found) if self.layout is not None and self.layout.is_cut else found
+
+    def _joined(self, found: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
+        assert self.layout is not None
+        merged: dict[int, dict[str, Tensor]] = {}
+        for rank in sorted(found, reverse=True):
+            merged.setdefault(rank // self.each * self.each, {}).update(found[rank])
+        return {rank: self.layout.join(held) for rank, held in merged.items()}
 
 
 def weights_path(folder: Path, moment: str, rank: int) -> Path:
