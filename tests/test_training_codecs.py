@@ -32,7 +32,7 @@ from allfuse.plan import as_plan
 from allfuse.rule import Mean, Rule
 from allfuse.store.checkpoint import Checkpoints
 from allfuse.store.writing import write_checkpoint
-from allfuse.training.stepper import Step
+from allfuse.training.step import Step
 from allfuse.verify.verify import verify_job
 
 RULES = [rule for rule in rule_variants() if not isinstance(rule, Mean)]

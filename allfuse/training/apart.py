@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     from allfuse.training.learner import Learner
     from allfuse.training.place import Place
     from allfuse.training.state import State
-    from allfuse.training.stepper import Step
+    from allfuse.training.step import Step
 
 TOLD = ("evaluated", "saved", "not_saved", "note", "warning")
 """Events that the scheduler is told of; steps it counts itself."""

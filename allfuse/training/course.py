@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from allfuse.training.place import Place
     from allfuse.training.rounds import Rounds
     from allfuse.training.state import State
-    from allfuse.training.stepper import Step, Stepper
+    from allfuse.training.step import Step
+    from allfuse.training.stepper import Stepper
 
 
 class Course:

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from allfuse.split.base import Split
     from allfuse.training.place import Place
     from allfuse.training.state import State
-    from allfuse.training.stepper import Step
+    from allfuse.training.step import Step
 
 
 class Gossiping(Apart):

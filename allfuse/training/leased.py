@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from allfuse.roles.messages import Lease
     from allfuse.split.data import IterableLoader
     from allfuse.training.apart import Apart
-    from allfuse.training.stepper import Step
+    from allfuse.training.step import Step
 
 
 class LeasedCourse(Course):

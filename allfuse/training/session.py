@@ -41,7 +41,8 @@ from allfuse.training.rounds import Rounds
 from allfuse.training.settings import Settings
 from allfuse.training.start import build_model, refuse_lazy, shape_of, spread, take_over
 from allfuse.training.state import Scheduler, State
-from allfuse.training.stepper import Step, Stepper
+from allfuse.training.step import Step
+from allfuse.training.stepper import Stepper
 from allfuse.training.survival import Survival
 from allfuse.training.telling import Teller
 from allfuse.training.wishes import Wishes

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from allfuse.base.errors import DataError, NonFiniteLoss, UserError
+from allfuse.base.errors import DataError, UserError
 from allfuse.base.tensors import count_rows, cut_rows, share
 from allfuse.fusion.statistics import GlobalBatchNorm
-from allfuse.plan import Pipe
 from allfuse.split.data import Portion
 from allfuse.training.exchange import Exchange, Figures
 from allfuse.training.learner import Learner
@@ -27,71 +26,10 @@ if TYPE_CHECKING:
     from allfuse.split.pipe.pipeline import Pipeline
     from allfuse.training.outflow import Outflow
 
+from allfuse.training.blame import Blame
+from allfuse.training.step import Step
+
 NORM_EVERY_S = 0.25  # of work: how often the gradient's norm is taken only to be shown
-
-
-class Step:
-    """A step under way, or the one done last.
-
-    portion: this rank's samples; None when the script brings its own. group: the shares of the
-    ranks of its data axis, by their places in `portion.shares`. handed: what a script got for it.
-    idle: this rank's site has no
-    sample of the batch. counted: it counts as done already, though losses of the same batch may
-    still come. busy_s: seconds of its own work on the batch, without those in which it waited for
-    others. stepped: the learners whose optimizers have stepped. left_open: those that had
-    gradients and had not stepped when it was counted.
-    """
-
-    def __init__(self, portion: Portion | None, group: Sequence[int], size: int) -> None:
-        self.portion, self.group, self._size = portion, list(group), size
-        self.handed: Any = None
-        self.begin = time.perf_counter()
-        self.waited_s = 0.0
-        self.busy_s = 0.0
-        self.losses: list[tuple[Tensor, float]] = []
-        self.count = 0.0
-        self.pending: Callable[[], Figures] | None = None
-        self.figures: Figures | None = None
-        self.norm: float | None = None
-        self.differentiated: list[Learner] = []
-        self.stepped: list[Learner] = []
-        self.left_open: list[Learner] = []
-        self.passed = False
-        self.counted = False
-
-    @property
-    def idle(self) -> bool:
-        return self.portion is not None and self.reference == 0
-
-    @property
-    def reference(self) -> float:
-        """Samples of the whole batch that the group shares; 1 a rank when nobody knows.
-
-        0 where a site has no sample of a batch: then it is idle and learns nothing.
-        """
-        if self.portion is None:
-            return float(self._size)
-        return float(sum([self.portion.shares[index] for index in self.group]))
-
-    @property
-    def weights(self) -> list[float]:
-        """How much each rank of the group counts: its samples, all alike when nobody knows."""
-        if self.portion is None:
-            return [1.0] * self._size
-        return [float(self.portion.shares[index]) for index in self.group]
-
-    def keep_peers(self, places: Sequence[int]) -> None:
-        self.group, self._size = [self.group[place] for place in places], len(places)
-
-    @property
-    def takes_part(self) -> bool:
-        """Whether this rank has samples of its own; else it works on a stand-in of weight 0."""
-        return self.portion is None or self.portion.rows > 0
-
-    @property
-    def learned(self) -> bool:
-        """Whether the whole batch has been differentiated."""
-        return self.figures is not None or bool(self.stepped) or self.passed
 
 
 class Stepper:
@@ -126,7 +64,7 @@ class Stepper:
         self.split = split
         self.outflow: Outflow | None = None
         self.current: Step | None = None
-        self._how_to_go_on = how_to_go_on
+        self.blame = Blame(place, how_to_go_on)
         self.before_forward: Callable[[int, int], None] = lambda stage, microbatch: None
         self._busy_s = 0.0
         self._since_norm_s = math.inf
@@ -344,14 +282,14 @@ class Stepper:
         figures = self._agreed(step.pending())
         bad, total = figures.first_not_finite(), figures.total
         if bad is not None:
-            raise self._refusal(learner, "the loss", figures.losses[bad], self._place_of(bad))
+            raise self.blame.refusal(learner, "the loss", figures.losses[bad], self.blame.rank(bad))
         if total == 0 and self.place.whole.outer is not None:  # others have samples that count
             learner.forget()
             step.figures, step.pending, step.losses = figures, None, []
             return figures
         if not 0 < total < math.inf:
             what = "the count that the loss is a mean over"
-            raise self._refusal(learner, what, total, self._group)
+            raise self.blame.refusal(learner, what, total, self.blame.group)
         learner.finish(step.reference / total if learner.fusion.is_mean else 1.0)
         step.figures, step.pending, step.losses, step.count = figures, None, [], 0.0
         step.waited_s += time.perf_counter() - begin
@@ -361,7 +299,7 @@ class Stepper:
             step.norm, self._since_norm_s = None if norm is None else float(norm), 0.0
             if step.norm is not None and not math.isfinite(step.norm) and not learner.may_skip:
                 what = "the norm of the gradient"
-                raise self._refusal(learner, what, step.norm, self._group)
+                raise self.blame.refusal(learner, what, step.norm, self.blame.group)
         learner.note_gradients()
         return figures
 
@@ -372,46 +310,6 @@ class Stepper:
             figures.stops = [int(wish)] * len(figures.stops)
             figures.busy_s = [busy_s] * len(figures.busy_s)
         return figures
-
-    def _place_of(self, member: int) -> str:
-        """Which rank of the data axis it is, in words that all ranks of its replica say alike; of a
-        group that a scheduler knows, of which worker."""
-        plan = self.place.plan
-        found, axis = self.place.sharers.members[member], plan.axis("pipe")
-        if isinstance(axis, Pipe):  # where the loss was computed
-            found = plan.peers(found, "pipe")[axis.teller]
-        found = plan.peers(found, "tensor")[0]  # of those that computed the same
-        rank = f" on rank {self.place.world.ids[found]}"
-        if self._worker is None:
-            return rank
-        return f"{rank if self.place.sharers.size > 1 else ''} in worker {self._worker}"
-
-    @property
-    def _worker(self) -> int | None:
-        """The group of a scheduler that this is; None without one."""
-        crew = self.place.world.crew
-        return None if crew is None or self.place.whole.outer is None else crew.index
-
-    @property
-    def _group(self) -> str:
-        """Which of those this is that step on their own, and so fail on their own, in words."""
-        if self._worker is not None:
-            return f" in worker {self._worker}"
-        return f" in site {self.place.site.rank}" if self.place.site.size > 1 else ""
-
-    def _refusal(self, learner: Learner, what: str, value: float, where: str) -> NonFiniteLoss:
-        learner.forget()
-        diverged = not all(bool(parameter.isfinite().all()) for parameter in learner.parameters)
-        weights = (
-            "the weights are not finite, since the gradient of a step before was not"
-            if diverged
-            else "the weights were not changed"
-        )
-        return NonFiniteLoss(
-            f"{what} is {value}{where} at step {self.place.world.step or 0}; {weights}; "
-            f"{self._how_to_go_on(diverged)}; next: a smaller learning rate, clip=1.0, or look at "
-            "the samples of this step"
-        )
 
     def before_step_of(self, learner: Learner) -> None:
         """Called when an optimizer is about to step. Refuses gradients that are not ready."""

@@ -13,7 +13,7 @@ from allfuse.base.errors import AllfuseError
 if TYPE_CHECKING:
     from allfuse.split.data import Source, Stream
     from allfuse.training.session import Session
-    from allfuse.training.stepper import Step
+    from allfuse.training.step import Step
 
 
 class Teller:
