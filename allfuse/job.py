@@ -7,6 +7,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -163,6 +164,8 @@ class Job:
             keep only what goes in and run again in the backward pass: less memory, more time.
         keep_whole, cut_also: names of modules, with * for any part: those that `tensor(n)` does not
             cut, and those that it cuts however small they are.
+        weights: what the model begins with, instead of what its function draws: a safetensors file,
+            or a folder with such files, of which each worker reads what it needs.
         batch_statistics: BatchNorm over the "global" batch, or over each worker's "local" share.
         loaders: processes that read samples ahead, for each worker.
         collate: samples -> batch, for map-style datasets.
@@ -193,6 +196,7 @@ class Job:
     recompute: bool = False
     keep_whole: Sequence[str] = ()
     cut_also: Sequence[str] = ()
+    weights: str | Path | None = None
     batch_statistics: str = "global"
     loaders: int = 0
     collate: Callable[[list[Any]], Any] | None = None
@@ -243,6 +247,11 @@ class Job:
                 "name -> function(outputs, batch)"
             )
         make_request("Job", self.keep_whole, self.cut_also)
+        if self.weights is not None and not isinstance(self.weights, str | Path):
+            raise JobError(
+                f"Job(weights=...): received {type(self.weights).__name__}; allowed: the path of a "
+                "safetensors file, or of a folder with such files"
+            )
         for hook in self.hooks:
             if not isinstance(hook, Hook):
                 raise JobError(

@@ -164,34 +164,3 @@ def memory_key(memory: UntypedStorage) -> int:
     """A number that no other memory has while this one is held."""
     key: int = memory._cdata
     return key
-
-
-def shaped_like(kind: Any, shape: Sequence[int], tensor: Tensor) -> Any:
-    """A tensor of a subclass, of a shape, and of the type and on the device of another one, that
-    holds no numbers itself."""
-    make: Any = Tensor._make_wrapper_subclass
-    return make(kind, tuple(shape), dtype=tensor.dtype, device=tensor.device)
-
-
-def past_subclasses() -> AbstractContextManager[object]:
-    """Within it functions of torch go past what subclasses of tensors make of them."""
-    return torch._C.DisableTorchFunctionSubclass()
-
-
-def below_torch_functions() -> AbstractContextManager[object]:
-    """Within it no subclass and no mode hears of functions of torch."""
-    return torch._C.DisableTorchFunction()
-
-
-def is_written(function: Any, place: int) -> bool:
-    """Whether a call below autograd changes its argument at a place."""
-    arguments = function._schema.arguments
-    if place >= len(arguments):
-        return False
-    info = arguments[place].alias_info
-    return info is not None and bool(info.is_write)
-
-
-def assert_soon(condition: Tensor, message: str) -> None:
-    """Fail with a message where a tensor of one truth is false, without waiting for it."""
-    torch._assert_async(condition, message)

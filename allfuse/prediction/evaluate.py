@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from allfuse.base.errors import Interrupted, JobError, UserError
 from allfuse.job import Job, default_forward
 from allfuse.plan import Plan
-from allfuse.prediction.restore import open_run
+from allfuse.prediction.restore import Restored, open_run
 from allfuse.split.data import as_source
 from allfuse.training.learner import Precision
 from allfuse.training.loading import make_loader, order_of_all
@@ -64,9 +62,9 @@ def evaluate_run(
     begin = time.perf_counter()
     try:
         with contextlib.closing(Place(plan, device)) as place:
-            restored = open_run(path, best=best)
+            restored = open_run(path, best=best, later=True)
             name, samples = choose_data(restored.job, data)
-            figures, count = _measure_here(restored.job, restored.model, samples, place)
+            figures, count = _measure_here(restored, samples, place)
     except KeyboardInterrupt:
         raise Interrupted("the evaluation was interrupted") from None
     notes = list(restored.notes)
@@ -90,16 +88,17 @@ def choose_data(job: Job, name: str) -> tuple[str, Any]:
     return name, data
 
 
-def _measure_here(
-    job: Job, model: nn.Module, data: Any, place: Place
-) -> tuple[dict[str, float], int]:
+def _measure_here(restored: Restored, data: Any, place: Place) -> tuple[dict[str, float], int]:
     """This rank's part, in batches as large as those of training."""
+    job = restored.job
     source = as_source(data, collate=job.collate)
-    forward, model = job.forward or default_forward, model.to(place.device)
+    forward, model = job.forward or default_forward, restored.on(place.device)
     split = make_split(place)
     if split.cuts:
         runs = runs_on(place.plan, source, forward, place.device)
-        split.cut(model, runs, job.request, Precision(job.precision, place.device).autocast)
+        restored.cut(split, runs, Precision(job.precision, place.device).autocast)
+    else:
+        restored.load()
     loader = make_loader(source, order_of_all(source, job.batch_size, place), place)
     try:
         return measure(

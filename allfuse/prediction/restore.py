@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+import torch
+from torch import nn
 
 from allfuse.base.errors import RunError
 from allfuse.job import Job
 from allfuse.jobfile import load_job
+from allfuse.split.base import Run, Split
+from allfuse.split.pending import Pending
 from allfuse.store.checkpoint import Checkpoints
 from allfuse.store.run import RunFolder
-from allfuse.store.tensorfile import read_model
+from allfuse.store.weights import HeldWeights, WeightFiles, Weights, list_differences
+from allfuse.training.building import build_pending, differences, take_weights
 from allfuse.training.merged import mean_of_sites
-from allfuse.training.start import build_model
 
 
 @dataclass(frozen=True, kw_only=True)
 class Restored:
     """A run, ready to predict.
 
-    model: on the CPU, weights loaded. record: what run.json says. notes: what whoever asked should
+    model: on the CPU. pending: its weights, which `load` gives it, or `cut`, where a plan does
+    that. record: what run.json says. notes: what whoever asked should
     know of how it was restored.
     """
 
@@ -31,11 +36,37 @@ class Restored:
     model: nn.Module
     record: dict[str, Any]
     folder: RunFolder
+    pending: Pending
     notes: list[str] = field(default_factory=list)
 
+    def on(self, device: torch.device) -> nn.Module:
+        """The model, which is on a device from now on."""
+        self.pending.move(device)
+        return self.model.to(device)
 
-def open_run(path: str | Path, *, best: bool = False) -> Restored:
-    """The job of a run and its model with the trained weights.
+    def load(self) -> None:
+        """Give the model its weights."""
+        self.pending.fill()
+
+    def cut(
+        self,
+        split: Split,
+        runs: Sequence[tuple[int, Run]],
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        """Keep this rank's part of the model, where a plan cuts it, and read its weights.
+
+        Raises:
+            PlanError, UserError: it cannot be cut.
+        """
+        self.pending.stop_guarding()
+        split.cut(self.model, runs, self.job.request, autocast)
+        self.pending.fill(split.pieces())
+
+
+def open_run(path: str | Path, *, best: bool = False, later: bool = False) -> Restored:
+    """The job of a run and its model with the trained weights; with `later` these stay in their
+    file until it is known which of them are needed.
 
     The weights are those of model.safetensors, which are the last ones, or of the newest whole
     checkpoint where training was interrupted before it wrote that file; with `best` those of the
@@ -56,21 +87,25 @@ def open_run(path: str | Path, *, best: bool = False) -> Restored:
         )
     record = folder.record
     job = load_job(folder.job_path, record.get("arguments", {}), record.get("job_file"))
-    model = build_model(job.model, job.seed)
-    weights, source, notes = read_best(folder) if best else read_weights(folder)
-    load_weights(model, weights, source)
-    return Restored(job=job, model=model, record=record, folder=folder, notes=notes)
+    model, pending = build_pending(job.model, job.seed)
+    weights, notes = read_best(folder) if best else read_weights(folder)
+    load_weights(model, weights, pending)
+    if not later:
+        pending.fill()
+    return Restored(
+        job=job, model=model, record=record, folder=folder, pending=pending, notes=notes
+    )
 
 
-def read_weights(folder: RunFolder) -> tuple[dict[str, Any], str, list[str]]:
-    """The trained weights, where they are from, and notes on that.
+def read_weights(folder: RunFolder) -> tuple[Weights, list[str]]:
+    """The trained weights, and notes on where they are from.
 
     Raises:
         RunError: there are none yet, or those of several models.
         CheckpointError: model.safetensors is damaged.
     """
     if folder.model_path.is_file():
-        return dict(read_model(folder.model_path)), str(folder.model_path), []
+        return WeightFiles([folder.model_path], str(folder.model_path)), []
     notes: list[str] = []
     step = Checkpoints(folder.checkpoints).newest(notes.append)
     if step is None:
@@ -78,16 +113,16 @@ def read_weights(folder: RunFolder) -> tuple[dict[str, Any], str, list[str]]:
             f"run folder {folder.path} holds neither {folder.model_path.name} nor a whole "
             f"checkpoint: there are no weights yet; next: train on with --resume {folder.path}"
         )
-    weights, source = _only_model(folder, step)
+    weights = _only_model(folder, step)
     notes.append(
         f"training was interrupted before it wrote {folder.model_path.name}: the weights are those "
-        f"of {source}"
+        f"of {weights.source}"
     )
-    return weights, source, notes
+    return weights, notes
 
 
-def read_best(folder: RunFolder) -> tuple[dict[str, Any], str, list[str]]:
-    """The weights of the best checkpoint, where they are from, and a note on that.
+def read_best(folder: RunFolder) -> tuple[Weights, list[str]]:
+    """The weights of the best checkpoint, and a note on that.
 
     Raises:
         RunError: no checkpoint has a score.
@@ -99,52 +134,42 @@ def read_best(folder: RunFolder) -> tuple[dict[str, Any], str, list[str]]:
             f"--best: no checkpoint in {folder.path} has a score; allowed: runs of jobs with "
             "validation data; next: leave --best out for the last weights"
         )
-    weights, source = _only_model(folder, step)
-    return weights, source, [f"the weights are those of {source}, the best of the run"]
+    weights = _only_model(folder, step)
+    return weights, [f"the weights are those of {weights.source}, the best of the run"]
 
 
-def _only_model(folder: RunFolder, step: int) -> tuple[dict[str, Any], str]:
+def _only_model(folder: RunFolder, step: int) -> Weights:
     models, source = _checkpoint_models(folder, step), f"the checkpoint of step {step}"
     if len(models) != 1:
         raise RunError(
             f"{source} in {folder.path} holds {len(models)} models ({', '.join(models)}); allowed: "
             "the one model of a job"
         )
-    return next(iter(models.values())), source
+    return HeldWeights(next(iter(models.values())), source)
 
 
 def _checkpoint_models(folder: RunFolder, step: int) -> dict[str, dict[str, Any]]:
     """The models of a checkpoint; where sites differ, their mean as a resume would take it."""
     checkpoints = Checkpoints(folder.checkpoints)
-    states = [checkpoints.read(step, rank=writer)[0] for writer in checkpoints.writers(step)]
+    states = [
+        checkpoints.read(step, rank=writer, mapped=True)[0] for writer in checkpoints.writers(step)
+    ]
     whole = [state for state in states if "models" in state]  # others hold what codecs keep
     merged: dict[str, dict[str, Any]] = mean_of_sites(whole)["models"]
     return merged
 
 
-def load_weights(model: nn.Module, weights: dict[str, Any], source: str) -> None:
-    """Load a state dict in which every name and shape must be the model's.
+def load_weights(model: nn.Module, weights: Weights, pending: Pending) -> None:
+    """Have a model take its numbers from weights, of which every name and shape must be its own.
 
     Raises:
-        RunError: names or shapes differ; says which.
+        RunError: names, shapes or types differ; says which.
     """
-    own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    differences = [f"{name} is not in the file" for name in own if name not in weights]
-    differences += [f"the model has no {name}" for name in weights if name not in own]
-    differences += [
-        f"{name} is {tuple(weights[name].shape)} in the file and {tuple(value.shape)} in the model"
-        for name, value in own.items()
-        if name in weights and not is_lazy(value) and weights[name].shape != value.shape
-    ]
-    reason = differences[0] if differences else ""
-    if not reason:
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-    if reason:
-        more = f" and {len(differences) - 1} more" if len(differences) > 1 else ""
+    told = differences(model, weights)
+    if told:
         raise RunError(
-            f"the weights of {source} do not fit the job: {reason}{more}; allowed: the model that "
-            "was trained; next: undo the changes to the job file and what it imports, or train anew"
+            f"the weights of {weights.source} do not fit the job: {list_differences(told)}; "
+            "allowed: the model that was trained; next: undo the changes to the job file and what "
+            "it imports, or train anew"
         )
+    take_weights(model, weights, pending)

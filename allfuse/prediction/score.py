@@ -95,7 +95,7 @@ def predict_file(
                 output = OutputFile(target, overwrite=overwrite) if place.rank == 0 else None
                 if output is not None:
                     stack.callback(output.close)
-                restored = open_run(run_path, best=best)
+                restored = open_run(run_path, best=best, later=True)
                 table = Table(source, require_inputs(restored.job), keep)
                 stack.callback(table.close)
                 return Scoring(

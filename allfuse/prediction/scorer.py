@@ -28,25 +28,27 @@ class Scorer:
 
     def __init__(self, restored: Restored, device: torch.device) -> None:
         self.job, self.device = restored.job, device
-        self.model = restored.model.to(device).eval()
+        self.model = restored.on(device).eval()
+        self._restored = restored
         self._forward = self.job.forward or default_forward
         self._autocast = Precision(self.job.precision, device).autocast
         self._pipeline: Pipeline | None = None
 
     def cut(self, split: Split) -> None:
-        """Keep this rank's part of the model, where a plan cuts it.
+        """Keep this rank's part of the model, where a plan cuts it, and read its weights.
 
         Raises:
             PlanError, UserError: it cannot be cut.
         """
         if not split.cuts:
+            self._restored.load()
             return
 
         def run(rows: int) -> tuple[int, Run]:
             batch = (torch.zeros(rows, len(require_inputs(self.job)), device=self.device),)
             return rows, lambda made: self._forward(made, batch)
 
-        split.cut(self.model, [run(rows) for rows in ROWS], self.job.request, self._autocast)
+        self._restored.cut(split, [run(rows) for rows in ROWS], self._autocast)
         self._pipeline = split.pipeline
 
     def answer(self, numbers: Tensor, first_row: int) -> Columns | None:

@@ -41,9 +41,14 @@ class Piece:
         flat = whole.shape != self.whole
         whole = whole.reshape(self.whole)
         own = whole.new_empty(self.own)
+        self.load(own, whole)
+        return own.reshape(-1) if flat else own
+
+    def load(self, own: Tensor, whole: Tensor) -> None:
+        """Copy the rank's part of a whole tensor, which may be of another type or lie elsewhere: in
+        a file, of which only these bytes are read."""
         for box in self.boxes:
             own[_slices(box.here, box.size)] = whole[_slices(box.there, box.size)]
-        return own.reshape(-1) if flat else own
 
     def put(self, own: Tensor, whole: Tensor) -> None:
         """Copy the rank's part to its place in a whole tensor, in any of its shapes."""

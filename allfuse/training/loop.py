@@ -62,7 +62,11 @@ def train_job(
             prepare(s)
         s.add_hooks(job.hooks)
         model = s.model(
-            job.model, forward=job.forward, keep_whole=job.keep_whole, cut_also=job.cut_also
+            job.model,
+            forward=job.forward,
+            keep_whole=job.keep_whole,
+            cut_also=job.cut_also,
+            weights=job.weights,
         )
         optimizer = s.optimizer(make_optimizer(job, model))
         if job.scheduler is not None:

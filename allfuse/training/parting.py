@@ -98,7 +98,11 @@ def cut_model(s: Session, source: Source | Stream, batch_size: int | None) -> No
     (model,), (forward,), (request,) = s.models.values(), s.forwards, s.requests
     runs = runs_on(s.plan, source, forward, s.device)
     request = replace(request, recompute=s.settings.recompute)
+    if s.pending is not None:
+        s.pending.stop_guarding()
     s.choices |= s.split.cut(model, runs, request, s.precision.autocast)
+    if s.pending is not None:
+        s.pending.fill(s.split.pieces())
     elsewhere = frozenset(name for name, piece in s.split.pieces().items() if piece is None)
     s.state.elsewhere = s.rounds.elsewhere = elsewhere
     s.rounds.level = lambda: s.survival.level(model)

@@ -19,27 +19,24 @@ from allfuse.fusion.statistics import globalize_batch_norm
 from allfuse.job import Hook, Metric, MetricFunction, check_whole, default_forward, on
 from allfuse.plan import Plan
 from allfuse.split.data import IterableLoader, Loader, Portion, as_source
+from allfuse.split.pending import Pending
 from allfuse.split.recompute import recompute_blocks
 from allfuse.split.request import Request, make_request
 from allfuse.training.balance import Balance, make_balance
 from allfuse.training.beginning import begin
+from allfuse.training.building import start_model
 from allfuse.training.course import Course
 from allfuse.training.evaluation import measure_together
 from allfuse.training.exchange import Figures
 from allfuse.training.keeper import Keeper, Resume
 from allfuse.training.learner import Learner, Precision, needs_closure
-from allfuse.training.loading import (
-    MODEL_DIFFERS,
-    Order,
-    make_loader,
-)
+from allfuse.training.loading import Order, make_loader
 from allfuse.training.measure import to_device
 from allfuse.training.merged import plain_pieces
 from allfuse.training.parting import make_split, refuse_settings
 from allfuse.training.place import Place
 from allfuse.training.rounds import Rounds
 from allfuse.training.settings import Settings
-from allfuse.training.start import build_model, refuse_lazy, shape_of, spread, take_over
 from allfuse.training.state import Scheduler, State
 from allfuse.training.step import Step
 from allfuse.training.stepper import Stepper
@@ -132,6 +129,7 @@ class Session:
         self.choices: dict[str, str] = dict(self.place.choices)
         self.forwards: list[Callable[[nn.Module, Any], Any]] = []  # of the models, in order
         self.requests: list[Request] = []  # likewise
+        self.pending: Pending | None = None  # of a model that is to be cut
         self._resume_at: int | None = None
         self._closers: list[Callable[[], None]] = []
 
@@ -201,12 +199,18 @@ class Session:
         *,
         keep_whole: Sequence[str] = (),
         cut_also: Sequence[str] = (),
+        weights: str | Path | None = None,
     ) -> nn.Module:
         """The model, on this rank's device, with the same weights on every rank.
 
+        `weights` are those to begin with: a safetensors file, or a folder with such files, of which
+        each rank reads what it needs. Else they are those that the function draws.
+
         A plan that cuts models needs to know how this one runs on a batch: `forward(model, batch)`,
         where it is not the default. It is cut when the loop over batches begins; parameters stay
-        the same objects, and have the shapes of this rank's pieces from then on. `tensor(n)` does
+        the same objects, and have the shapes of this rank's pieces from then on. If it is given as
+        a function, they have no numbers before, so that no rank needs memory for the whole: a model
+        that is run or loaded before gets all. `tensor(n)` does
         not cut modules named in `keep_whole`, and cuts those in `cut_also` however small they are
         (names as in `model.named_modules()`, with * for any part).
 
@@ -216,17 +220,7 @@ class Session:
         """
         number = len(self.models)
         request = make_request("model", keep_whole, cut_also)
-        module = build_model(build, self.settings.seed + number).to(self.device)
-        refuse_lazy(module)
-        if self.place.plan.workers > 1:
-            self.survival.compare(shape_of(module), MODEL_DIFFERS)
-        held = dict(enumerate((*module.parameters(), *module.buffers())))
-        self.survival.together(
-            "all",
-            lambda: spread([*held.values()], self.place.everyone),
-            hear=lambda handed: take_over(held, handed.state),
-            give=lambda: held,
-        )
+        module = start_model(self, build, number, weights)
         shared = self.place.sharers.size > 1 and self.settings.batch_statistics == "global"
         has_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
         refuse_settings(self.place.plan, self.settings, has_norms)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,9 +44,21 @@ def build_model(build: Callable[[], nn.Module] | nn.Module, seed: int) -> nn.Mod
             f"the model is a {type(build).__name__}; allowed: a torch module, or a function that "
             "builds one"
         )
+    with seeded(seed):
+        made = build()
+    return require_module(made)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """The process's generator of torch alone, seeded, for building a model."""
     with _building:
         torch.manual_seed(seed)
-        made = build()
+        yield
+
+
+def require_module(made: object) -> nn.Module:
+    """What a model function has built. Raises JobError if it is no module."""
     if not isinstance(made, nn.Module):
         raise JobError(
             f"the model function returned {type(made).__name__}; allowed: a torch module"

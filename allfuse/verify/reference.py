@@ -27,7 +27,7 @@ from allfuse.fusion.gradients import BUCKET_BYTES, FIRST_BUCKET_BYTES
 from allfuse.job import Job, default_forward
 from allfuse.plan import Data, Plan, Site
 from allfuse.rule import Mean, SumRule
-from allfuse.training.start import build_model
+from allfuse.training.building import build_first
 from allfuse.verify.record import Recorder
 from allfuse.verify.replay import Replay, is_plain_mean, positions_of
 from allfuse.verify.samples import cut_of, read_batches
@@ -210,7 +210,7 @@ def run_reference(
     apart = inside is not None and not is_plain_mean(inside)
     replays = [Replay(data, job.seed) for _ in range(sites)] if isinstance(data, Data) else []
     each = plan.replicas // sites  # the replicas of a site stand side by side
-    model = build_model(job.model, job.seed).to(device)
+    model = build_first(job).to(device)
     models = [model] + [copy.deepcopy(model) for _ in range(sites - 1)]
     learners = [Learner(job, model, device) for model in models]
     between = Sites(axis, job.seed, learners) if isinstance(axis, Site) and sites > 1 else None

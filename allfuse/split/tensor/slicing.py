@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from allfuse.split.hollow import hollow, is_hollow
 from allfuse.split.record import argument_leaves, draws, map_arguments
 from allfuse.split.tensor.cut import Size
 from allfuse.split.tensor.late import put_off
@@ -35,6 +36,10 @@ def slice_model(model: nn.Module, plan: TensorPlan, slice_: Slice) -> list[nn.Mo
     held = weights | dict(model.named_buffers())
     for name, cut in plan.cuts.items():
         tensor = held[name]
+        if is_hollow(tensor):  # its numbers come later
+            shape = cut.lie(tuple(tensor.shape), slice_.n, slice_.index).own
+            tensor.data = hollow(shape, tensor.dtype, tensor.device)
+            continue
         tensor.data = cut.piece(tensor.data, slice_.n, slice_.index).clone(
             memory_format=torch.contiguous_format
         )
