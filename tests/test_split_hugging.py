@@ -4,12 +4,13 @@ process learns."""
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_training_split import assert_near, decayed, figures, recorded
+from test_training_split import assert_near, decayed, figures, heavy, recorded
 from torch import Tensor, nn
 from training_cases import job
 
@@ -87,3 +88,29 @@ def test_models_of_transformers_learn_cut_what_they_learn_whole(name: str) -> No
         assert len(figures(events[0])) == 20
         for own, expected in zip(figures(events[0]), figures(told[0]), strict=True):
             assert own == pytest.approx(expected, rel=1e-9)
+
+
+def within(model: nn.Module, batch: Any) -> Any:
+    return model(input_ids=batch[0], labels=batch[1])
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT2"])
+@pytest.mark.parametrize("plan", ["tensor(2)", "tensor(3)", "pipe(2) * tensor(2)"])
+def test_models_that_compute_their_own_loss_learn_cut_what_they_learn_whole(
+    name: str, plan: str
+) -> None:
+    """Their loss, in slices of words, is of the rows but the last, and in fp32."""
+    whole, told = recorded(own_loss(name), "data(1)")
+    cut, events = recorded(own_loss(name), plan)
+    for key, value in whole[0].weights.items():
+        torch.testing.assert_close(cut[0].weights[key], value, rtol=1e-5, atol=1e-6, msg=key)
+    for own, expected in zip(figures(events[0]), figures(told[0]), strict=True):
+        assert own == pytest.approx(expected, rel=1e-5)
+
+
+def own_loss(name: str) -> Job:
+    def loss(outputs: Any, batch: Any) -> Tensor:
+        found: Tensor = outputs.loss
+        return found
+
+    return replace(made_job(name), forward=within, loss=loss, optimizer=heavy)

@@ -308,7 +308,7 @@ def test_statistics_of_batches_are_refused_or_local() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "text"),
-    [({"precision": "fp16"}, "bf16 or fp32"), ({"compile": True}, "compile=False")],
+    [({"precision": "fp16"}, "bf16 or fp32")],
 )
 def test_settings_that_stages_cannot_keep_to_are_refused(
     changes: dict[str, Any], text: str

@@ -24,7 +24,7 @@ from test_training_split import (
 from torch import Tensor, nn
 from training_cases import TIGHT, Recorded, assert_equal, session, train, under
 
-from allfuse.base.errors import PeerLost, PlanError, UserError, WorkerFailed
+from allfuse.base.errors import PeerLost, UserError, WorkerFailed
 from allfuse.job import Stop
 from allfuse.launcher.local import launch_local
 from allfuse.launcher.thread import launch_threads
@@ -187,11 +187,6 @@ def test_sites_of_shards_go_on_from_their_own_checkpoints(tmp_path: Path) -> Non
     assert_equal(result.weights, train(whole, plan)[0].weights, exact=True)
 
 
-def test_shards_of_stages_are_refused_with_a_plan_that_can_be() -> None:
-    with pytest.raises(PlanError, match=r"stage of pipe.*data\(2\) \* pipe\(2\)"):
-        train(CASES["mlp"].job(), "pipe(2) * shard(2)")
-
-
 def test_a_rank_that_goes_on_holds_nothing_in_the_files(tmp_path: Path) -> None:
     """What it needs of them was copied: they may be removed, or written anew."""
     made, out = CASES["mlp"].job(save_every=4, stop=Stop(steps=4)), tmp_path / "run"
@@ -274,8 +269,3 @@ def test_an_optimizer_that_looks_at_whole_matrices_is_refused() -> None:
     made = CASES["mlp"].job(optimizer=lambda parameters: torch.optim.Adafactor(parameters))
     with pytest.raises(UserError, match="Adafactor"):
         train(made, "shard(2)")
-
-
-def test_a_compiled_model_is_refused() -> None:
-    with pytest.raises(PlanError, match=r"shard\(2\): compile=True.*shards meet.*data\(2\)"):
-        train(CASES["mlp"].job(compile=True), "shard(2)")

@@ -447,8 +447,3 @@ def test_sites_measure_their_mean_without_being_taken_for_a_script_s_change() ->
         validation=CASES["mlp"].job().train, evaluate_every=3, stop=Stop(steps=8)
     )
     train(made, "site(2, every=4) * tensor(2)")
-
-
-def test_compiled_models_are_not_cut_into_slices() -> None:
-    with pytest.raises(PlanError, match=r"tensor\(2\): compile=True"):
-        train(CASES["mlp"].job(compile=True), "tensor(2)")

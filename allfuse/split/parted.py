@@ -18,6 +18,7 @@ from allfuse.plan import Pipe, Plan
 from allfuse.plan import Tensor as TensorAxis
 from allfuse.split.assembly import Assembly, Held
 from allfuse.split.base import Run
+from allfuse.split.compiled import blocks_to_compile, compile_blocks, keep_uncompiled
 from allfuse.split.piece import Piece, whole_piece
 from allfuse.split.pipe.cutting import Autocast, PipePlan
 from allfuse.split.recompute import recompute_blocks, repeated_blocks
@@ -95,8 +96,13 @@ class Parted(Whole):
             stages = PipePlan(axis, model, recording, runs, pieces=here, autocast=autocast)
             self._users = stages.users
             choices["pipe"] = stages.tell()
-        if self.slice.n > 1:
-            slice_model(model, cuts, self.slice)
+        begins = () if stages is None else stages.begins
+        compiled = blocks_to_compile(model, begins) if request.compile else []
+        meeting = slice_model(model, cuts, self.slice) if self.slice.n > 1 else []
+        if compiled:
+            keep_uncompiled(meeting)
+            compile_blocks(model, compiled)
+            choices["compile"] = f"{len(compiled)} blocks are compiled, each by itself"
         if self.shard.size > 1:
             choices["shard"] = self._shard(model, runs[0][1], request, autocast)
             self.sliced = frozenset(name for name, _ in model.named_parameters())
@@ -107,7 +113,7 @@ class Parted(Whole):
             )
             self.held[name] = Held(tensor.dtype, pieces)
         if request.recompute:
-            recompute_blocks(model, () if stages is None else stages.begins)
+            recompute_blocks(model, begins)
         if stages is not None:
             self.pipeline = stages.build(model, self.pipe, self.device)
             drop([tensor for name, tensor in tensors_of(model).items() if not self._has(name)])
@@ -156,6 +162,10 @@ class Parted(Whole):
             shortened = torch.is_autocast_enabled(self.device.type)
         twice = repeated_blocks(model) if request.recompute else []
         made = self._blocks = shard_model(model, blocks, self.shard, shortened=shortened, twice=twice)
+        if request.compile:
+            modules = dict(model.named_modules())
+            outer = tuple(f"{name}." for name in repeated_blocks(model))
+            keep_uncompiled(modules[name] for name in blocks if name.startswith(outer))
         largest = max((each.numbers for each in made if each.again), default=0)
         return (
             f"{len(blocks)} blocks of up to {format_count(largest)} parameters are brought together"

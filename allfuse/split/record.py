@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -289,6 +290,7 @@ def record(model: nn.Module, run: Callable[[nn.Module], Any]) -> Recording:
         closing.enter_context(torch.no_grad())
         closing.enter_context(fake_tensors())
         closing.enter_context(recorder)
+        closing.enter_context(_marked())
         try:
             result = run(model)
         except Exception as error:
@@ -301,6 +303,23 @@ def record(model: nn.Module, run: Callable[[nn.Module], Any]) -> Recording:
             ) from error
         recorder.recording.outputs = [recorder.number(leaf) for leaf in tensors_in(result)]
     return recorder.recording
+
+
+_local = threading.local()
+
+
+def is_recording() -> bool:
+    """Whether a pass of this thread is one that is only followed."""
+    return bool(getattr(_local, "recordings", 0))
+
+
+@contextmanager
+def _marked() -> Iterator[None]:
+    _local.recordings = getattr(_local, "recordings", 0) + 1
+    try:
+        yield
+    finally:
+        _local.recordings -= 1
 
 
 def tensors_in(nest: Any) -> Iterator[Tensor]:

@@ -21,6 +21,7 @@ class Request:
         keep_whole: those that `tensor(n)` does not cut.
         cut_also: those that it cuts however small they are.
         recompute: whether blocks run again in the backward pass; see `recompute_blocks`.
+        compile: whether blocks go through torch.compile; see `compile_blocks`.
 
     Example:
         Request(keep_whole=("lm_head", "layers.*.attention"))
@@ -29,6 +30,7 @@ class Request:
     keep_whole: tuple[str, ...] = ()
     cut_also: tuple[str, ...] = ()
     recompute: bool = False
+    compile: bool = False
 
     def kept(self, model: nn.Module) -> dict[str, str]:
         """The parameters of a model that stay whole, by their first names, with the reason."""

@@ -60,12 +60,11 @@ def refuse_settings(plan: Plan, settings: Settings, has_norms: bool) -> None:
         )
     elif settings.precision == "fp16":
         why = "the loss scaler of fp16 knows one stage alone; allowed: precision bf16 or fp32"
-    elif settings.compile:
-        why = "compile=True makes one program of all stages; allowed: compile=False"
-    elif settings.recompute and axis.schedule.in_two:
+    elif (settings.recompute or settings.compile) and axis.schedule.in_two:
+        name = "recompute" if settings.recompute else "compile"
         why = (
-            "recompute=True runs a block again for its whole gradient at once, which this schedule "
-            "finds in two turns; allowed: schedule=1f1b, gpipe or interleaved"
+            f"{name}=True has a block find its whole gradient at once, which this schedule finds "
+            "in two turns; allowed: schedule=1f1b, gpipe or interleaved"
         )
     else:
         return
@@ -86,18 +85,10 @@ def cut_model(s: Session, source: Source | Stream, batch_size: int | None) -> No
             f"it cuts a model, and the session has {len(s.models)}",
             f"data({s.plan.workers})",
         )
-    for name, parts in (("tensor", "slices"), ("shard", "shards")):
-        axis = s.plan.axis(name)
-        if s.settings.compile and axis is not None and axis.n > 1:
-            raise PlanError(
-                str(axis),
-                f"compile=True makes one program of a model, and its {parts} meet within it; "
-                "allowed: compile=False",
-                f"data({s.plan.workers})",
-            )
     (model,), (forward,), (request,) = s.models.values(), s.forwards, s.requests
     runs = runs_on(s.plan, source, forward, s.device)
-    request = replace(request, recompute=s.settings.recompute)
+    settings = s.settings
+    request = replace(request, recompute=settings.recompute, compile=settings.compile)
     if s.pending is not None:
         s.pending.stop_guarding()
     s.choices |= s.split.cut(model, runs, request, s.precision.autocast)

@@ -230,7 +230,7 @@ class Session:
             self.stepper.norms += globalize_batch_norm(module, self.place.statistics)
         if self.settings.recompute and not self.split.cuts:  # else once it is cut
             recompute_blocks(module)
-        if self.settings.compile:
+        if self.settings.compile and not self.split.cuts:  # likewise
             module.compile()
         self.state.add_model(name or ("model" if number == 0 else f"model{number}"), module)
         self.forwards.append(forward or default_forward)
