@@ -94,6 +94,16 @@ def test_sites_over_servers_equal_sites_in_step() -> None:
     assert_close(told.result.weights, weights_of(job, plan.format("")))
 
 
+def test_a_worker_whose_work_and_weights_are_there_waits_for_nothing_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing would come to wake it: it would wait out its slice, in each update."""
+    monkeypatch.setattr("allfuse.roles.agent.SLICE_S", 60.0)
+    begin = time.monotonic()
+    train_crew(small_job(), "data(1, topology=central(servers=1), sync=asp)")
+    assert time.monotonic() - begin < 20.0
+
+
 def test_with_a_delay_a_site_goes_on_while_its_update_is_under_way() -> None:
     """All of a lease's steps are done before what came of the first one is here."""
     came: list[float] = []

@@ -166,9 +166,10 @@ class Agent(Hand):
 
     def _drive(self, until: Callable[[], bool], operation: str) -> None:
         self._begin_s = time.monotonic()
+        slice_s = 0.0  # what is waited for may be here, and nothing more would come to wake us
         while True:
             with self._lock:
-                self._work(SLICE_S)
+                self._work(slice_s)
                 if until():
                     return
                 if self._trouble is not None:
@@ -178,6 +179,7 @@ class Agent(Hand):
                 trouble = self._scheduler.trouble
             self._hear_end(operation)
             self.waiting()
+            slice_s = SLICE_S
             if trouble == "another token":
                 raise UserError(
                     f"the scheduler at {self._scheduler.place} has another token; next: give this "

@@ -59,9 +59,10 @@ class Limb(Hand):
         """Wait a while for the weights of the lease. Where they are here they stay as they are."""
         client = self._open_client
         before, until_s = client.replica.progress, time.monotonic() + PATIENCE_S
+        slice_s = 0.0  # they may be here, and nothing more would come to wake us
         while True:
             with self._lock:
-                self._work(SLICE_S)
+                self._work(slice_s)
                 if self._trouble is not None:
                     raise self._trouble
                 if client.is_ready or client.is_over:
@@ -70,6 +71,7 @@ class Limb(Hand):
                 if time.monotonic() > until_s:
                     came = client.replica.progress != before
                     return Standing.COMING if came else Standing.STUCK
+            slice_s = SLICE_S
 
     def begin(self) -> None:
         """All ranks are ready: work on the lease."""
