@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from allfuse.base.errors import Interrupted, PeerLost, UserError
+from allfuse.base.errors import Interrupted, UserError
 from allfuse.base.events import Bus
 from allfuse.fusion.statistics import globalize_batch_norm
 from allfuse.job import Hook, Metric, MetricFunction, check_whole, default_forward, on
@@ -26,6 +25,7 @@ from allfuse.training.balance import Balance, make_balance
 from allfuse.training.beginning import begin
 from allfuse.training.building import start_model
 from allfuse.training.course import Course
+from allfuse.training.ending import end
 from allfuse.training.evaluation import measure_together
 from allfuse.training.exchange import Figures
 from allfuse.training.keeper import Keeper, Resume
@@ -33,6 +33,7 @@ from allfuse.training.learner import Learner, Precision, needs_closure
 from allfuse.training.loading import Order, make_loader
 from allfuse.training.measure import to_device
 from allfuse.training.merged import plain_pieces
+from allfuse.training.own_loop import differentiate
 from allfuse.training.parting import make_split, refuse_settings
 from allfuse.training.place import Place
 from allfuse.training.rounds import Rounds
@@ -131,7 +132,7 @@ class Session:
         self.requests: list[Request] = []  # likewise
         self.pending: Pending | None = None  # of a model that is to be cut
         self._resume_at: int | None = None
-        self._closers: list[Callable[[], None]] = []
+        self.closers: list[Callable[[], None]] = []  # called at the end, in this order
 
     # What a script asks about.
 
@@ -292,7 +293,7 @@ class Session:
 
     def at_close(self, function: Callable[[], None]) -> None:
         """Call `function()` when the session ends, however it ends."""
-        self._closers.append(function)
+        self.closers.append(function)
 
     def stop(self, reason: str) -> None:
         """Ask to stop training. Any rank may; all do after the same step, the next at the earliest.
@@ -437,42 +438,7 @@ class Session:
         they only add up; `count` must then be given. Gradients that were there before stay, as
         with `loss.backward()`. Returns the mean loss of the whole batch.
         """
-        if self.precision.scaler is not None:
-            raise UserError(
-                "backward() with precision fp16: the loss scaler must step the optimizer; "
-                "allowed: bf16 or fp32 here, or s.step(batch, loss)"
-            )
-        if self.split.pipeline is not None:
-            raise UserError(
-                f"backward() under {self.plan}: a loss of the script's own is one of the last "
-                "stage alone, and stages go forth and back in microbatches; next: s.step(batch, "
-                "loss), or a plan without pipe"
-            )
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
-            raise UserError(
-                f"backward(loss): received a {type(loss).__name__}{shape}; allowed: a tensor of "
-                "one number, the mean loss"
-            )
-        learner = self.state.learner(optimizer)
-        step = self.course.open_step_for(learner)
-        if count is None:
-            if not last or step.losses:
-                raise UserError(
-                    "backward(last=False) needs count=, the number of things in the loss's mean, "
-                    "and so do the other parts of its batch"
-                )
-            count = 1.0 if step.portion is None else float(max(step.portion.rows, 1))
-        if self.stepper.passes(learner):
-            return math.nan
-        try:
-            self.stepper.differentiate(
-                learner, loss.reshape(()), float(count), float(count), last=last
-            )
-            return self.stepper.finish(learner).loss if last else math.nan
-        except PeerLost as error:
-            self.survival.refuse_own_loops(error)
-            raise
+        return differentiate(self, loss, count, last, optimizer)
 
     def close_step(self) -> None:
         """Count the open step, fuse weights where a round is due, and tell what happened.
@@ -604,31 +570,6 @@ class Session:
             "all", lambda: {name: bring(values) for name, values in found.items()}
         )
 
-    def _finish(self) -> None:
-        """What a session does at its end when nothing went wrong."""
-        self.course.close_learned_step()
-        if self.teller.began is None:
-            return
-        if self.apart is not None:
-            if self.apart.finishes:
-                self.keeper.export(self.weights(), self.apart.folder)
-                self.apart.save()
-            return
-
-        def export() -> None:
-            with self.rounds.fused_for_a_moment(self.models.values()):
-                if self.keeper.path is None:
-                    return
-                if not self.split.cuts:
-                    self.keeper.export(self.weights())
-                    return
-                from allfuse.training.exporting import export_shared
-
-                export_shared(self)
-
-        self.survival.leave_together(export)
-        self.save(block=True)
-
     def __enter__(self) -> Session:
         return self
 
@@ -638,22 +579,4 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with contextlib.ExitStack() as closing:  # the last is called first
-            for closer in reversed(self._closers):
-                closing.callback(closer)
-            closing.callback(lambda: self.place.close(error))
-            closing.callback(self.rounds.close)
-            if self.apart is not None:
-                closing.callback(self.apart.close)
-            try:
-                if error is None:
-                    self._finish()
-                    self.place.world.step = None  # a script that goes on does not train
-            except BaseException as failure:
-                error = failure
-                raise
-            finally:
-                with contextlib.suppress(Exception):
-                    self.keeper.tell_outcomes()
-                closing.callback(self.keeper.close, abandon=error is not None)
-                self.teller.end(error)
+        end(self, error)
