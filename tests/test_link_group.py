@@ -18,9 +18,9 @@ from allfuse.base.errors import PeerLost, WorkerFailed
 from allfuse.launcher import watch
 from allfuse.launcher.base import World, current_world
 from allfuse.launcher.local import launch_local, open_store
-from allfuse.link import Link
+from allfuse.link import Link, shared
 from allfuse.link.check import SUMMABLE
-from allfuse.link.group import StoreBoard
+from allfuse.link.group import GroupLink, StoreBoard
 from allfuse.link.lookout import Lookout
 
 CPU = torch.device("cpu")
@@ -54,6 +54,11 @@ def transfers() -> dict[str, Any]:
     for transfer in reversed(started):
         transfer.wait()
     reduced_bytes = link.sent_bytes
+    own, parts = torch.zeros(7), value(me, 7 * size, torch.float32).view(size, 7)
+    link.reduce_scatter(own, parts, "sum parts").wait()
+    total = sum(value(rank, 7 * size, torch.float32).view(size, 7)[me] for rank in range(size))
+    assert torch.equal(own, total)
+    assert link.sent_bytes - reduced_bytes == (size - 1) * own.nbytes
     mask = torch.arange(6) % 2 == me % 2
     weights = torch.nn.Parameter(value(me, 6, torch.float32))
     short = torch.arange(5, dtype=torch.int16) * me
@@ -111,6 +116,30 @@ def test_transfers_between_processes_give_what_they_promise(workers: int) -> Non
     assert torch.equal(short, torch.arange(5, dtype=torch.int16))
     assert got["flags"].tolist() == [False, True]
     assert got["total"] == workers
+
+
+def test_parts_are_summed_by_messages_over_gloo() -> None:
+    """Whose own reduce-scatter sums everything, and so sends twice as much."""
+
+    def work() -> None:
+        shared.AVAILABLE = False
+        link = open_link()
+        assert type(link) is GroupLink
+        sizes = (0, 5, 1009, 300_000)
+        makes = [[value(rank, 3 * size, torch.float32).view(3, size) for size in sizes]
+                 for rank in range(3)]  # fmt: skip
+        targets, before = [torch.zeros(size) for size in sizes], link.sent_bytes
+        works = [link.reduce_scatter(target, parts, f"sum parts of {len(target)}")
+                 for target, parts in zip(targets, makes[link.rank], strict=True)]  # fmt: skip
+        for each in works:
+            each.wait()
+        assert link.sent_bytes - before == 2 * sum(target.nbytes for target in targets)
+        for at, target in enumerate(targets):
+            first, second, third = (made[at][link.rank] for made in makes)
+            assert torch.equal(target, first + second + third)
+        link.close()
+
+    launch_local(work, 3, timeout_s=60)
 
 
 def train_until(victim: int, fault: Callable[[], Any]) -> None:

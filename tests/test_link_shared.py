@@ -78,6 +78,31 @@ def test_sums_are_right_for_any_size_and_type_and_equal_on_all_ranks(workers: in
     assert len(set(told)) == 1
 
 
+@pytest.mark.parametrize("workers", [2, 3, 5])
+def test_parts_are_summed_where_they_belong_in_the_order_of_ranks(workers: int) -> None:
+    def work() -> None:
+        cut_finely()
+        link = open_link()
+        for dtype in SUMMABLE:
+            for size in (0, 1, 7, 127, 1009, FINE_BYTES + 13):
+                made = [
+                    torch.randn(
+                        link.size, size, generator=torch.Generator().manual_seed(rank)
+                    ).mul(8).to(dtype)
+                    for rank in range(link.size)
+                ]  # fmt: skip
+                target, sent = torch.full((size,), 3).to(dtype), link.sent_bytes
+                link.reduce_scatter(target, made[link.rank], "sum parts").wait()
+                assert link.sent_bytes - sent == (link.size - 1) * target.nbytes
+                expected = made[0][link.rank].clone()
+                for other in made[1:]:
+                    expected += other[link.rank]
+                assert torch.equal(target, expected), (dtype, size)
+                link.all_reduce(target, "sum in between").wait()  # over the same slots
+
+    launch_local(work, workers)
+
+
 def rounded_sums(link: Link) -> list[float]:
     """What sums of numbers that must be rounded come to: two of them short, the last in pieces."""
     found = []

@@ -18,6 +18,7 @@ from allfuse.launcher.thread import first_failure, launch_threads
 from allfuse.link import Link
 from allfuse.link.check import SUMMABLE
 from allfuse.link.lone import LoneLink
+from allfuse.link.scatter import Scattered
 from allfuse.link.thread import Killed, Script
 
 CPU = torch.device("cpu")
@@ -67,6 +68,48 @@ def test_all_reduce_sums_in_the_order_of_ranks_and_all_end_equal(
             expected = expected + value(rank, size, dtype)
         for outcome in outcomes:
             assert torch.equal(outcome[place], expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("workers", [2, 3, 5])
+def test_reduce_scatter_sums_each_part_in_the_order_of_ranks(
+    workers: int, dtype: torch.dtype
+) -> None:
+    """On this link, and by messages, as links do it that have no own way."""
+
+    def work() -> list[tuple[Tensor, Tensor, int, int]]:
+        link, found = open_link(), []
+        for size in SIZES:
+            parts = value(link.rank, workers * size, dtype).view(workers, size)
+            kept, sent = parts.clone(), [link.sent_bytes]
+            targets = [torch.full((size,), 3).to(dtype) for _ in range(2)]
+            link.reduce_scatter(targets[0], parts, "sum parts").wait()
+            sent.append(link.sent_bytes)
+            Scattered(link, targets[1], parts, "sum parts").wait()
+            sent.append(link.sent_bytes)
+            assert torch.equal(parts, kept)
+            found.append((targets[0], targets[1], sent[1] - sent[0], sent[2] - sent[1]))
+        return found
+
+    outcomes = run(work, workers)
+    for place, size in enumerate(SIZES):
+        expected = value(0, workers * size, dtype)
+        for rank in range(1, workers):
+            expected = expected + value(rank, workers * size, dtype)
+        for rank, outcome in enumerate(outcomes):
+            own, by_messages, *sent = outcome[place]
+            assert torch.equal(own, expected.view(workers, size)[rank])
+            assert torch.equal(by_messages, own)
+            assert sent == [(workers - 1) * own.nbytes] * 2
+
+
+def test_parts_that_do_not_fit_are_refused() -> None:
+    link = LoneLink()
+    with pytest.raises(ValueError, match=r"parts of \(2, 3\).*allowed: \(1, \*\(3,\)\)"):
+        link.reduce_scatter(torch.zeros(3), torch.zeros(2, 3), "sum")
+    target = torch.zeros(3)
+    link.reduce_scatter(target, torch.ones(1, 3), "sum").wait()
+    assert target.tolist() == [1, 1, 1]
 
 
 def test_many_transfers_may_be_under_way_and_waited_for_in_any_order() -> None:

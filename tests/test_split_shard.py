@@ -178,7 +178,8 @@ def test_what_was_brought_together_is_gone_when_the_block_has_run() -> None:
     for is_gone, forward, backward in sharded(work, build):
         assert is_gone
         assert forward == 4 * numbers / 2
-        assert backward == 4 * numbers / 2 + 4 * (numbers + 2 * 2)  # gathered, and gradients summed
+        flags = 2 * 2  # who has found which
+        assert backward == 4 * numbers / 2 + 4 * (numbers / 2 + flags)  # gathered, then summed
 
 
 def test_autocast_gives_the_numbers_of_the_whole_model() -> None:

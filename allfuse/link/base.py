@@ -58,6 +58,21 @@ class Link(ABC):
     def all_reduce(self, tensor: Tensor, operation: str) -> Work:
         """Start to sum a contiguous tensor over all peers, in place; all end equal, bit for bit."""
 
+    def reduce_scatter(self, target: Tensor, parts: Tensor, operation: str) -> Work:
+        """Start to sum the parts that all peers have for this rank.
+
+        In the order of ranks, where the link says nothing else. For B bytes of `parts` each of n
+        ranks sends (n-1)/n B.
+
+        Args:
+            target: contiguous, comes to hold the sum.
+            parts: (n, ...), contiguous: one part like `target` for each peer. Is only read, until
+                the wait is over.
+        """
+        from allfuse.link.scatter import Scattered
+
+        return Scattered(self, target, parts, operation)
+
     @abstractmethod
     def broadcast(self, tensor: Tensor, operation: str, root: int = 0) -> Work:
         """Start to copy the root's tensor to every peer, in place."""

@@ -32,6 +32,18 @@ def check_summable(tensor: Tensor, operation: str) -> None:
         raise ValueError(f"{operation}: cannot sum {tensor.dtype}; allowed: {allowed}")
 
 
+def check_parts(target: Tensor, parts: Tensor, size: int, operation: str) -> None:
+    """Refuse what is not one part like the target for each of so many ranks."""
+    check_summable(target, operation)
+    check_contiguous(parts, operation)
+    if parts.dtype != target.dtype or parts.shape != (size, *target.shape):
+        raise ValueError(
+            f"{operation}: parts of {tuple(parts.shape)} {parts.dtype} for a sum of "
+            f"{tuple(target.shape)} {target.dtype}; allowed: ({size}, *{tuple(target.shape)}) of "
+            "its type"
+        )
+
+
 def as_bytes(tensor: Tensor) -> Tensor:
     """The same memory as bytes, so that any type can be moved."""
     return tensor.detach().reshape(-1).view(torch.uint8)

@@ -1,4 +1,5 @@
-"""What all ranks of a host do together: sums and broadcasts over slots of shared memory."""
+"""What all ranks of a host do together: sums, of all or of parts, and broadcasts over slots of
+shared memory."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ TILE = 64  # elements: parts of different ranks lie in cache lines of their own
 
 
 class Meeting:
-    """Sums and broadcasts of the ranks in a room, one after the other, equal on all of them.
+    """Sums and broadcasts of the ranks of a room, one after the other, equal on all of them.
 
     A slot is written again only after all ranks have met twice since it was last read.
     """
@@ -58,6 +59,38 @@ class Meeting:
                 self._copy_in(pieces[number], slots[number % SLOTS])
             if number <= len(pieces):
                 self._meet(about, operation)
+
+    def scatter(self, target: Tensor, parts: Tensor, operation: str) -> None:
+        """Sum the parts (n, length) that all ranks have for this one, in the order of ranks.
+
+        Phases for each piece, of which the parts of all fill at most a slot, on n ranks:
+          1. each copies the parts of others into its own slot;
+          2. each sums its own part of the piece from all slots.
+        All meet between the phases; two pieces are in different phases at a time.
+        """
+        about = zlib.crc32(f"{operation} {target.dtype} {target.numel()}".encode())
+        width = SLOT_BYTES // target.element_size() // self.size
+        pieces = list(zip(target.split(width), parts.split(width, 1), strict=True))
+        slots = [self._take_slot(target.dtype) for _ in range(min(SLOTS, len(pieces)))]
+        self._slot = (self._slot + len(pieces) - len(slots)) % SLOTS
+        for number in range(len(pieces) + 1):
+            if number:
+                self._add_part(*pieces[number - 1], slots[(number - 1) % SLOTS])
+            if number < len(pieces):
+                self._put_parts(pieces[number][1], slots[number % SLOTS][self.rank])
+                self._meet(about, operation)
+
+    def _put_parts(self, parts: Tensor, slot: Tensor) -> None:
+        width = parts.shape[1]
+        for rank, part in enumerate(parts):
+            if rank != self.rank:
+                _copy(slot[rank * width : (rank + 1) * width], part)
+
+    def _add_part(self, target: Tensor, parts: Tensor, slots: list[Tensor]) -> None:
+        own = slice(self.rank * target.numel(), (self.rank + 1) * target.numel())
+        found = [slot[own] for slot in slots]
+        found[self.rank] = parts[self.rank]
+        _add_all(found, target)
 
     def broadcast(self, flat: Tensor, root: int, operation: str) -> None:
         """Copy the root's bytes to every rank: they pass through the root's slots."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from allfuse.link.base import Work
-from allfuse.link.check import as_bytes, check_contiguous, check_summable
+from allfuse.link.check import as_bytes, check_contiguous, check_parts, check_summable
 from allfuse.link.group import GroupLink
 from allfuse.link.mail import Mail, mail_bytes
 from allfuse.link.meeting import SLOT_BYTES, SLOTS, Meeting
@@ -32,6 +32,7 @@ class SharedLink(GroupLink):
     cells (`Mail`). For B bytes on n ranks each rank copies
 
       - in a sum: (n-1)/n B in and B out, besides adding up its n-th;
+      - in a reduce-scatter: (n-1)/n B in, besides adding up its own n-th;
       - in a broadcast: the root B in, the others B out;
       - in a message: the sender B in, the receiver B out.
 
@@ -65,6 +66,21 @@ class SharedLink(GroupLink):
         def job() -> None:
             with self.waits(operation):
                 self._meeting.sum(flat, operation)
+
+        return self._runner.start(job)
+
+    def reduce_scatter(self, target: Tensor, parts: Tensor, operation: str) -> Work:
+        if self._room is None:
+            return super().reduce_scatter(target, parts, operation)
+        check_parts(target, parts, self.size, operation)
+        _check_here(parts, operation)
+        _check_here(target, operation)
+        self.sent_bytes += (self.size - 1) * target.nbytes
+        flat, rows = target.detach().reshape(-1), parts.detach().reshape(self.size, -1)
+
+        def job() -> None:
+            with self.waits(operation):
+                self._meeting.scatter(flat, rows, operation)
 
         return self._runner.start(job)
 

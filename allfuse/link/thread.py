@@ -13,7 +13,7 @@ from torch import Tensor
 
 from allfuse.base.errors import BadMessage, PeerLost
 from allfuse.link.base import Link, Work
-from allfuse.link.check import check_contiguous, check_summable
+from allfuse.link.check import check_contiguous, check_parts, check_summable
 
 
 class Killed(BaseException):
@@ -40,11 +40,15 @@ class Script:
 
 @dataclass
 class Meeting:
-    """One collective: who has come, with which tensor, and whether the result is there."""
+    """One collective: who has come, with which tensor, and whether the result is there.
+
+    targets: where the sum of each rank's part goes, in a reduce-scatter.
+    """
 
     operation: str
     root: int | None
     tensors: dict[int, Tensor] = field(default_factory=dict)
+    targets: dict[int, Tensor] = field(default_factory=dict)
     done: bool = False
 
 
@@ -190,7 +194,14 @@ class ThreadLink(Link):
             self.sent_bytes += tensor.nbytes
         return self._meet(tensor, operation, root)
 
-    def _meet(self, tensor: Tensor, operation: str, root: int | None) -> Work:
+    def reduce_scatter(self, target: Tensor, parts: Tensor, operation: str) -> Work:
+        check_parts(target, parts, self.size, operation)
+        self.sent_bytes += (self.size - 1) * target.nbytes
+        return self._meet(parts, operation, None, target)
+
+    def _meet(
+        self, tensor: Tensor, operation: str, root: int | None, target: Tensor | None = None
+    ) -> Work:
         hub = self.hub
         hub.count_operation(self.members[self.rank])
         key = (self.name, self.members, self._collectives)
@@ -199,6 +210,8 @@ class ThreadLink(Link):
             meeting = hub.meetings.setdefault(key, Meeting(operation, root))
             self._check_agreed(meeting, tensor, operation, root)
             meeting.tensors[self.rank] = tensor
+            if target is not None:
+                meeting.targets[self.rank] = target.detach()
             if len(meeting.tensors) == self.size:
                 _combine(meeting)
                 del hub.meetings[key]
@@ -276,8 +289,16 @@ class ThreadLink(Link):
 
 @torch.no_grad()
 def _combine(meeting: Meeting) -> None:
-    """The sum in the order of ranks, or the root's tensor, written into every peer's tensor."""
+    """The sum in the order of ranks, or the root's tensor, written into every peer's tensor; or the
+    sum of each one's part, where it wants that."""
     ranks = sorted(meeting.tensors)
+    if meeting.targets:
+        for rank, target in meeting.targets.items():
+            target.copy_(meeting.tensors[0][rank])
+            for other in ranks[1:]:
+                target += meeting.tensors[other][rank]
+        meeting.done = True
+        return
     if meeting.root is None:
         total = meeting.tensors[ranks[0]].clone()
         for rank in ranks[1:]:

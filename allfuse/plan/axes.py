@@ -291,17 +291,26 @@ class Pipe(Axis):
 
 @dataclass(frozen=True, kw_only=True)
 class Shard(Axis):
-    """One model whose state is cut evenly; its ranks share each batch."""
+    """One model whose state is cut evenly; its ranks share each batch.
+
+    `offload` keeps that state in the memory of the host, where the optimizer then steps.
+
+    >>> str(Shard(4, offload=True))
+    'shard(4, offload=true)'
+    """
 
     name: ClassVar[str] = "shard"
     divides_batch: ClassVar[bool] = True
     executable: ClassVar[bool] = True
+
+    offload: bool = False
 
     def explain(self) -> str:
         return (
             "the parameters, gradients and optimizer state of one model are cut evenly into "
             f"{_count(self.n, 'shard')}, one per rank, and its ranks share each batch; blocks of "
             "the model are brought together when they run"
+            + ("; they are kept in the memory of the host" if self.offload else "")
         )
 
 

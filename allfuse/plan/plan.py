@@ -249,12 +249,6 @@ class Plan:
             nearest = [even if axis is data else axis for axis in self.axes]
             why = "balance=speed measures single ranks in this version, and several share a model"
             raise PlanError(str(self), why, _join(nearest))
-        pipe, shard = self.axis("pipe"), self.axis("shard")
-        if pipe is not None and shard is not None and min(pipe.n, shard.n) > 1:
-            rest = [axis for axis in self.axes if axis is not shard]
-            nearest = list(_in_order(_merge([*rest, Data(shard.n)])))
-            why = "in this version the state of a stage of pipe is not cut into shards"
-            raise PlanError(str(self), why, _join(nearest))
 
 
 PlanLike = Plan | Axis | str | Sequence[object] | Mapping[str, object]

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from allfuse.base.errors import PlanError, UserError
 from allfuse.base.units import format_count
 from allfuse.link import Link
-from allfuse.plan import Pipe, Plan
+from allfuse.plan import Pipe, Plan, Shard
 from allfuse.plan import Tensor as TensorAxis
 from allfuse.split.assembly import Assembly, Held
 from allfuse.split.base import Run
@@ -27,7 +27,7 @@ from allfuse.split.request import NO_WISHES, Request
 from allfuse.split.shard.blocks import find_blocks
 from allfuse.split.shard.gather import Block
 from allfuse.split.shard.rows import shard_piece
-from allfuse.split.shard.sharding import shard_model
+from allfuse.split.shard.sharding import Stages, shard_model
 from allfuse.split.tensor.attention import unfold_attention
 from allfuse.split.tensor.cut import Cut
 from allfuse.split.tensor.search import TensorPlan, find_cuts
@@ -63,6 +63,9 @@ class Parted(Whole):
         super().__init__()
         self.device, self.slice = device, Slice(tensor)
         self._blocks: list[Block] = []  # that are brought together
+        axis = plan.axis("shard")
+        offloads = isinstance(axis, Shard) and axis.offload
+        self.home = torch.device("cpu") if offloads else None  # of rows; None: where they are used
         self.meet_mates(plan, rank, mates, tensor=tensor, pipe=pipe, shard=shard)
         self._users: dict[str, tuple[int, ...]] = {}  # coordinates of the stages that need a tensor
         self.held: dict[str, Held] = {}
@@ -103,9 +106,10 @@ class Parted(Whole):
             keep_uncompiled(meeting)
             compile_blocks(model, compiled)
             choices["compile"] = f"{len(compiled)} blocks are compiled, each by itself"
-        if self.shard.size > 1:
-            choices["shard"] = self._shard(model, runs[0][1], request, autocast)
-            self.sliced = frozenset(name for name, _ in model.named_parameters())
+        if self.shard.size > 1 or self.home is not None:
+            held = (name for name, _ in model.named_parameters() if self._is_here(name))
+            self.sliced = frozenset(held)
+            choices["shard"] = self._shard(model, runs[0][1], request, autocast, stages)
         for name, tensor in tensors_of(model).items():
             rows = self.shard.size if isinstance(tensor, nn.Parameter) else 1
             pieces = tuple(
@@ -151,27 +155,58 @@ class Parted(Whole):
             f"data({axis.n})",
         )
 
-    def _shard(self, model: nn.Module, run: Run, request: Request, autocast: Autocast) -> str:
-        """Keep this rank's rows of all parameters; what was chosen, in words."""
+    def _is_here(self, name: str) -> bool:
+        """Whether a stage of this rank needs a parameter or buffer, given by its first name."""
+        return self.pipe.rank in self._users.get(name, (self.pipe.rank,))
+
+    def _shard(
+        self,
+        model: nn.Module,
+        run: Run,
+        request: Request,
+        autocast: Autocast,
+        stages: PipePlan | None,
+    ) -> str:
+        """Keep this rank's rows of all parameters that it has; what was chosen, in words."""
         try:
             recording = record(model, run)
         except UserError:  # then nobody knows which modules run as one
             recording = None
-        blocks = find_blocks(model, recording)
+        begins = [] if stages is None else stages.begins
+        blocks = find_blocks(model, recording, self.sliced, begins)
         with autocast():
             shortened = torch.is_autocast_enabled(self.device.type)
         twice = repeated_blocks(model) if request.recompute else []
-        made = self._blocks = shard_model(model, blocks, self.shard, shortened=shortened, twice=twice)
+        made = self._blocks = shard_model(
+            model,
+            blocks,
+            self.shard,
+            shortened=shortened,
+            twice=[name for name in twice if not any(b.startswith(f"{name}.") for b in begins)],
+            home=self.home,
+            stages=None if stages is None else self._own_stages(stages),
+        )
         if request.compile:
             modules = dict(model.named_modules())
             outer = tuple(f"{name}." for name in repeated_blocks(model))
             keep_uncompiled(modules[name] for name in blocks if name.startswith(outer))
         largest = max((each.numbers for each in made if each.again), default=0)
+        rest = sum(each.numbers for each in made if not each.again)
         return (
             f"{len(blocks)} blocks of up to {format_count(largest)} parameters are brought together"
-            f" when they run, {format_count(sum(m.numbers for m in made if not m.again))} others "
-            "for the whole step"
+            " when they run" + (f", {format_count(rest)} others for the whole step" if rest else "")
         )
+
+    def _own_stages(self, stages: PipePlan) -> Stages:
+        schedule, n = stages.axis.schedule, stages.axis.n
+        own = [at for at in range(len(stages.stages)) if schedule.owner(at, n) == self.pipe.rank]
+        uses = {at: stages.stages[at].parameters for at in own}
+
+        def running() -> int | None:
+            held = {} if self.pipeline is None else self.pipeline.stages
+            return next((number for number, stage in held.items() if stage.active), None)
+
+        return Stages(here=self.sliced, uses=uses, running=running)
 
     def _by_first_name(self, model: nn.Module) -> dict[str, str]:
         """The first name of each parameter and buffer, of which some have several."""
@@ -233,7 +268,7 @@ class Parted(Whole):
         own = [grad for name, grad in gradients.items() if self.held[name].counts(rank)]
         square = torch.zeros(1, dtype=torch.float64, device=self.device)
         if own:
-            square += torch.nn.utils.get_total_norm(own).double() ** 2
+            square += torch.nn.utils.get_total_norm(own).double().to(self.device) ** 2
         self.mates.all_reduce(square, "sum the squares of gradients").wait()
         return square.sqrt().squeeze(0)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from allfuse.base.errors import PlanError, UserError
 from allfuse.base.tensors import cut_rows
-from allfuse.plan import Pipe, Plan
+from allfuse.plan import Pipe, Plan, Shard
 from allfuse.split.base import Run, Split
 from allfuse.split.data import Source, Stream
 from allfuse.split.whole import Whole
@@ -29,7 +29,9 @@ ROWS = (2, 3)
 
 def make_split(place: Place) -> Split:
     """What cuts models under a plan."""
-    if place.mates.size == 1:
+    shard = place.plan.axis("shard")
+    offloads = isinstance(shard, Shard) and shard.offload
+    if place.mates.size == 1 and not offloads:
         return Whole()
     from allfuse.split.parted import Parted
 

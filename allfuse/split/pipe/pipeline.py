@@ -139,11 +139,16 @@ class Pipeline:
             return derive_microbatches(rows, n, self.schedule, self.least)
         return self.schedule.most(min(self.axis.microbatches, rows), n)
 
-    def cut(self, batch: Any, rows: int) -> list[Part]:
-        """A batch in microbatches, as even as can be."""
-        count = self.microbatches(rows)
-        if count == 1:
-            return [(batch, rows)]
+    def cut(self, batch: Any, rows: int, fewest: int | None = None) -> list[Part]:
+        """A batch in microbatches, as even as can be.
+
+        Args:
+            fewest: rows that others have who must come to as many microbatches; None is like here.
+                Whoever has fewer stands in with the same rows for each.
+        """
+        count = self.microbatches(rows if fewest is None else fewest)
+        if count == 1 or rows < count:
+            return [(batch, rows)] * count
         bounds = [share(rows, count, number) for number in range(count)]
         return [(cut_rows(batch, start, stop), stop - start) for start, stop in bounds]
 

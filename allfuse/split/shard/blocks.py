@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from torch import nn
 from torch.nn import Parameter
@@ -21,32 +21,55 @@ ONE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 parts to one function of torch, without calling the parts."""
 
 
-def find_blocks(model: nn.Module, recording: Recording | None) -> list[str]:
+def find_blocks(
+    model: nn.Module,
+    recording: Recording | None,
+    here: Collection[str] | None = None,
+    apart: Collection[str] = (),
+) -> list[str]:
     """Names of modules, none inside another, each of which runs as one: the largest that are small
     beside the model. What is in none of them belongs to the model as a whole.
 
     Args:
         recording: of a forward pass, to leave out modules whose parameters others use, and those
             that are not called themselves. None: nobody knows, so there are no blocks.
+        here: names of the parameters that this rank has, beside which modules are small. None: all.
+        apart: names of modules before which the model is cut into stages: what they are parts of
+            runs as one nowhere.
     """
     if recording is None:
         return []
-    total = sum(parameter.numel() for parameter in model.parameters())
-    usable = _Usable(model, recording)
-    return [name for name in _look_into(model, "", total) if usable.is_block(name)]
+    sizes = {
+        id(parameter): parameter.numel()
+        for name, parameter in model.named_parameters()
+        if here is None or name in here
+    }
+    usable, finder = _Usable(model, recording), _Finder(sizes, apart)
+    return [name for name in finder.look_into(model, "") if usable.is_block(name)]
 
 
-def _look_into(module: nn.Module, name: str, total: int) -> Iterator[str]:
-    for child_name, child in module.named_children():
-        path = f"{name}.{child_name}" if name else child_name
-        size = sum(parameter.numel() for parameter in child.parameters())
-        if size * SMALLEST_SHARE < total or size == 0:
-            continue
-        is_one = isinstance(child, ONE) or not any(True for _ in child.children())
-        if size * LARGEST_SHARE <= total or is_one:
-            yield path
-        else:
-            yield from _look_into(child, path, total)
+class _Finder:
+    """Looks for modules of the right size.
+
+    Args:
+        sizes: of the parameters that count, by their `id`.
+    """
+
+    def __init__(self, sizes: Mapping[int, int], apart: Collection[str]) -> None:
+        self.sizes, self.apart, self.total = sizes, apart, sum(sizes.values())
+
+    def look_into(self, module: nn.Module, name: str) -> Iterator[str]:
+        for child_name, child in module.named_children():
+            path = f"{name}.{child_name}" if name else child_name
+            size = sum(self.sizes.get(id(parameter), 0) for parameter in child.parameters())
+            if size * SMALLEST_SHARE < self.total or size == 0:
+                continue
+            is_cut = any(other.startswith(f"{path}.") for other in self.apart)
+            is_one = isinstance(child, ONE) or not any(True for _ in child.children())
+            if not is_cut and (size * LARGEST_SHARE <= self.total or is_one):
+                yield path
+            else:
+                yield from self.look_into(child, path)
 
 
 class _Usable:

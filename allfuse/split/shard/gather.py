@@ -1,7 +1,8 @@
 """Brings the rows of all ranks together for as long as a block of the model needs them.
 
 For B bytes of a block's parameters on n ranks each rank sends (n-1)/n B when the block runs, as
-much again when its gradient is computed, and 2 (n-1)/n B to sum the gradients.
+much again when its gradient is computed, and as much to sum the gradients, of which each gets its
+own rows.
 """
 
 from __future__ import annotations
@@ -17,15 +18,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
-from allfuse.base.torch_private import storage_users
+from allfuse.base.torch_private import is_fake
 from allfuse.link import Link, Work
+from allfuse.split.shard.memory import Place, Spare
 from allfuse.split.shard.rows import Rows, own_rows
 
 LARGE_BYTES = 1 << 18
 """Of the rows of one rank: from here on a transfer of its own costs less than to copy them once
 more, and less memory."""
-UNUSED = storage_users(torch.empty(0))
-"""How many share memory that nobody else has."""
 
 Owner = tuple[nn.Module, str]
 """A module, and the name that a parameter has in it."""
@@ -40,6 +40,9 @@ class Block:
         shortens: whether autocast would make a shorter type of them anyway; then that travels.
         again: whether they are gathered again for the backward pass; else autograd keeps them
             until then, as it does by itself.
+        home: where rows and their gradients are; None is where the parameters were. They are
+            brought together and used where the parameters were.
+        spare: shared by the blocks of a model.
 
     The parameters, all of one type, stay the same objects; from now on they hold this rank's rows.
     """
@@ -52,6 +55,8 @@ class Block:
         link: Link,
         shortens: bool = False,
         again: bool = True,
+        home: torch.device | None = None,
+        spare: Spare | None = None,
     ) -> None:
         self.name, self.link, self.shortens, self.again = name or "the model", link, shortens, again
         order = sorted(range(len(parameters)), key=lambda at: _is_large(parameters[at], link.size))
@@ -63,10 +68,13 @@ class Block:
         count = sum(not _is_large(parameter, link.size) for parameter in parameters)
         self.rows, self.small = Rows(shapes, link.size), Rows(shapes[:count], link.size)
         self.large = range(count, len(shapes))
-        first = parameters[0]
-        self.part = torch.zeros(self.rows.length, dtype=first.dtype, device=first.device)
+        dtype, self.device = parameters[0].dtype, parameters[0].device
+        self.home = home or self.device
+        pinned = self.home.type == "cpu" and self.device.type == "cuda"
+        length = self.rows.length
+        self.part = torch.zeros(length, dtype=dtype, device=self.home, pin_memory=pinned)
         own = self.rows.own(self.part, link.rank)
-        self._memory: Tensor | None = None  # of gradients
+        self._memory = Place(self.part, spare or Spare(), pinned)
         with torch.no_grad():
             for parameter, view in zip(self.parameters, own, strict=True):
                 view.copy_(own_rows(parameter.detach(), link.size, link.rank))
@@ -80,7 +88,7 @@ class Block:
     @property
     def dtype(self) -> torch.dtype:
         """The type in which the parameters are needed now."""
-        kind = self.part.device.type
+        kind = self.device.type
         if self.shortens and torch.is_autocast_enabled(kind):
             return torch.get_autocast_dtype(kind)
         return self.part.dtype
@@ -89,21 +97,16 @@ class Block:
     def gather(self, dtype: torch.dtype) -> list[Tensor]:
         """The whole parameters, in one new piece of memory. Large ones travel to their places, the
         others together."""
-        rows = self.rows
-        numbers = [prod(row.shape) for row in rows.rows]
-        memory = self.part.new_empty(sum(numbers), dtype=dtype).untyped_storage()
-        whole: list[Tensor] = []
-        for row, begin in zip(rows.rows, [0, *accumulate(numbers)], strict=False):
-            # not views: each is an output of its own to autograd
-            own: Any = self.part.new_empty(0, dtype=dtype)
-            whole.append(own.set_(memory, begin, row.shape))
+        whole = self._empty(dtype)
+        if is_fake(whole[0]):  # a pass that is only followed
+            return whole
         works = []
         for at in self.large:
-            row = rows.rows[at]
+            row = self.rows.rows[at]
             parts = whole[at].view(self.link.size, row.length)
             works += self._spread(parts, self.part[row.begin : row.stop])
         if self.small.rows:
-            parts = self.part.new_empty(self.link.size, self.small.length, dtype=dtype)
+            parts = self._new(self.link.size, self.small.length, dtype=dtype)
             works += self._spread(parts, self.part[: self.small.length])
         for work in works:
             work.wait()
@@ -118,37 +121,57 @@ class Block:
         return [self.link.broadcast(parts[root], f"gather {self.name}", root) for root in roots]
 
     def reduce(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """This rank's rows of the sum of what all ranks have found; None of what nobody used."""
-        memory, size, length = self._free_memory(), self.link.size, self.small.length
-        numbers = self.part.new_empty(size * length + len(gradients))
-        flags = numbers[size * length :]
-        flags.copy_(torch.tensor([float(each is not None) for each in gradients]))
-        parts = numbers[: size * length].view(size, length)
-        self.small.cut(gradients[: len(self.small.rows)], parts)
-        self._sum(numbers)
-        memory[:length].copy_(parts[self.link.rank])
-        used = flags.tolist()
+        """This rank's rows of the sum of what all ranks have found, at home; None of what nobody
+        used.
+
+        Phases:
+          1. the gradients of small parameters together, and who has found which;
+          2. those of each large one that somebody used, straight from where autograd left it.
+        """
+        memory, size, length = self._memory.take(), self.link.size, self.small.length
+        sums = memory if self.home == self.device else self._new(self.rows.length)
+        flags = torch.tensor([float(each is not None) for each in gradients])
+        parts = self._new(size, length + len(gradients))
+        parts[:, length:] = flags.to(parts)
+        self.small.cut(gradients[: len(self.small.rows)], parts[:, :length])
+        own = torch.empty_like(parts[0])
+        self._sum(own, parts).wait()
+        used = own[length:].tolist()
+        sums[:length].copy_(own[:length])
+        works = []
         for at in self.large:
             row, gradient = self.rows.rows[at], gradients[at]
             if used[at]:
-                parts = self.part.new_empty(size, row.length)
-                parts.zero_() if gradient is None else parts.view(row.shape).copy_(gradient)
-                self._sum(parts)
-                memory[row.begin : row.stop].copy_(parts[self.link.rank])
-        own = self.rows.own(memory, self.link.rank)
-        return [each if flag else None for each, flag in zip(own, used, strict=True)]
+                whole = self._new(*row.shape).zero_() if gradient is None else gradient.to(parts)
+                parts_here = whole.contiguous().view(size, row.length)
+                works.append(self._sum(sums[row.begin : row.stop], parts_here))
+        for work in works:
+            work.wait()
+        if sums is not memory:
+            memory.copy_(sums)
+        mine = self.rows.own(memory, self.link.rank)
+        return [each if flag else None for each, flag in zip(mine, used, strict=True)]
 
-    def _sum(self, numbers: Tensor) -> None:
-        self.link.all_reduce(numbers, f"sum the gradients of {self.name}").wait()
+    def _sum(self, target: Tensor, parts: Tensor) -> Work:
+        return self.link.reduce_scatter(target, parts, f"sum the gradients of {self.name}")
 
-    def _free_memory(self) -> Tensor:
-        """Where gradients go: the same place in each step, if nobody has kept those before. Memory
-        that is given back and taken again would be torn into pieces."""
-        if self._memory is not None and storage_users(self._memory) > UNUSED:
-            return torch.empty_like(self.part)
-        if self._memory is None:
-            self._memory = torch.empty_like(self.part)
-        return self._memory
+    def _new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory where the parameters are used."""
+        return torch.empty(shape, dtype=dtype or self.part.dtype, device=self.device)
+
+    def _empty(self, dtype: torch.dtype) -> list[Tensor]:
+        """Places for the whole parameters, in one new piece of memory."""
+        rows = self.rows.rows
+        numbers = [prod(row.shape) for row in rows]
+        memory = self._new(sum(numbers), dtype=dtype)
+        if is_fake(memory):
+            return [self._new(*row.shape, dtype=dtype) for row in rows]
+        whole: list[Tensor] = []
+        for row, begin in zip(rows, [0, *accumulate(numbers)], strict=False):
+            # not views: each is an output of its own to autograd
+            own: Any = self._new(0, dtype=dtype)
+            whole.append(own.set_(memory.untyped_storage(), begin, row.shape))
+        return whole
 
 
 def _is_large(parameter: Tensor, n: int) -> bool:
@@ -211,7 +234,7 @@ def gathered(blocks: Sequence[Block]) -> Iterator[None]:
         for block in blocks:
             visit = Visit(block)
             whole = _Gather.apply(visit, *block.parameters)  # type: ignore[no-untyped-call]
-            if block.again:
+            if block.again and torch.is_grad_enabled():
                 memories[whole[0].untyped_storage().data_ptr()] = visit
             for parameter, tensor, owners in zip(
                 block.parameters, whole, block.owners, strict=True
