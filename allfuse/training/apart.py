@@ -347,7 +347,8 @@ class Apart:
         assert self._hand is not None
         names = self.holdings.pushes
         own = {names[name]: value for name, value in gradients.items() if name in names}
-        self._hand.push(own, self._options(), scale)
+        if own:
+            self._hand.push(own, self._options(), scale)
 
     def _next(self) -> None:
         """The next lease and its weights, on all ranks of the group."""

@@ -12,17 +12,19 @@ from allfuse.split.parted import Parted
 from allfuse.store.writing import StandIns
 
 if TYPE_CHECKING:
+    from allfuse.store.run import RunFolder
     from allfuse.training.session import Session
 
 
-def export_shared(s: Session) -> None:
-    """Write the model that the ranks of a session share to its run folder. All call it."""
+def export_shared(s: Session, folder: RunFolder | None) -> None:
+    """Write the model that the ranks of a session share to a run folder, which the first rank may
+    have. All call it."""
     assert isinstance(s.split, Parted)
     if s.place.mates.members[0] != 0:
         return  # another replica writes
     ((name, model),) = s.models.items()
     in_turn = InTurn(s.split, model.state_dict())
-    s.keeper.export({name: in_turn.state_dict()}, fill=in_turn.fill)
+    s.keeper.export({name: in_turn.state_dict()}, folder, fill=in_turn.fill)
     in_turn.finish()
 
 
