@@ -6,6 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from allfuse.store.run import RunFolder
     from allfuse.training.session import Session
 
 
@@ -39,20 +40,23 @@ def finish(s: Session) -> None:
         return
     if s.apart is not None:
         if s.apart.finishes:
-            s.keeper.export(s.weights(), s.apart.folder)
+            _export(s, s.apart.folder)
             s.apart.save()
         return
 
     def export() -> None:
         with s.rounds.fused_for_a_moment(s.models.values()):
-            if s.keeper.path is None:
-                return
-            if not s.split.cuts:
-                s.keeper.export(s.weights())
-                return
-            from allfuse.training.exporting import export_shared
-
-            export_shared(s)
+            if s.keeper.path is not None:
+                _export(s, s.keeper.folder)
 
     s.survival.leave_together(export)
     s.save(block=True)
+
+
+def _export(s: Session, folder: RunFolder | None) -> None:
+    if not s.split.cuts:
+        s.keeper.export(s.weights(), folder)
+        return
+    from allfuse.training.exporting import export_shared
+
+    export_shared(s, folder)
