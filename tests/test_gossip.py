@@ -21,12 +21,15 @@ from allfuse.roles.encounters import ANSWER, OFFER, Declined, Parcel, Query, Rec
 from allfuse.roles.gossiper import Gossiper, half_way, mean_of
 from allfuse.roles.host import Host
 from allfuse.roles.messages import SCHEDULER
-from allfuse.roles.parcels import Outgoing, Packing
+from allfuse.roles.parcels import Incoming, Outgoing, Packing
+from allfuse.roles.public import PublicCopy
 from allfuse.roles.scheduler import Scheduler
 from allfuse.roles.terms import Terms
 from allfuse.sync import Asp, Ssp, Sync
 from allfuse.topology.gossip import GRAPHS, Gossip
+from allfuse.verify import pairs as verify_pairs
 from allfuse.verify.meetings import Learned, Met, in_order
+from allfuse.verify.pairs import Pairs
 
 Mail = list[tuple[str, say.Message]]
 SIZES = (5, 3)
@@ -40,15 +43,16 @@ def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
         return [cut_pieces(blocks, spans, 24) for spans in cut_shards(blocks, servers)]
 
     monkeypatch.setattr(parcels, "cut", cut)
+    monkeypatch.setattr(verify_pairs, "cut", cut)
 
 
 def first_weights() -> list[torch.Tensor]:
     return [torch.arange(sum(SIZES), dtype=torch.float64)]
 
 
-def blueprint() -> Blueprint:
+def blueprint(codec: str = "identity") -> Blueprint:
     tensors = [(f"p{n}", torch.zeros(size, dtype=torch.float64)) for n, size in enumerate(SIZES)]
-    return Blueprint.of_changes(tensors, options={"lr": 1.0})
+    return Blueprint.of_changes(tensors, options={"lr": 1.0}, codec=codec)
 
 
 def change_of(worker: str, lease: int, step: int) -> torch.Tensor:
@@ -64,13 +68,21 @@ def hash_of(*parts: object) -> int:
 class Walker:
     """A worker whose steps take random times and add known changes to its weights."""
 
-    def __init__(self, name: str, graph: str, seed: int, slow: float = 1.0, **job: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        graph: str,
+        seed: int,
+        slow: float = 1.0,
+        codec: str = "identity",
+        **job: Any,
+    ) -> None:
         self.name, self._random = name, random.Random(f"{seed} {name}")
         self._slow, self.spread = slow, 1.0
         topology = Gossip(graph)
         self.gossiper = Gossiper(
             join(name, place=name, **job),
-            blueprint(),
+            blueprint(codec),
             first_weights(),
             lambda place, n, round: topology.partner(place, n, round, seed),
         )
@@ -134,9 +146,10 @@ class World:
         every: int = 1,
         steps: int = 12,
         even: bool = False,
+        codec: str = "identity",
         **terms: Any,
     ) -> None:
-        self.seed, self.graph, self.steps = seed, graph, steps
+        self.seed, self.graph, self.steps, self.codec = seed, graph, steps, codec
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.counts: dict[str, int] = {}
         self.terms = Terms(parts=workers, every=every, sync=sync or Asp(), servers=0, **terms)
@@ -157,7 +170,9 @@ class World:
         self.counts[message.kind] = self.counts.get(message.kind, 0) + 1
 
     def come(self, name: str, slow: float = 1.0) -> None:
-        walker = Walker(name, self.graph, self.seed, slow, steps=self.steps, epochs=None)
+        walker = Walker(
+            name, self.graph, self.seed, slow, self.codec, steps=self.steps, epochs=None
+        )
         self.walkers[name] = walker
         self.network.add(name, walker)
 
@@ -182,12 +197,13 @@ class World:
 
     def replay(self) -> torch.Tensor:
         """The weights at the end, by one loop over the logs in the book."""
-        return replay(self.book, self.terms.every, self.steps)
+        return replay(self.book, self.terms.every, self.codec)
 
 
-def replay(book: Book, every: int, limit: int) -> torch.Tensor:
+def replay(book: Book, every: int, codec: str) -> torch.Tensor:
     works = {work.lease: work for work, _ in book.history()}
-    offers: dict[tuple[str, int], torch.Tensor] = {}
+    pairs, bases = Pairs(blueprint(codec)), {}
+    offers: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
     answers: dict[tuple[str, int], torch.Tensor] = {}
     lent: dict[tuple[str, int], torch.Tensor] = {}
     now: dict[str, torch.Tensor] = {}
@@ -203,9 +219,15 @@ def replay(book: Book, every: int, limit: int) -> torch.Tensor:
         assert isinstance(deed, Met)
         entry = deed.entry
         if entry.deed == OFFERED:
-            offers[deed.worker, entry.number] = x.clone()
+            said = pairs.offer(deed.worker, entry, named(x))
+            offers[deed.worker, entry.number] = {
+                name: value.clone() for name, value in said.items()
+            }
+            bases[deed.worker, entry.number] = entry.base
         elif entry.deed == ANSWERED:
-            d = half_way(offers[entry.peer, entry.number], x)
+            offer = entry.peer, entry.number
+            found = pairs.answer(deed.worker, entry, bases[offer], offers[offer], named(x))
+            d = torch.cat(list(found.values()))
             x.add_(d)
             answers[entry.peer, entry.number] = d
         elif entry.deed == APPLIED:
@@ -220,6 +242,10 @@ def replay(book: Book, every: int, limit: int) -> torch.Tensor:
             own = entry.peer == deed.worker
             mean.append(x.clone() if own else lent[entry.peer, entry.number])
     return mean_of(mean)
+
+
+def named(x: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {f"p{n}": part for n, part in enumerate(x.split(SIZES))}
 
 
 GRAPH_NAMES = tuple(GRAPHS)
@@ -260,7 +286,90 @@ def test_the_mean_is_kept_and_the_logs_give_the_same_bits(graph: str, faults: Fa
         assert sum(walker.gossiper.exchanges for walker in world.walkers.values()) > 0
 
 
-def outlive(seed: int, faults: Faults) -> World:
+CODECS = ("bf16", "int8", "int8(stochastic=true)", "int4(warm=3)", "sign", "topk(0.3)")
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_under_a_codec_the_mean_is_kept_and_the_logs_give_the_same_bits(codec: str) -> None:
+    for seed in range(5):
+        graph = GRAPH_NAMES[seed % len(GRAPH_NAMES)]
+        world = World(seed, graph=graph, faults=(Faults(), BAD)[seed % 2], codec=codec, steps=12)
+        world.run()
+        assert_each_unit_once(world)
+        assert_all_equal(world)
+        torch.testing.assert_close(world.weights[0], expected_mean(world), rtol=1e-12, atol=1e-12)
+        assert torch.equal(world.weights[0], world.replay())
+        logs = world.book.logs().values()
+        assert any(Entry(*each).base >= 0 for log in logs for each in log), "nothing was encoded"
+
+
+@pytest.mark.parametrize("codec", ["identity", *CODECS])
+def test_workers_that_learn_nothing_more_come_to_one_mean_whatever_a_codec_leaves_out(
+    codec: str,
+) -> None:
+    """What one message leaves out the next ones bring."""
+    for graph in ("ring", "full"):
+        far = apart(graph, codec, meetings=0)
+        near = apart(graph, codec, meetings=800)
+        assert near < 1e-6 * far
+
+
+def apart(graph: str, codec: str, meetings: int) -> float:
+    """How far from their mean 5 workers are after so many exchanges, drawn from the graph."""
+    topology, chance = Gossip(graph), random.Random(7)
+    packing, models = Packing(blueprint(codec)), [change_of(f"w{n}", 0, 0) for n in range(5)]
+    copies: dict[tuple[int, int], PublicCopy] = {}
+    mean = torch.stack(models).mean(0)
+    for number in range(meetings):
+        visitor = chance.randrange(5)
+        host = topology.partner(visitor, 5, number, 0)
+        assert host is not None
+        known = copies.setdefault((visitor, host), PublicCopy(packing))
+        is_encoded = known.number >= 0 and packing.codec is not None
+        said = [models[visitor].clone()]
+        if is_encoded:
+            said = known.ahead(packing, [models[visitor]])
+            packing.encode(said, 2 * number)
+        (theirs,) = known.hear(said, is_encoded=is_encoded)
+        differences = [half_way(theirs, models[host])]
+        if is_encoded:
+            packing.encode(differences, 2 * number + 1)
+        models[host] += differences[0]
+        models[visitor] -= differences[0]
+        known.meet(number, differences)
+    torch.testing.assert_close(torch.stack(models).mean(0), mean, rtol=1e-12, atol=1e-12)
+    return max(float((model - mean).abs().max()) for model in models)
+
+
+def test_a_host_without_the_copy_that_an_offer_is_ahead_of_says_so() -> None:
+    packing = Packing(blueprint("int8"))
+    host = Host(packing, repeat_s=1.0, give_up_s=60.0)
+    values = first_weights()
+    encoded = packing.encode(values, 0)
+    offer = Outgoing(packing, OFFER, 4, values, [], 0.0, base=2, encoded=encoded)
+    mail = [each for piece in offer.send() for each in host.handle("a", piece, 0.0, None)]
+    assert [message for _, message in mail] == [Declined(number=4, lacks=True)]
+    asked = host.handle("a", Query(content=OFFER, number=4), 1.0, None)
+    assert [message for _, message in asked] == [Declined(number=4, lacks=True)]
+    plain = Outgoing(packing, OFFER, 5, first_weights(), [], 0.0)
+    for piece in plain.send():
+        host.handle("a", piece, 2.0, None)
+    assert [number for _, number, _ in host.held(OFFER)] == [5]
+
+
+def test_a_piece_that_is_encoded_otherwise_than_its_parcel_is_refused() -> None:
+    packing = Packing(blueprint("int8"))
+    values = first_weights()
+    encoded = packing.encode(values, 0)
+    pieces = Outgoing(packing, OFFER, 0, values, [], 0.0, base=2, encoded=encoded).send()
+    incoming = Incoming(packing, OFFER, 0, base=-1)
+    with pytest.raises(Malformed):
+        incoming.take(pieces[0])
+    with pytest.raises(Malformed):
+        Incoming(Packing(blueprint()), OFFER, 0).take(pieces[0])
+
+
+def outlive(seed: int, faults: Faults, codec: str = "identity") -> World:
     """A run in which workers are killed, told of or not, and others come."""
     chance = random.Random(seed)
     world = World(
@@ -269,6 +378,7 @@ def outlive(seed: int, faults: Faults) -> World:
         faults=faults,
         every=1 + seed % 2,
         steps=24,
+        codec=codec,
         min=1,
         max=8,
     )
@@ -298,6 +408,24 @@ def assert_that_it_is_told(world: World) -> None:
 def test_every_unit_counts_once_though_workers_are_killed_and_come(faults: Faults) -> None:
     for seed in range(8):
         assert_that_it_is_told(outlive(seed, faults))
+
+
+@pytest.mark.parametrize("faults", [Faults(), BAD, LATE], ids=["calm", "bad", "late"])
+def test_under_a_codec_every_unit_counts_once_though_workers_are_killed_and_come(
+    faults: Faults,
+) -> None:
+    for seed, codec in enumerate(CODECS):
+        assert_that_it_is_told(outlive(seed, faults, codec))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("faults", [Faults(), BAD, LATE], ids=["calm", "bad", "late"])
+@pytest.mark.parametrize("first", range(100, 1100, 50))
+def test_a_thousand_schedules_with_deaths_and_joins_under_codecs(
+    faults: Faults, first: int
+) -> None:
+    for seed in range(first, first + 50):
+        assert_that_it_is_told(outlive(seed, faults, CODECS[seed % len(CODECS)]))
 
 
 @pytest.mark.slow

@@ -62,8 +62,11 @@ def test_every_sample_is_used_once_and_all_end_with_one_model(graph: str) -> Non
                 "clip": 0.5,
             },
         ),
+        ("site(4, topology=gossip(ring), sync=asp, codec=int8(stochastic=true))", {}),
+        ("site(3, topology=gossip(full), sync=ssp(1), codec=topk(0.1))", {"model": normalized}),
+        ("site(2, every=2, topology=gossip, sync=asp, codec=sign(warm=3))", {}),
     ],
-    ids=["one_peer", "norm", "adamw"],
+    ids=["one_peer", "norm", "adamw", "int8", "topk", "sign"],
 )
 def test_a_run_executed_again_in_its_own_order_is_the_same_bit_for_bit(
     plan: str, job: dict[str, Any]
@@ -71,6 +74,16 @@ def test_a_run_executed_again_in_its_own_order_is_the_same_bit_for_bit(
     report = verify_job(small_job(**job), plan, steps=8, threads=True)
     assert report.ok
     assert any("bit for bit" in note and "not bit" not in note for note in report.notes)
+
+
+def test_what_a_codec_does_to_exchanges_is_found_where_it_is_another_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = "site(3, topology=gossip, sync=asp, codec=int4)"
+    assert verify_job(small_job(), plan, steps=8, threads=True).ok
+    monkeypatch.setattr(gossiper, "seed_of", lambda *about: 0)  # int4 that draws, from other keys
+    drawn = plan.replace("int4", "int4(stochastic=true)")
+    assert not verify_job(small_job(), drawn, steps=8, threads=True).ok
 
 
 def test_groups_in_step_gossip_with_each_other() -> None:
@@ -157,8 +170,8 @@ def test_another_plan_goes_on_with_a_run_of_workers_that_gossip(tmp_path: Path) 
             "site(4, topology=gossip, sync=asp)",
         ),
         ("site(4, topology=gossip, sync=asp, rule=median)", "only sums", "rule=median"),
-        ("site(4, topology=gossip, sync=asp, codec=int8)", "leaves out", "codec=identity"),
-        ("site(4, topology=gossip, sync=asp, codec=lowrank(2))", "leaves out", "codec=identity"),
+        ("site(4, topology=gossip, codec=int8)", "in step nobody", "codec=identity"),
+        ("site(4, topology=gossip, sync=asp, codec=lowrank(2))", "two meet", "codec=int8"),
         ("site(4, topology=gossip, sync=asp, outer=nesterov)", "momenta", "site(4,"),
         (
             "site(4, every=4, topology=gossip, sync=asp, fragments=2)",

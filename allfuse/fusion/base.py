@@ -27,7 +27,7 @@ class Fusion:
     codec: Codec = field(default_factory=Identity)
 
     def __post_init__(self) -> None:
-        refuse_pairing(self.rule, self.topology, self.codec)
+        refuse_pairing(self.rule, self.topology, self.codec, self.sync)
 
 
 def choose(

@@ -326,7 +326,7 @@ AXES: dict[str, type[Axis]] = {
 
 def _refuse_meaningless(axis: Data | Site) -> None:
     """Refuse choices of an axis that have no meaning together."""
-    refuse_pairing(axis.rule, axis.topology, axis.codec)
+    refuse_pairing(axis.rule, axis.topology, axis.codec, axis.sync)
     refuse_out_of_step(axis.name, axis.n, axis.sync, axis.topology, axis.rule, axis.codec)
     for name, value, low, high in (
         ("min", axis.min, 1, axis.n),

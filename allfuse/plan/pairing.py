@@ -12,8 +12,12 @@ from allfuse.topology.central import Central
 from allfuse.topology.gossip import Gossip
 
 
-def refuse_pairing(rule: Rule, topology: Topology | None, codec: Codec) -> None:
+def refuse_pairing(
+    rule: Rule, topology: Topology | None, codec: Codec, sync: Sync | None = None
+) -> None:
     """Refuse a rule, a topology and a codec that have no meaning together; None is chosen to fit.
+
+    sync: in step where it is not told.
 
     Raises:
         PlanError: says with which topology, rule or codec it can be.
@@ -36,8 +40,12 @@ def refuse_pairing(rule: Rule, topology: Topology | None, codec: Codec) -> None:
         why = f"{topology} mixes by weights of its own, which make a mean"
         raise PlanError(given, why, f"rule=mean, topology={topology}")
     given = f"topology={topology}, codec={codec}"
-    if not topology.exact and not codec.lossless:
-        why = f"{topology} mixes weights, and nobody would add again what {codec} leaves out"
+    in_step = sync is None or sync.bound == 0
+    if not topology.exact and not codec.lossless and in_step:
+        why = (
+            f"{topology} mixes weights, and in step nobody would add again what {codec} leaves "
+            "out; with sync=asp two workers keep account of it"
+        )
         raise PlanError(given, why, f"topology={topology}, codec=identity")
     if isinstance(topology, Native) and isinstance(codec, MessageCodec):
         why = f"messages of {codec} cannot be summed, and {topology} only sums"
@@ -60,6 +68,9 @@ def refuse_out_of_step(
         if isinstance(sync, Asp) and sync.scaled:
             why = f"{topology} has no updates that could count less: two peers meet at their mean"
             raise PlanError(given, why, f"{axis}({n}, topology={topology}, sync=asp)")
+        if isinstance(codec, SumCodec):
+            why = f"{codec} encodes a sum of all peers together, and here two meet at a time"
+            raise PlanError(f"{given[:-1]}, codec={codec})", why, f"{given[:-1]}, codec=int8)")
         return
     if not (topology is None or isinstance(topology, Central)):
         why = f"{topology} needs all peers at once, and sync={sync} lets none wait for another"

@@ -18,7 +18,8 @@ class Entry(NamedTuple):
     """One deed, after so many steps of a lease (-1 before the first).
 
     peer: with whom, by name; empty for `begin`, and for weights of its own that it copied from
-    nobody. number: of the visitor's question.
+    nobody. number: of the visitor's question. base: of an offer that was encoded, the number of the
+    exchange that left the copy which it is ahead of.
     """
 
     deed: str
@@ -26,6 +27,7 @@ class Entry(NamedTuple):
     steps: int
     peer: str = ""
     number: int = -1
+    base: int = -1
 
 
 class Diary:
@@ -54,8 +56,8 @@ class Diary:
         self.lease, self.steps = lease, 0
         self.note(BEGIN)
 
-    def note(self, deed: str, peer: str = "", number: int = -1) -> None:
-        self._entries.append(Entry(deed, self.lease, self.steps, peer, number))
+    def note(self, deed: str, peer: str = "", number: int = -1, base: int = -1) -> None:
+        self._entries.append(Entry(deed, self.lease, self.steps, peer, number, base))
 
     def hear(self, logs: list[list[Any]]) -> None:
         """What others had not told the scheduler yet, which this worker depends on from now on.
@@ -103,6 +105,6 @@ def read_logs(logs: list[list[Any]]) -> list[tuple[str, int, list[Entry]]]:
 
 def _read(entry: Any) -> Entry:
     kinds = [type(part) for part in entry] if isinstance(entry, list | tuple) else []
-    if kinds != [str, int, int, str, int] or entry[0] not in DEEDS:
+    if kinds != [str, int, int, str, int, int] or entry[0] not in DEEDS:
         raise Malformed(f"an entry of a log with {kinds}")
     return Entry(*entry)

@@ -13,6 +13,11 @@ Each has a desk of its own. One exchange, asked for by worker i (the *visitor*) 
 Nobody waits: a host that cannot answer says `Declined`, and what is not answered is asked for again
 by `Query`, whose answer is the pieces that are missing. Every message may come twice, late or
 never. The sum of all weights, what is on its way included, is the same before and after.
+
+Under a codec the two keep a copy of x_i as it is known to both (public.py). An offer says then what
+x_i is ahead of the copy that their last exchange left, and d is taken from the copy; both are
+encoded, and both workers apply what comes out of d. A host that has no such copy declines, and
+says so: the next offer is of plain weights, as the first one is.
 """
 
 from __future__ import annotations
@@ -36,8 +41,9 @@ class Parcel(Message):
 
     content: "offer", to be met half way; "last", to be averaged at the end; "answer" to an offer;
     "copy", for one who has no weights; "mean" of all at the end. number: of the visitor's question,
-    counted up by each visitor. logs: with the first piece, what the sender has done that is not in
-    the scheduler's book yet, as in `Log`.
+    counted up by each visitor. base: of what is encoded, the exchange that left the copy which the
+    offer is ahead of; -1 of plain values. logs: with the first piece, what the sender has done that
+    is not in the scheduler's book yet, as in `Log`.
     """
 
     kind: ClassVar[str] = "parcel"
@@ -45,6 +51,7 @@ class Parcel(Message):
     number: int
     piece: int
     pieces: int
+    base: int = -1
     logs: list[list[Any]] = field(default_factory=list)
 
 
@@ -77,10 +84,14 @@ class Want(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class Declined(Message):
-    """A host has an offer of its own out, or has given its last weights. Nothing has changed."""
+    """A host has an offer of its own out, or has given its last weights. Nothing has changed.
+
+    lacks: it has no copy of what the offer is ahead of.
+    """
 
     kind: ClassVar[str] = "declined"
     number: int
+    lacks: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

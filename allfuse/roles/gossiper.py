@@ -58,6 +58,7 @@ from allfuse.roles.messages import (
     Welcome,
 )
 from allfuse.roles.parcels import Flats, Packing
+from allfuse.roles.public import seed_of
 from allfuse.roles.visitor import Question, Visitor
 
 Partner = Callable[[int, int, int], int | None]
@@ -302,6 +303,7 @@ class Gossiper:
         self._version = message.version
         names = {name for name, _, _ in peers}
         self.host.forget_others(names, now_s)
+        self.visitor.forget_others(names)
         if message.collector != self._collector:
             self._gave = False
         self._peers, self._collector = peers, message.collector
@@ -379,14 +381,17 @@ class Gossiper:
         for name, number, offer in self.host.held(OFFER):
             assert offer is not None
             self.diary.hear(offer.logs)
-            differences = self.packing.take()
-            for values, theirs, to in zip(self.flats, offer.flats, differences, strict=True):
-                difference = half_way(theirs.to(values.device), values)
-                values.add_(difference)
-                to.copy_(difference)
+            differences = self.packing.take(wide=offer.is_encoded)
+            known, encoded = self.host.theirs(name), []
+            for values, theirs, to in zip(self.flats, known, differences, strict=True):
+                to.copy_(half_way(theirs.to(values.device), values))
+            if offer.is_encoded:
+                encoded = self.packing.encode(differences, seed_of(name, number, ANSWER))
+            for values, difference in zip(self.flats, differences, strict=True):
+                values.add_(difference.to(values.device))
             self.diary.note(ANSWERED, name, number)
             self.changes += 1
-            mail += self.host.answer(name, differences, self.diary.logs(), now_s)
+            mail += self.host.answer(name, differences, self.diary.logs(), now_s, encoded)
         return mail
 
     def _offer(self, now_s: float) -> list[Mail]:
@@ -395,13 +400,22 @@ class Gossiper:
             return []
         self._wants_offer = False
         place = self._partner(names.index(self.name), len(names), self._round)
+        codec, number = self.packing.codec, self.visitor.number()
+        is_encoded = codec is not None and codec.encodes(self._round)
         self._round += 1
         if place is None:
             return []
         host, _, at = self._peers[place]
-        self.diary.note(OFFERED, host, self.visitor.number())
-        flats = self.packing.copy(self.flats)
-        return self.visitor.ask(OFFER, host, at, now_s, flats, self.diary.logs())
+        known = self.visitor.known(host) if is_encoded else None
+        if known is None:
+            self.diary.note(OFFERED, host, number)
+            flats = self.packing.copy(self.flats)
+            return self.visitor.ask(OFFER, host, at, now_s, flats, self.diary.logs())
+        self.diary.note(OFFERED, host, number, known.number)
+        ahead = known.ahead(self.packing, self.flats)
+        encoded = self.packing.encode(ahead, seed_of(self.name, number, OFFER))
+        logs = self.diary.logs()
+        return self.visitor.ask(OFFER, host, at, now_s, ahead, logs, known.number, encoded)
 
     # The end.
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
+
+from torch import Tensor
 
 from allfuse.roles.encounters import (
     ANSWERS,
@@ -23,6 +25,7 @@ from allfuse.roles.encounters import (
 from allfuse.roles.message import Message
 from allfuse.roles.messages import Mail
 from allfuse.roles.parcels import Flats, Incoming, Outgoing, Packing
+from allfuse.roles.public import PublicCopy
 
 
 class Stage(Enum):
@@ -36,12 +39,18 @@ class Stage(Enum):
 
 @dataclass
 class Guest:
-    """A visitor: its newest question, and the answers of which it has not said that they came."""
+    """A visitor: its newest question, and the answers of which it has not said that they came.
+
+    known: under a codec, what both know of its weights since they met. lacks: it was told that this
+    worker has no such copy.
+    """
 
     number: int = -1
     content: str = ""
     stage: Stage = Stage.DECLINED
     incoming: Incoming | None = None
+    known: PublicCopy | None = None
+    lacks: bool = False
     owed: dict[int, Outgoing] = field(default_factory=dict)
     gone_s: float | None = None
 
@@ -104,7 +113,7 @@ class Host:
         guest.gone_s = None
         if number > guest.number:
             guest.number, guest.content, guest.stage = number, content, Stage.ARRIVING
-            guest.incoming = None
+            guest.incoming, guest.lacks = None, False
             if content != COPY:
                 guest.incoming = Incoming(self._packing, content, number)
         return guest if (number, content) == (guest.number, guest.content) else None
@@ -116,6 +125,9 @@ class Host:
             return []
         if guest.stage is not Stage.ARRIVING or guest.incoming is None:
             return []
+        if message.base >= 0 and (guest.known is None or guest.known.number != message.base):
+            guest.lacks = True
+            return [self._decline(guest)]
         guest.incoming.take(message)
         if not guest.incoming.is_whole:
             return []
@@ -127,7 +139,7 @@ class Host:
 
     def _decline(self, guest: Guest) -> Declined:
         guest.stage, guest.incoming = Stage.DECLINED, None
-        return Declined(number=guest.number)
+        return Declined(number=guest.number, lacks=guest.lacks)
 
     def _tell(self, name: str, content: str, number: int) -> list[Message]:
         """How a question stands."""
@@ -135,7 +147,7 @@ class Host:
         if guest is None:
             return []
         if guest.stage is Stage.DECLINED:
-            return [Declined(number=number)]
+            return [Declined(number=number, lacks=guest.lacks)]
         missing = []
         if guest.stage is Stage.ARRIVING and guest.incoming is not None:
             missing = guest.incoming.missing
@@ -159,12 +171,34 @@ class Host:
             if guest.stage is Stage.HELD and guest.content == content
         ]
 
-    def answer(self, name: str, flats: Flats, logs: list[list[Any]], now_s: float) -> list[Mail]:
-        """Answer a question that was held. The flats are kept, and must not change any more."""
+    def theirs(self, name: str) -> Flats:
+        """The weights that a held offer is of, as far as they are known. To be asked for once."""
         guest = self._guests[name]
+        assert guest.incoming is not None
+        if self._packing.codec is None:
+            return guest.incoming.flats
+        guest.known = guest.known or PublicCopy(self._packing)
+        return guest.known.hear(guest.incoming.flats, is_encoded=guest.incoming.is_encoded)
+
+    def answer(
+        self,
+        name: str,
+        flats: Flats,
+        logs: list[list[Any]],
+        now_s: float,
+        encoded: Sequence[tuple[Tensor, ...]] = (),
+    ) -> list[Mail]:
+        """Answer a question that was held. The flats are kept, and must not change any more.
+
+        encoded: their pieces, where the offer was; the flats are what comes out of them then.
+        """
+        guest = self._guests[name]
+        base = -1 if guest.incoming is None or guest.incoming.base is None else guest.incoming.base
         guest.stage, guest.incoming = Stage.ANSWERED, None
         content = ANSWERS[guest.content]
-        answer = Outgoing(self._packing, content, guest.number, flats, logs, now_s)
+        if guest.content == OFFER and guest.known is not None:
+            guest.known.meet(guest.number, flats)
+        answer = Outgoing(self._packing, content, guest.number, flats, logs, now_s, base, encoded)
         guest.owed[guest.number] = answer
         return [(name, message) for message in answer.send()]
 

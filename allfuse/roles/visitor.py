@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from allfuse.roles.encounters import (
     ANSWERS,
@@ -20,6 +23,7 @@ from allfuse.roles.encounters import (
 from allfuse.roles.message import Message
 from allfuse.roles.messages import Mail
 from allfuse.roles.parcels import Flats, Incoming, Outgoing, Packing
+from allfuse.roles.public import PublicCopy
 
 COPIERS = 4
 
@@ -44,6 +48,9 @@ class Visitor:
     A question that was given up may have been answered all the same: what comes of it later is
     taken in, so that nothing of the sum of all weights is lost between two that are alive.
 
+    Under a codec it keeps a copy of what each host knows of its weights, while that is certain: no
+    longer than until a question is given up.
+
     Args:
         repeat_s: after which a question is asked again. give_up_s: silence of a host after which it
             is given up.
@@ -57,6 +64,7 @@ class Visitor:
         self._packing, self._repeat_s, self._give_up_s = packing, repeat_s, give_up_s
         self.question: Question | None = None
         self._given_up: dict[tuple[str, int], Question] = {}
+        self._known: dict[str, PublicCopy] = {}  # by host
         self._next = 0
 
     @property
@@ -72,6 +80,14 @@ class Visitor:
         """Of the next question."""
         return self._next
 
+    def known(self, host: str) -> PublicCopy | None:
+        """What a host knows of this worker's weights, since they met last."""
+        return self._known.get(host)
+
+    def forget_others(self, hosts: Collection[str]) -> None:
+        """Hosts but these are gone, and what they knew."""
+        self._known = {host: copy for host, copy in self._known.items() if host in hosts}
+
     def ask(
         self,
         content: str,
@@ -80,15 +96,22 @@ class Visitor:
         now_s: float,
         flats: Flats | None = None,
         logs: list[list[Any]] | None = None,
+        base: int = -1,
+        encoded: Sequence[tuple[Tensor, ...]] = (),
     ) -> list[Mail]:
-        """Ask an `OFFER` or `LAST`, with weights, or a `COPY`, without."""
+        """Ask an `OFFER` or `LAST`, with weights, or a `COPY`, without.
+
+        base, encoded: as of `Outgoing`.
+        """
         assert self.question is None, "another question is out"
         number = self._next
         self._next += 1
         outgoing = None
         if flats is not None:
-            outgoing = Outgoing(self._packing, content, number, flats, logs or [], now_s)
-        incoming = Incoming(self._packing, ANSWERS[content], number)
+            outgoing = Outgoing(
+                self._packing, content, number, flats, logs or [], now_s, base, encoded
+            )
+        incoming = Incoming(self._packing, ANSWERS[content], number, base)
         self.question = Question(
             content, number, host, place, outgoing, incoming, asked_s=now_s, heard_s=now_s
         )
@@ -125,6 +148,8 @@ class Visitor:
             case Declined(number=number):
                 if own is not None and (own.place, own.number) == (place, number):
                     self.question = None
+                    if message.lacks:
+                        self._known.pop(own.host, None)
         return []
 
     def _find(self, place: str, number: int) -> Question | None:
@@ -146,13 +171,24 @@ class Visitor:
             del self._given_up[question.place, question.number]
         if self.question is not None and self.question.incoming.is_whole:
             found.append(self.question)
+            self._agree(self.question)
             self.question = None
         return found
+
+    def _agree(self, question: Question) -> None:
+        """The two have met, and both know what this worker's weights are since then."""
+        said = question.outgoing
+        if self._packing.codec is None or question.content != OFFER or said is None:
+            return
+        copy = self._known.setdefault(question.host, PublicCopy(self._packing))
+        copy.hear(said.flats, is_encoded=said.base >= 0)
+        copy.meet(question.number, question.incoming.flats)
 
     def give_up(self) -> None:
         """Nothing more is expected of the question that is out."""
         question, self.question = self.question, None
         if question is not None and question.content == OFFER:
+            self._known.pop(question.host, None)  # it may have been answered, or not
             self._given_up[question.place, question.number] = question
 
     def tick(self, now_s: float) -> list[Mail]:

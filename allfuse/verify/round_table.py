@@ -24,16 +24,17 @@ from allfuse.roles.diary import (
     OFFERED,
     Entry,
 )
-from allfuse.roles.gossiper import half_way, mean_of
+from allfuse.roles.gossiper import mean_of
 from allfuse.roles.terms import terms_of
 from allfuse.training.start import build_model
 from allfuse.verify.central import Named
 from allfuse.verify.history import Gossip, History
 from allfuse.verify.meetings import AFTER, Learned, in_order
+from allfuse.verify.pairs import Pairs
 from allfuse.verify.pupil import Lesson, Pupil, Samples
 from allfuse.verify.serial import make_blueprint
 
-KEPT = (OFFERED, LENT, GAVE)
+KEPT = (LENT, GAVE)
 """Deeds after which somebody may need the weights as they were."""
 
 Key: TypeAlias = tuple[str, str, int]
@@ -55,6 +56,7 @@ class RoundTable:
         self._counted = {update.lease for update in history.updates}
         model = build_model(job.model, job.seed).to(device)
         blueprint = make_blueprint(job, model, outer, terms)
+        self._pairs = Pairs(blueprint)
         samples = Samples(job, terms.parts, plan.inner.replicas)
         self.parameters = {name for name, _ in model.named_parameters()}
         self.pupils = {
@@ -64,6 +66,7 @@ class RoundTable:
             key for worker, log in self.gossip.logs.items() for key in _needed(worker, log)
         }
         self._kept: dict[Key, Named] = {}
+        self._bases: dict[tuple[str, int], int] = {}  # of offers
         self._gathered: list[Named] = []
 
     def weights_of(self, worker: str) -> Named:
@@ -105,11 +108,15 @@ class RoundTable:
     @torch.no_grad()
     def _meet(self, worker: str, entry: Entry) -> None:
         own, deed = self.pupils[worker].held, entry.deed
-        if deed in KEPT:
+        if deed == OFFERED:
+            self._keep((deed, worker, entry.number), self._pairs.offer(worker, entry, own))
+            self._bases[worker, entry.number] = entry.base
+        elif deed in KEPT:
             self._keep((deed, entry.peer if deed == LENT else worker, entry.number), own)
         elif deed == ANSWERED:
-            theirs = self._kept.pop((OFFERED, entry.peer, entry.number))
-            differences = {name: half_way(theirs[name], value) for name, value in own.items()}
+            offer = entry.peer, entry.number
+            said, base = self._kept.pop((OFFERED, *offer)), self._bases[offer]
+            differences = self._pairs.answer(worker, entry, base, said, own)
             for name, value in own.items():
                 value.add_(differences[name])
             self._keep((ANSWERED, entry.peer, entry.number), differences)
