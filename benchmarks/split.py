@@ -1,4 +1,4 @@
-"""Plans that cut one model: a step against a script of torch's own APIs, and memory per rank.
+"""Plans that cut one model: a step against a script of torch's own APIs, memory per rank, bubble.
 
 Step: both sides train the same decoder, cut in the same places, alive in the same processes and
 taking turns of some steps, on this host, with 1 thread each. The scripts are what a person writes:
@@ -9,6 +9,8 @@ data(2) * tensor(2) the former with gradients averaged over a group of its own, 
 Memory: the most that a rank has, from before its model is built to after its second step, over what
 it had before; beside that of one process. The formula counts parameters, gradients and the two
 moments of AdamW: 16 bytes for each parameter, of which a rank has its part.
+
+Bubble: see `bubble.py`.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bubble
 import harness
 import models
 import torch
@@ -323,6 +326,7 @@ def main() -> None:
     for plan in STEP_PLANS[:1] if options.quick else STEP_PLANS:
         found += step_figures(plan, options.quick)
     found += memory_figures(options.quick)
+    found += bubble.figures(SMALL if options.quick else MIDDLE, options.quick)
     harness.report("split", found, options)
 
 

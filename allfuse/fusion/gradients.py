@@ -115,8 +115,8 @@ class GradientFusion:
 
     @property
     def carries(self) -> bool:
-        """Whether `carry` may be used."""
-        return bool(self.buckets) and self.buckets[0].words.numel() > 0
+        """Whether `carry` may be used: the first bucket has not left yet."""
+        return bool(self.buckets) and self.buckets[0].words.numel() > 0 and not self._started
 
     def carry(self, numbers: Sequence[float]) -> None:
         """Tell the peers these `NUMBERS` numbers with the first bucket, before backward.

@@ -293,6 +293,17 @@ def charge_clock(orders: list[Order], stages: int, costs: Mapping[Kind, float] =
     return max(clocks)
 
 
+def count_held(orders: list[Order]) -> dict[int, int]:
+    """The most microbatches at a time of which each stage holds activations: from the forward pass
+    until the gradients of its weights are computed."""
+    held, most = Counter[int](), Counter[int]()
+    for order in orders:
+        for kind, stage, _ in order:
+            held[stage] += {"forward": 1, "input": 0}.get(kind, -1)
+            most[stage] = max(most[stage], held[stage])
+    return dict(most)
+
+
 def needed(action: Action, stages: int) -> list[tuple[str, int, int]]:
     """What has to be done before an action: (pass, stage, microbatch). A pass is "forward", "back"
     or "weight"."""
@@ -324,3 +335,13 @@ def derive_microbatches(rows: int, n: int, schedule: Schedule, least: int = 1) -
     """
     able = {schedule.most(m, n) for m in range(1, max(1, min(rows // least, 4 * n)) + 1)}
     return min(able, key=lambda m: ((m + n - 1) * -(-rows // m), m))
+
+
+def count_microbatches(
+    rows: int, n: int, schedule: Schedule, wanted: int | None, least: int = 1
+) -> int:
+    """Into how many microbatches so many rows are cut, of which somebody wants a number; None
+    derives it."""
+    if wanted is None:
+        return derive_microbatches(rows, n, schedule, least)
+    return schedule.most(min(wanted, max(rows, 1)), n)

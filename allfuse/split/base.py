@@ -17,6 +17,7 @@ from allfuse.split.request import NO_WISHES, Request
 if TYPE_CHECKING:
     from allfuse.link import Link
     from allfuse.plan import Plan
+    from allfuse.split.pipe.choice import Trial
     from allfuse.split.pipe.pipeline import Pipeline
 
 Run = Callable[[nn.Module], Any]
@@ -30,11 +31,13 @@ class Split(ABC):
         cuts: whether ranks share the model, which then has to be cut before its first step.
         sliced: names of the parameters of which this rank has a slice.
         pipeline: the stages of this rank, where the model is cut between its layers.
+        begins: where stages begin, but the first: modules, and in which of their passes.
     """
 
     cuts = False
     sliced: frozenset[str] = frozenset()
     pipeline: Pipeline | None = None
+    begins: Sequence[tuple[str, int]] = ()
 
     @property
     def answers(self) -> bool:
@@ -47,6 +50,7 @@ class Split(ABC):
         runs: Sequence[tuple[int, Run]],
         request: Request = NO_WISHES,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        trial: Trial | None = None,
     ) -> dict[str, str]:
         """Cut a model, in place; what was chosen, in words, by the name of the choice. Parameters
         and buffers keep their names.
@@ -55,6 +59,7 @@ class Split(ABC):
             runs: forward passes over batches of two different numbers of rows.
             request: what the job wants of it.
             autocast: what the model will run under.
+            trial: how parts of it are timed, to find stages that take as long; None: not at all.
 
         Raises:
             PlanError, UserError: it cannot be cut so; names the module.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
 
@@ -16,7 +16,6 @@ from allfuse.split.request import NO_WISHES, Request
 from allfuse.split.shapes import Shapes
 from allfuse.split.tensor.attention import unfold_attention
 from allfuse.split.tensor.search import TensorPlan, Use, find_cuts
-
 
 HOW = {
     "vocabulary": "by its rows",
@@ -32,6 +31,7 @@ def describe_splits(
     runs: Sequence[tuple[int, Run]],
     rows: int,
     request: Request = NO_WISHES,
+    run_on: Callable[[int], Run] | None = None,
 ) -> tuple[list[str], dict[str, object]]:
     """Lines for people, and the same as facts, for the axes of a plan that cut a model.
 
@@ -39,6 +39,7 @@ def describe_splits(
         runs: two forward passes over batches of different numbers of rows.
         rows: of the share of a batch that one replica has.
         request: what the job wants of it.
+        run_on: gives a forward pass over so many rows, by which stages are timed.
 
     Raises:
         UserError, PlanError: the model cannot be followed, or not be cut so.
@@ -66,7 +67,7 @@ def describe_splits(
             }
     for axis in plan.axes:
         if isinstance(axis, Pipe) and axis.n > 1:
-            told, facts["pipe"] = tell_pipe(axis, shapes, sizes, rows, cuts.values)
+            told, facts["pipe"] = tell_pipe(axis, model, shapes, sizes, rows, cuts.values, run_on)
             lines += told
     return lines, facts
 

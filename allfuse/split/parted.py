@@ -20,7 +20,10 @@ from allfuse.split.assembly import Assembly, Held
 from allfuse.split.base import Run
 from allfuse.split.compiled import blocks_to_compile, compile_blocks, keep_uncompiled
 from allfuse.split.piece import Piece, whole_piece
-from allfuse.split.pipe.cutting import Autocast, PipePlan
+from allfuse.split.pipe.absent import guard
+from allfuse.split.pipe.choice import Trial
+from allfuse.split.pipe.cutting import PipePlan
+from allfuse.split.pipe.timing import Autocast
 from allfuse.split.recompute import recompute_blocks, repeated_blocks
 from allfuse.split.record import record
 from allfuse.split.request import NO_WISHES, Request
@@ -78,6 +81,7 @@ class Parted(Whole):
         runs: Sequence[tuple[int, Run]],
         request: Request = NO_WISHES,
         autocast: Autocast = contextlib.nullcontext,
+        trial: Trial | None = None,
     ) -> dict[str, str]:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
         self.kept = [name for name in model.state_dict() if name in shapes]
@@ -96,7 +100,17 @@ class Parted(Whole):
         axis, stages = self.plan.axis("pipe"), None
         if self.pipe.size > 1 and recording is not None and isinstance(axis, Pipe):
             here = {value: self._size_here(cut) for value, cut in cuts.values.items()}
-            stages = PipePlan(axis, model, recording, runs, pieces=here, autocast=autocast)
+            stages = PipePlan(
+                axis,
+                model,
+                recording,
+                runs,
+                pieces=here,
+                autocast=autocast,
+                trial=trial,
+                recompute=request.recompute,
+            )
+            self.begins = stages.choice.begins
             self._users = stages.users
             choices["pipe"] = stages.tell()
         begins = () if stages is None else stages.begins
@@ -121,6 +135,7 @@ class Parted(Whole):
         if stages is not None:
             self.pipeline = stages.build(model, self.pipe, self.device)
             drop([tensor for name, tensor in tensors_of(model).items() if not self._has(name)])
+            guard(model, self._users, self.pipe.rank, str(axis))
         return choices
 
     def meet_mates(
@@ -242,6 +257,8 @@ class Parted(Whole):
     def watch(self, parameters: Sequence[Parameter], final: Callable[[int], None]) -> None:
         if self.pipe.size == 1:
             super().watch(parameters, final)
+        elif self.pipeline is not None and self.shard.size == 1:  # rows come when all is done
+            self.pipeline.finality.watch(parameters, final)
 
     def fuses(self, name: str) -> bool:
         shared = {} if self.pipeline is None else self.pipeline.shared

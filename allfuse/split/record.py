@@ -284,7 +284,7 @@ def record(model: nn.Module, run: Callable[[nn.Module], Any]) -> Recording:
         {id(b): name for name, b in model.named_buffers()},
     )
     with ExitStack() as closing:
-        closing.enter_context(_left_as_it_was(model))
+        closing.enter_context(left_as_it_was(model))
         closing.enter_context(_listening(model, recorder))
         closing.enter_context(_evaluating(model))
         closing.enter_context(torch.no_grad())
@@ -350,7 +350,7 @@ def _listening(model: nn.Module, recorder: Recorder) -> Iterator[None]:
 
 
 @contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Afterwards modules have the buffers and the attributes of their own that they had, and what
     of these are lists, dicts and sets hold what they held: a pass that is only followed counts for
     no counter."""

@@ -12,7 +12,7 @@ from allfuse.split.data import Loader, Source, Stream
 from allfuse.training.choosing import record_of, settle
 from allfuse.training.keeper import SAME
 from allfuse.training.loading import DATA_DIFFERS, Order, batch_size_of, refuse_unequal
-from allfuse.training.parting import cut_model
+from allfuse.training.parting import cut_model, stages_key
 
 if TYPE_CHECKING:
     from allfuse.training.session import Session
@@ -50,6 +50,7 @@ def begin(
             **s.state.kinds(),
         }
         s.keeper.begin(facts, {"data": data, "model": model})
+        _record_stages(s)
     found = s.keeper.newest(s.survival.agree)
     if found is not None:
         s._restore(found)
@@ -68,6 +69,13 @@ def begin(
     if s.keeper.resume and found is None:
         text = "there is no checkpoint yet: training starts at the beginning"
         s.bus.emit("note", text=text)
+
+
+def _record_stages(s: Session) -> None:
+    """Where stages were found to begin, so that the run goes on with the same."""
+    if s.split.begins:
+        begins = [list(name) for name in s.split.begins]
+        s.keeper.record(stages={**s.keeper.recorded("stages"), stages_key(s.plan): begins})
 
 
 def _join(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,6 +48,21 @@ def choose_device(name: str | None, world: World) -> torch.device:
     elif device.type != "cpu":
         raise UserError(f"--device {name}: received {device.type}; allowed: cpu, cuda")
     return device
+
+
+def room_bytes(device: torch.device, sharing: int) -> int | None:
+    """What one of the ranks that share a device may still take of its memory: of a host's, where
+    that says how much is free. None where nobody knows."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if "MemAvailable" in line)
+    except (OSError, StopIteration):
+        return None
+    with contextlib.suppress(OSError, ValueError):  # no control group, or "max"
+        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return free // sharing
 
 
 def _find_gpu(world: World) -> tuple[int | None, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from allfuse.base.events import Bus
     from allfuse.training.place import Place
 
+LEAVES_WITHIN_S, POLL_S = 5.0, 0.02
 NONE_YET, NONE_USABLE = -1, -2  # instead of a checkpoint's step
 
 SAME = ("batch_size", "seed", "order", "arguments", "optimizers", "schedulers")
@@ -125,7 +127,7 @@ class Keeper:
     def _make_folder(self, path: Path) -> RunFolder:
         """The run folder, which a rank that was lost may have made."""
         if self._was_lost and is_run(path):
-            return RunFolder.open(path, lock=True)
+            return open_left(path)
         return RunFolder.create(path, self._record, self.job_file)
 
     def meet_peers(self) -> None:
@@ -159,9 +161,10 @@ class Keeper:
 
     def recorded(self, name: str) -> dict[str, Any]:
         """What a run that is resumed knows under a name; empty for a new run."""
-        if not self.resume or self.folder is None:
+        if not self.resume or self.path is None:
             return {}
-        return dict(self.folder.record.get(name, {}))
+        folder = self.folder or RunFolder.open(self.path)
+        return dict(folder.record.get(name, {}))
 
     def record(self, **entries: Any) -> None:
         """Add to what is known of the run."""
@@ -316,6 +319,19 @@ class Keeper:
             self.tell_outcomes()
         if self.folder is not None:
             self.folder.close()
+
+
+def open_left(path: Path) -> RunFolder:
+    """The run folder of a rank that is lost, which may hold it for a moment yet: who leaves with
+    another is ended by the launcher."""
+    deadline = time.monotonic() + LEAVES_WITHIN_S
+    while True:
+        try:
+            return RunFolder.open(path, lock=True)
+        except RunError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(POLL_S)
 
 
 def trouble_with(checkpoints: Checkpoints, step: int) -> str | None:

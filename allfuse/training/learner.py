@@ -181,9 +181,17 @@ class Learner:
             self.fusion.listening = False
 
     def collect(self, work: Callable[[Sequence[Parameter] | None], None]) -> None:
-        """Have `work` add the gradients of a step, of these parameters; None is all that learn."""
+        """Have `work` add the gradients of a step, of these parameters; None is all that learn.
+
+        Those that are final are fused at once, where no more is to be known for it than they are:
+        other rules than the mean want to know what it is over.
+        """
         self._begin()
-        work(None if self.alone else self.parameters)
+        self.fusion.listening = self.fusion.is_mean
+        try:
+            work(None if self.alone else self.parameters)
+        finally:
+            self.fusion.listening = False
 
     def _begin(self) -> None:
         if not self._unfinished:

@@ -19,6 +19,7 @@ from allfuse.split.whole import Whole
 from allfuse.training.measure import to_device
 
 if TYPE_CHECKING:
+    from allfuse.split.pipe.choice import Trial
     from allfuse.training.place import Place
     from allfuse.training.session import Session
     from allfuse.training.settings import Settings
@@ -93,7 +94,8 @@ def cut_model(s: Session, source: Source | Stream, batch_size: int | None) -> No
     request = replace(request, recompute=settings.recompute, compile=settings.compile)
     if s.pending is not None:
         s.pending.stop_guarding()
-    s.choices |= s.split.cut(model, runs, request, s.precision.autocast)
+    trial = make_trial(s, source, forward, batch_size)
+    s.choices |= s.split.cut(model, runs, request, s.precision.autocast, trial)
     if s.pending is not None:
         s.pending.fill(s.split.pieces())
     elsewhere = frozenset(name for name, piece in s.split.pieces().items() if piece is None)
@@ -103,6 +105,64 @@ def cut_model(s: Session, source: Source | Stream, batch_size: int | None) -> No
         refuse_few(s.plan, batch_size, s.settings.accumulate)
     for learner in s.learners:
         learner.take_cut()
+
+
+def make_trial(
+    s: Session,
+    source: Source | Stream,
+    forward: Callable[[nn.Module, Any], Any],
+    batch_size: int | None,
+) -> Trial | None:
+    """How parts of the model are timed, where it is to be cut into stages.
+
+    None where nobody knows how many samples go through at once, and where a scheduler keeps the
+    run: then it would not be known afterwards what was measured.
+    """
+    place, axis = s.place, s.plan.axis("pipe")
+    if not isinstance(axis, Pipe) or axis.n == 1 or batch_size is None or s.apart is not None:
+        return None
+    from allfuse.split.pipe.choice import Trial
+    from allfuse.training.device import room_bytes
+
+    hosts = place.world.hosts()
+
+    def agree(count: int, find: Callable[[], list[int]]) -> list[int]:
+        def work() -> list[int]:
+            found = torch.zeros(count, dtype=torch.int64)
+            if place.rank == 0:
+                found = torch.tensor(find(), dtype=torch.int64)
+            found = found.to(s.device)
+            place.everyone.broadcast(found, "agree on where stages begin").wait()
+            numbers: list[int] = found.tolist()
+            return numbers
+
+        return s.survival.together("all", work)
+
+    return Trial(
+        rows=max(1, batch_size // s.plan.replicas // s.settings.accumulate),
+        run=lambda rows: run_on(source, forward, s.device, rows),
+        device=s.device,
+        room_bytes=room_bytes(s.device, hosts.count(hosts[place.rank])),
+        kept=s.keeper.recorded("stages").get(stages_key(s.plan)),
+        agree=agree,
+    )
+
+
+def stages_key(plan: Plan) -> str:
+    """Of plans that have a model cut in one way."""
+    return " * ".join(str(axis) for axis in plan.axes if axis.name in ("tensor", "pipe", "shard"))
+
+
+def run_on(
+    source: Source | Stream,
+    forward: Callable[[nn.Module, Any], Any],
+    device: torch.device,
+    rows: int,
+) -> Run:
+    """A forward pass over so many of the first samples, or all there are."""
+    assert isinstance(source, Source)
+    batch = to_device(source.fetch(np.arange(min(rows, source.size))), device)
+    return lambda made: forward(made, batch)
 
 
 def refuse_few(plan: Plan, batch_size: int, accumulate: int) -> None:

@@ -8,9 +8,10 @@ from the batch alone (masks, positions) each stage computes for itself.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from typing import TypeVar
 
 from allfuse.base.errors import PlanError
 from allfuse.base.tensors import leaves
@@ -104,23 +105,36 @@ def cut_stages(
     Raises:
         PlanError: there are fewer places to cut than that takes; it names those there are.
     """
-    boundaries = [place for place in find_boundaries(recording, inside) if place.call]
+    places = find_places(recording, n, each, inside)
+    total = [0.0, *accumulate(costs)]
+    sums = [0.0, *(total[place.call] for place in places), total[-1]]
+    begins = balance(len(places) + 1, n * each, lambda _, i, j: sums[j] - sums[i])
+    return split_at(recording, [places[begin - 1] for begin in begins])
+
+
+def find_places(
+    recording: Recording, n: int, each: int = 1, inside: Collection[int] = ()
+) -> list[Boundary]:
+    """Where a model may be cut into so many stages for each of n ranks, as for `cut_stages`."""
+    places = [place for place in find_boundaries(recording, inside) if place.call]
     wanted = n * each
-    if len(boundaries) < wanted - 1:
-        names = ", ".join(place.module for place in boundaries) or "none"
-        able = len(boundaries) + 1
+    if len(places) < wanted - 1:
+        names = ", ".join(place.module for place in places) or "none"
+        able = len(places) + 1
         raise PlanError(
             f"pipe({n})",
             f"{wanted} stages need {wanted - 1} places where one tensor is all that is passed on"
             + (", outside of what tensor(n) cuts" if inside else "")
-            + f", and the model has {len(boundaries)}: {names}",
+            + f", and the model has {len(places)}: {names}",
             f"pipe({min(able, n)})" if able > 1 else f"data({n})",
         )
-    n = wanted
-    chosen = _balance([each.call for each in boundaries], n, costs)
-    cuts = [None, *(boundaries[at] for at in chosen), None]
+    return places
+
+
+def split_at(recording: Recording, places: Sequence[Boundary]) -> list[StagePlan]:
+    """The stages that begin at the model's start and at some places."""
     stages = []
-    for first, last in pairwise(cuts):
+    for first, last in pairwise([None, *places, None]):
         begin = 0 if first is None else first.call
         end = len(recording.calls) if last is None else last.call
         used = frozenset(recording.parameters_in(begin, end))
@@ -128,31 +142,29 @@ def cut_stages(
     return stages
 
 
-def _balance(places: Sequence[int], n: int, costs: Sequence[float]) -> list[int]:
-    """Which n - 1 of the places to cut at, so that the dearest stage is as cheap as can be.
+C = TypeVar("C", float, tuple[float, float])
 
-    Best[k][j]: the cost of the dearest of k stages that end at place j; n * places^2 steps.
+
+def balance(parts: int, n: int, cost: Callable[[int, int, int], C]) -> list[int]:
+    """Cuts a row of parts into n runs, so that the dearest is as cheap as can be: the parts at
+    which runs begin, but the first's. Of cuts that are as good, runs end early. n * parts^2 steps.
+
+    Args:
+        cost: of run k of the parts from i to before j, in this order.
     """
-    total = [0.0]
-    for cost in costs:
-        total.append(total[-1] + cost)
-    ends = [*places, len(costs)]
-    best = [[total[end] for end in ends]]
+    best = [cost(0, 0, end) for end in range(1, parts + 1)]  # of the runs so far that end there
     back: list[list[int]] = []
     for k in range(1, n):
-        row, came = [], []
-        for j, end in enumerate(ends):
-            options = [(max(best[-1][i], total[end] - total[ends[i]]), i) for i in range(k - 1, j)]
-            value, at = min(options) if options else (float("inf"), -1)
-            row.append(value)
-            came.append(at)
-        best.append(row)
+        row, came = list(best), [0] * parts
+        for j in range(k, parts):
+            row[j], came[j] = min((max(best[i], cost(k, i + 1, j + 1)), i) for i in range(k - 1, j))
+        best = row
         back.append(came)
     chosen: list[int] = []
-    at = len(ends) - 1
+    at = parts - 1
     for came in reversed(back):
         at = came[at]
-        chosen.insert(0, at)
+        chosen.insert(0, at + 1)
     return chosen
 
 

@@ -11,6 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from allfuse.base.errors import UserError
@@ -154,6 +155,23 @@ class Courier:
             while sent:
                 sent.popleft()[0].wait()
         self.waited_s += time.perf_counter() - begin
+
+
+def greet(link: Link, device: torch.device) -> None:
+    """Exchange a byte with every peer, all at once, before a first pass.
+
+    NCCL connects two ranks when they first pass something on, by what each of them has asked for by
+    then, and fails where one asks for both ways and the other for one: as stages do, of which the
+    first sends and receives what the second has received alone.
+    """
+    works, operation = [], "connect stages"
+    greetings = torch.zeros(2, link.size, 1, dtype=torch.uint8, device=device)
+    for peer in range(link.size):
+        if peer != link.rank:
+            works.append(link.send(greetings[0, peer], peer, operation))
+            works.append(link.receive(greetings[1, peer], peer, operation))
+    for work in works:
+        work.wait()
 
 
 def _kind(tensor: Tensor) -> str:

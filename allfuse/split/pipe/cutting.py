@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,15 +14,14 @@ from allfuse.base.tensors import leaves
 from allfuse.link import Link
 from allfuse.plan import Pipe
 from allfuse.split.base import Run
-from allfuse.split.pipe.boundary import cut_stages
-from allfuse.split.pipe.cost import weigh_calls
+from allfuse.split.pipe.choice import Trial, choose_stages, least_rows
+from allfuse.split.pipe.courier import greet
 from allfuse.split.pipe.pipeline import Pipeline
 from allfuse.split.pipe.sizes import Scaled
 from allfuse.split.pipe.stage import Stage
+from allfuse.split.pipe.timing import Autocast
 from allfuse.split.record import Recording, Ref, record
 from allfuse.split.shapes import Shapes
-
-Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 class PipePlan:
@@ -33,6 +32,8 @@ class PipePlan:
         runs: forward passes over two numbers of rows.
         pieces: of values that each rank has only a piece of: the dim that is cut, its size here.
         autocast: what the model runs under.
+        trial: how parts of the model are timed; None cuts by shapes.
+        recompute: blocks will run again in the backward pass.
 
     Raises:
         PlanError: there are too few places where it can be cut; names them.
@@ -47,13 +48,21 @@ class PipePlan:
         *,
         pieces: Mapping[int, tuple[int, int]] | None = None,
         autocast: Autocast = contextlib.nullcontext,
+        trial: Trial | None = None,
+        recompute: bool = False,
     ) -> None:
         self.axis, self.recording = axis, recording
         (few, run), (more, run_more) = runs
-        costs = weigh_calls(recording)
-        self.stages = cut_stages(
-            recording, axis.n, costs, each=axis.schedule.each, inside=pieces or {}
+        self.choice = choose_stages(
+            axis,
+            model,
+            recording,
+            inside=pieces or {},
+            trial=trial,
+            autocast=autocast,
+            recompute=recompute,
         )
+        self.stages = self.choice.stages
         self.shapes = Shapes(
             recording,
             few,
@@ -99,7 +108,8 @@ class PipePlan:
 
     def tell(self) -> str:
         """Where the stages begin, in words."""
-        return f"{len(self.stages)} stages; cut before {', '.join(self.begins)}"
+        how = self.choice.how
+        return f"{len(self.stages)} stages{how}; cut before {', '.join(self.begins)}"
 
     def build(self, model: nn.Module, link: Link, device: torch.device) -> Pipeline:
         """This rank's stages of a model, whose modules are changed in place."""
@@ -112,9 +122,9 @@ class PipePlan:
         }
         names = [name for name, _ in model.named_parameters()]
         shared = {name: self.users[name] for name in names if len(self.users[name]) > 1}
-        has_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-        least = 2 if has_norms else 1  # of one row there are no statistics
-        scaled = Scaled(self.shapes)
+        least, scaled = least_rows(model), Scaled(self.shapes)
+        if device.type == "cuda":
+            greet(link, device)
         pipeline = Pipeline(link, self.axis, own, len(self.stages), shared, scaled, model, least)
         model.register_forward_pre_hook(pipeline.enter, with_kwargs=True)
         model.register_forward_hook(pipeline.leave)

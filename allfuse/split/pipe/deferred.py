@@ -7,7 +7,7 @@ or their gradients come out of one call with those of the inputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,15 +26,24 @@ class Later:
         self._kept.append((weight, bias, gradient, x))
 
     @torch.no_grad()
-    def run(self, inputs: Sequence[nn.Parameter] | None = None) -> None:
-        """Add them, to these parameters (None is all), in the order of a backward pass."""
+    def run(
+        self,
+        inputs: Sequence[nn.Parameter] | None = None,
+        added: Callable[[nn.Parameter], None] = lambda parameter: None,
+    ) -> None:
+        """Add them, to these parameters (None is all), in the order of a backward pass; `added` is
+        called with each that gets nothing more."""
         wanted = None if inputs is None else {id(parameter) for parameter in inputs}
-        for weight, bias, gradient, x in self._kept:
+        last = {id(p): at for at, kept in enumerate(self._kept) for p in kept[:2]}
+        for at, (weight, bias, gradient, x) in enumerate(self._kept):
             rows = gradient.reshape(-1, gradient.shape[-1])
             if wanted is None or id(weight) in wanted:
                 _add(weight, rows.t() @ x.reshape(-1, x.shape[-1]).to(rows.dtype))
             if bias is not None and (bias.requires_grad if wanted is None else id(bias) in wanted):
                 _add(bias, rows.sum(0))
+            for parameter in (weight, bias):
+                if parameter is not None and last[id(parameter)] == at:
+                    added(parameter)
         self._kept.clear()
 
 

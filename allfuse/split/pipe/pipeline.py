@@ -16,10 +16,11 @@ from allfuse.base.errors import AllfuseError, JobError, UserError
 from allfuse.base.tensors import cut_rows, share
 from allfuse.link import Link
 from allfuse.plan import Pipe
-from allfuse.plan.schedule import Action, Order, derive_microbatches
+from allfuse.plan.schedule import Action, Order, count_microbatches
 from allfuse.split.elsewhere import ELSEWHERE
 from allfuse.split.pipe.courier import Courier, Parcel
 from allfuse.split.pipe.deferred import Deferring, Later
+from allfuse.split.pipe.finality import Finality, find_closing
 from allfuse.split.pipe.sizes import Ended, Followed, Scaled, Seen, Sizes
 from allfuse.split.pipe.stage import Stage
 from allfuse.split.record import Recording, record, tensors_in
@@ -66,6 +67,8 @@ class Pipeline:
         self._followed: dict[object, Sizes] = {}  # by the shapes that the model takes
         self._looking: Literal["at once", "through", None] = None
         self._orders: dict[int, list[Order]] = {}
+        self._closing: dict[int, dict[Action, list[Parameter]]] = {}
+        self.finality = Finality()
         self._before: deque[Courier] = deque()  # of passes before, whose parcels may be under way
         self.waited_s = 0.0
 
@@ -134,10 +137,8 @@ class Pipeline:
 
     def microbatches(self, rows: int) -> int:
         """Into how many so many rows are cut."""
-        n = self.link.size
-        if self.axis.microbatches is None:
-            return derive_microbatches(rows, n, self.schedule, self.least)
-        return self.schedule.most(min(self.axis.microbatches, rows), n)
+        wanted = self.axis.microbatches
+        return count_microbatches(rows, self.link.size, self.schedule, wanted, self.least)
 
     def cut(self, batch: Any, rows: int, fewest: int | None = None) -> list[Part]:
         """A batch in microbatches, as even as can be.
@@ -161,6 +162,7 @@ class Pipeline:
         lose: Lose,
         before: Callable[[int, int], None],
         inputs: Sequence[Parameter] | None = None,
+        last: bool = False,
     ) -> None:
         """Add the gradients of some microbatches to those of this rank's parameters.
 
@@ -169,14 +171,17 @@ class Pipeline:
             lose: makes of what that gives what to differentiate; called for the last stage.
             before: called with stage and microbatch before each forward pass.
             inputs: parameters that get gradients; None is all that learn.
+            last: nothing is added after these in this step: whoever watches a gradient hears when
+                it is final.
 
         Raises:
             JobError: the model or the loss failed; names stage, rank and microbatch.
         """
         orders = self._order_of(len(parts))
         passing = _Pass(self, orders, parts, compute)
+        closing = self._closing_of(len(parts)) if last else {}
         for action in orders[self.link.rank]:
-            with self._named(action):
+            with self._named(action), self.finality.closing(closing.get(action, ())):
                 match action.kind:
                     case "forward":
                         passing.forward(action, lose, before)
@@ -191,6 +196,22 @@ class Pipeline:
         if count not in self._orders:
             self._orders[count] = self.schedule.orders(self.link.size, count)
         return self._orders[count]
+
+    def _closing_of(self, count: int) -> dict[Action, list[Parameter]]:
+        """After which actions gradients of this rank are final; but those that others add to."""
+        if count not in self._closing:
+            named = [*self.model.named_parameters()][::-1]
+            own = {
+                number: [p for name, p in named if name in stage.plan.parameters]
+                for number, stage in self.stages.items()
+            }
+            shared = {p for name, p in named if name in self.shared}
+            order = self._order_of(count)[self.link.rank]
+            found = find_closing(order, own, [p for _, p in named])
+            self._closing[count] = {
+                action: [p for p in several if p not in shared] for action, several in found.items()
+            }
+        return self._closing[count]
 
     @contextlib.contextmanager
     def _named(self, action: Action) -> Iterator[None]:
@@ -375,7 +396,8 @@ class _Pass:
             self.courier.give(Parcel(True, stage - 1, microbatch), back)
 
     def weights(self, action: Action, inputs: Sequence[Parameter] | None) -> None:
-        self.later.pop((action.stage, action.microbatch)).run(inputs)
+        later = self.later.pop((action.stage, action.microbatch))
+        later.run(inputs, self.pipeline.finality.tell)
 
 
 def _gradient(parameter: Parameter) -> Tensor:

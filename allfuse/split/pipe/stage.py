@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -35,13 +36,16 @@ class Stage:
 
     Args:
         model: the whole, whose modules are changed in place.
+
+    Attributes:
+        began_s: when the last pass came to what the stage computes, by `time.perf_counter`.
     """
 
     def __init__(
         self, model: nn.Module, plan: StagePlan, recording: Recording, device: torch.device
     ) -> None:
         self.plan, self.device = plan, device
-        self.active = False
+        self.active, self.began_s = False, 0.0
         self.changes = False  # what it takes, in place
         self._received: Tensor | None = None
         self._sizes: Sizes | None = None
@@ -53,10 +57,25 @@ class Stage:
                 skips[skip.visit.module][skip.number] = skip
             self.changes = _changes(recording, plan.first.value)
         ends = {each.module for each in (plan.first, plan.last) if each is not None}
+        self._handles: list[Any] = []
+        self._skipped: list[tuple[nn.Module, Any]] = []  # modules, with their own forward if any
         for name in {**skips, **dict.fromkeys(sorted(ends))}:
-            modules[name].register_forward_pre_hook(self._at(name), with_kwargs=True)
+            handle = modules[name].register_forward_pre_hook(self._at(name), with_kwargs=True)
+            self._handles.append(handle)
         for name, found in skips.items():
-            modules[name].forward = self._skipping(modules[name], name, found)
+            module = modules[name]
+            self._skipped.append((module, vars(module).get("forward")))
+            module.forward = self._skipping(module, name, found)
+
+    def close(self) -> None:
+        """Leave the modules as they were. What was put on them since must be off again."""
+        for handle in self._handles:
+            handle.remove()
+        for module, forward in reversed(self._skipped):
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
 
     def run(self, received: Tensor | None, sizes: Sizes, compute: Callable[[], Any]) -> Any:
         """One pass over a microbatch.
@@ -72,6 +91,7 @@ class Stage:
             received = received.clone()  # autograd lets nobody change what it begins with
         self._received, self._sizes, self.active = received, sizes, True
         self._counts.clear()
+        self.began_s = time.perf_counter()
         try:
             return compute()
         except _Passed as passed:
@@ -98,6 +118,7 @@ class Stage:
 
     def _put_received(self, first: Boundary, args: Any, kwargs: Any) -> Any:
         """The arguments with what was received in its place."""
+        self.began_s = time.perf_counter()
         place = itertools.count()
 
         def put(leaf: Any) -> Any:
