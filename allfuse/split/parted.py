@@ -89,7 +89,9 @@ class Parted(Whole):
         cuts = TensorPlan(self.slice.n)
         if self.slice.n > 1:
             unfold_attention(model)
-        recording = record(model, runs[0][1]) if self.slice.n * self.pipe.size > 1 else None
+        recording = (
+            record(model, runs[0][1], str(self.plan)) if self.slice.n * self.pipe.size > 1 else None
+        )
         if self.slice.n > 1 and recording is not None:
             keep, also = request.kept(model), request.also(model)
             cuts = find_cuts(recording, self.slice.n, keep, also)

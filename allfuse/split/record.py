@@ -271,10 +271,20 @@ def changes_in_place(function: Any) -> bool:
     return name.endswith("_") and name != "requires_grad_"
 
 
-def record(model: nn.Module, run: Callable[[nn.Module], Any]) -> Recording:
+DEPENDS = {
+    "DataDependentOutputException": "it asks for the numbers in a tensor",
+    "DynamicOutputShapeException": "a shape depends on the numbers in a tensor",
+}
+"""What errors of torch mean that come where there are only shapes."""
+
+
+def record(model: nn.Module, run: Callable[[nn.Module], Any], plan: str = "") -> Recording:
     """The calls of `run(model)`, in evaluation mode and without one number computed.
 
     Costs no memory for activations, and none for parameters of a model on the meta device.
+
+    Args:
+        plan: that asks for it, for errors.
 
     Raises:
         UserError: the forward pass asks for the numbers in a tensor.
@@ -294,10 +304,13 @@ def record(model: nn.Module, run: Callable[[nn.Module], Any]) -> Recording:
         try:
             result = run(model)
         except Exception as error:
-            name = recorder.failed or type(model).__name__
+            kind, told = type(error).__name__, str(error).splitlines()[0] if str(error) else ""
+            why = f"{DEPENDS[kind]} ({told})" if kind in DEPENDS else f"{kind}: {told}"
+            failed = model.get_submodule(recorder.failed)
+            name = f"{recorder.failed} ({type(failed).__name__})" if recorder.failed else ""
             raise UserError(
-                f"the forward pass cannot be followed by shapes alone, in {name}: "
-                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; "
+                f"{plan and f'{plan}: '}the forward pass cannot be followed by shapes alone, in "
+                f"{name or type(model).__name__}: {why}; "
                 "allowed: a forward pass that depends on no tensor's numbers; next: a plan that "
                 "leaves the model whole, such as data(n)"
             ) from error
