@@ -23,7 +23,7 @@ from test_rule import variants as rule_variants
 from torch import Tensor, nn
 
 import allfuse as af
-from allfuse.base.errors import NonFiniteLoss, PeerLost, UserError
+from allfuse.base.errors import NonFiniteLoss, PeerLost, PlanError, UserError
 from allfuse.codec import Codec, MessageCodec, SumCodec
 from allfuse.codec.lowrank import LowRank
 from allfuse.codec.memory import Memory
@@ -39,6 +39,7 @@ from allfuse.plan import as_plan
 from allfuse.rule import GatherRule, Rule, SumRule
 from allfuse.store.tensorfile import read_model
 from allfuse.training.exchange import _read_later
+from allfuse.training.loop import train_job
 from allfuse.verify import verify_job
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -557,6 +558,7 @@ SHARED = (
     "shard(2)",
     "data(2) * tensor(2)",
     "pipe(2) * tensor(2)",
+    "pipe(2) * shard(2)",
     "site(2, every=2) * pipe(2)",
     "data(2, codec=int8) * shard(2)",
 )
@@ -568,6 +570,41 @@ def test_shared_models_train_on_a_gpu_as_on_a_cpu(plan: str) -> None:
     on_cpu = shared_by_threads(shared_job(clip=0.5), plan, "cpu").weights
     near = {"rtol": 1e-6, "atol": 1e-8} if "codec" in plan else {"rtol": 1e-9, "atol": 1e-12}
     assert_close(on_gpu, on_cpu, **near)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    ["shard(1, offload=true)", "shard(2, offload=true)", "data(2) * shard(2, offload=true)"],
+)
+def test_state_stays_with_the_host_and_the_model_runs_on_the_gpu(plan: str) -> None:
+    """Parameters, gradients and moments; the numbers are those of a CPU."""
+    places: set[str] = set()
+
+    def work() -> af.Result:
+        def look(s: Any, event: Any) -> None:
+            for learner in s.learners:
+                for parameter in learner.parameters:
+                    places.update({parameter.device.type, parameter.grad.device.type})
+                state = learner.optimizer.state.values()
+                places.update(t.device.type for kept in state for t in kept.values())
+
+        made = shared_job(clip=0.5, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
+        with torch.autograd.set_multithreading_enabled(False):
+            return train_job(made, device="cuda:0", prepare=lambda s: s.on("step", look))
+
+    results = launch_threads(work, as_plan(plan).workers, plan=plan)
+    failure = first_failure(results)
+    if failure is not None:
+        raise failure
+    assert places == {"cpu"}
+    made = shared_job(clip=0.5, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
+    on_cpu = shared_by_threads(made, plan, "cpu").weights
+    assert_close(results[0].weights, on_cpu, rtol=1e-9, atol=1e-12)
+
+
+def test_offload_beside_what_moves_state_over_links_of_the_gpu_is_refused() -> None:
+    with pytest.raises(PlanError, match="offload=true is not possible beside pipe"):
+        shared_by_threads(shared_job(), "pipe(2) * shard(2, offload=true)", "cuda:0")
 
 
 @pytest.mark.parametrize("plan", ["tensor(2)", "pipe(2)", "shard(2)"])

@@ -14,6 +14,7 @@ from training_cases import TIGHT, ranks
 
 from allfuse.launcher.base import current_world
 from allfuse.link import Link
+from allfuse.link.lone import LoneLink
 from allfuse.split.piece import cut_piece, join, whole_piece
 from allfuse.split.record import record
 from allfuse.split.shard import gather
@@ -204,6 +205,32 @@ def test_autocast_gives_the_numbers_of_the_whole_model() -> None:
     for number, parameter in enumerate(plain.parameters()):
         found = torch.cat([gradients[number] for _, gradients, _ in results])
         torch.testing.assert_close(found, parameter.grad, rtol=0.02, atol=0.02)
+
+
+def test_rows_stay_at_home_and_are_brought_together_where_the_model_runs() -> None:
+    """The meta device computes no number, and so stands in for another one as far as places go."""
+    model, home = layers(), torch.device("cpu")
+    (block,) = shard_model(model, [], LoneLink(), home=home)
+    block.device = torch.device("meta")  # as if the parameters had been there
+    assert {p.device for p in model.parameters()} == {home}
+    assert {whole.device.type for whole in block.gather(torch.float32)} == {"meta"}
+    y = model(torch.empty(4, 6, device="meta"))
+    assert (y.device.type, tuple(y.shape)) == ("meta", (4, 5))
+    assert {p.device for p in model.parameters()} == {home}
+
+
+def test_gradients_come_home_where_optimizers_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where sums are made in other memory first, as on a device."""
+    model, plain, x = layers(), layers(), torch.randn(4, 6)
+    (block,) = shard_model(model, [], LoneLink(), home=torch.device("cpu"))
+    monkeypatch.setattr(block, "home", torch.device("cpu", 7))  # not where the model runs
+    for made in (model, plain):
+        made(x).square().sum().backward()
+        torch.optim.AdamW(made.parameters(), lr=0.1).step()
+    for own, whole in zip(model.parameters(), plain.parameters(), strict=True):
+        assert own.grad is not None
+        torch.testing.assert_close(own.grad, whole.grad)
+        torch.testing.assert_close(own, whole)
 
 
 def test_nothing_is_left_gathered_after_an_error() -> None:

@@ -264,6 +264,24 @@ def test_a_loop_of_its_own_steps_with_the_gradient_of_the_whole_model(plan: str)
         torch.testing.assert_close(found, alone("mlp")[1], **TIGHT)
 
 
+@pytest.mark.parametrize(
+    "plan",
+    ["shard(1, offload=true)", "shard(2, offload=true)", "data(2) * shard(2, offload=true)"],
+)
+def test_state_that_is_kept_by_the_host_changes_no_number(plan: str) -> None:
+    result, expected = alone("tied")
+    results, told = recorded(CASES["tied"].job(), plan)
+    torch.testing.assert_close(figures(told[0]), expected, **TIGHT)
+    assert_near(results[0].weights, result.weights)
+
+
+def test_a_checkpoint_of_the_host_s_is_gone_on_from(tmp_path: Path) -> None:
+    made, out = CASES["tied"].job(save_every=10, stop=Stop(steps=10)), tmp_path / "run"
+    train(made, "shard(1, offload=true)", out=out)
+    result = train(CASES["tied"].job(save_every=10), "shard(2, offload=true)", out=out, resume=True)
+    assert_near(result[0].weights, alone("tied")[0].weights)
+
+
 def test_an_optimizer_that_looks_at_whole_matrices_is_refused() -> None:
     """It would see rows."""
     made = CASES["mlp"].job(optimizer=lambda parameters: torch.optim.Adafactor(parameters))

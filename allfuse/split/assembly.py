@@ -66,7 +66,7 @@ class Assembly:
                 yield self._joined(own, chunk)
                 continue
             mine = [name for name in chunk if self.held[name].counts(self.mates.rank)]
-            parts = [own[name].detach().reshape(-1) for name in mine]
+            parts = [own[name].detach().reshape(-1).to(self.device) for name in mine]
             if parts:
                 self.mates.send(torch.cat(parts), 0, "gather pieces").wait()
             yield {}

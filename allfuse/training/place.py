@@ -5,12 +5,14 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import torch
+
 from allfuse.base.errors import PlanError
 from allfuse.fusion import Fuser, Fusion, choose
 from allfuse.fusion.auto import Auto, Notice, candidates, settled
 from allfuse.launcher import World, current_world
 from allfuse.launcher.base import await_word
-from allfuse.plan import Data, Plan, Site, as_plan, check_workers
+from allfuse.plan import Data, Pipe, Plan, Shard, Site, as_plan, check_workers
 from allfuse.plan.loss import refuse_survival, without_lost
 from allfuse.topology import Layout
 from allfuse.training.device import choose_device
@@ -89,6 +91,7 @@ class Place:
         if world.size > 1 and world.crew is None:
             self._refuse_other_plan()
         self.device, self._seed = choose_device(device, world), seed
+        self._refuse_offload()
         if world.goes_on:
             refuse_survival(self.plan, self.device.type)
         self.choices: dict[str, str] = {}
@@ -97,6 +100,32 @@ class Place:
         if world.has_process_groups and world.size > 1:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             world.form_replica(self.plan.replica(self.rank), backend)
+
+    @property
+    def home(self) -> torch.device:
+        """Where the parameters of a model are, and their gradients."""
+        shard = self.plan.axis("shard")
+        offloads = isinstance(shard, Shard) and shard.offload
+        return torch.device("cpu") if offloads else self.device
+
+    @property
+    def offloads(self) -> bool:
+        """Whether that is not where the model runs."""
+        return self.home != self.device
+
+    def _refuse_offload(self) -> None:
+        """Refuse what moves state between ranks over links of the device, where there is none.
+
+        Raises:
+            PlanError: names the axis.
+        """
+        axes = (axis for axis in self.whole.axes if isinstance(axis, Site | Pipe) and axis.n > 1)
+        other = self.whole.outer or next(axes, None)
+        if self.offloads and other is not None:
+            why = (
+                f"on {self.device.type} offload=true is not possible beside {other} in this version"
+            )
+            raise PlanError(str(self.whole), why, str(self.whole).replace(", offload=true", ""))
 
     def _meet_peers(self) -> None:
         """Take a rank's place in the plan, and links to its peers."""
@@ -119,9 +148,7 @@ class Place:
         self.team = self.data
         if self.mates.size > 1 and world.goes_on:
             in_sites = self.site.size > 1
-            self.team = (
-                self._link_of("team", self.data, self.mates) if in_sites else self.everyone
-            )
+            self.team = self._link_of("team", self.data, self.mates) if in_sites else self.everyone
 
     def regroup(self, error: PeerLost | None) -> tuple[Lost, ...]:
         """Take a place among those that are left after a loss; who was lost. The links that were
@@ -185,9 +212,9 @@ class Place:
         if why is not None and not is_open:
             self.choices[f"topology of {name}"] = why
         waits = not (isinstance(axis, Site) and axis.delay)
-        if waits and not is_open and not Fuser(fusion, link).needs_own_link:
+        if waits and not is_open and not Fuser(fusion, link).needs_own_link and not self.offloads:
             return Fuser(fusion, link)
-        own = self._link(name, f"fuse {name}")
+        own = self._link(name, f"fuse {name}", self.home)
         if not is_open:
             return Fuser(fusion, own, layout, seed)
         notice = Notice(board=self.world.board, key=self.world.new_key(f"costs/{name}"), author=0)
@@ -196,7 +223,7 @@ class Place:
             layout,
             topologies,
             fusion.codec,
-            self.device,
+            self.home,
             notice=notice,
             leads=0 in link.members,
         )
@@ -222,10 +249,10 @@ class Place:
         members = next(tuple(group) for group in groups.values() if self.rank in group)
         return self.world.link(name, members, self.device, sorted(map(tuple, groups.values())))
 
-    def _link(self, axis: str, name: str) -> Link:
+    def _link(self, axis: str, name: str, device: torch.device | None = None) -> Link:
         groups = {self.plan.peers(rank, axis) for rank in range(self.plan.workers)}
         members = self.plan.peers(self.rank, axis)
-        return self.world.link(name, members, self.device, sorted(groups))
+        return self.world.link(name, members, device or self.device, sorted(groups))
 
     @cached_property
     def statistics(self) -> Link:
