@@ -14,27 +14,25 @@ from torch import Tensor, nn
 
 from allfuse.base.errors import Interrupted, UserError
 from allfuse.base.events import Bus
-from allfuse.fusion.statistics import globalize_batch_norm
 from allfuse.job import Hook, Metric, MetricFunction, check_whole, default_forward, on
 from allfuse.plan import Plan
 from allfuse.split.data import IterableLoader, Loader, Portion, as_source
 from allfuse.split.pending import Pending
-from allfuse.split.recompute import recompute_blocks
 from allfuse.split.request import Request, make_request
 from allfuse.training.balance import Balance, make_balance
 from allfuse.training.beginning import begin
-from allfuse.training.building import start_model
 from allfuse.training.course import Course
 from allfuse.training.ending import end
 from allfuse.training.evaluation import measure_together
 from allfuse.training.exchange import Figures
+from allfuse.training.handing import take_model, take_optimizer
 from allfuse.training.keeper import Keeper, Resume
-from allfuse.training.learner import Learner, Precision, needs_closure
+from allfuse.training.learner import Precision
 from allfuse.training.loading import Order, make_loader
 from allfuse.training.measure import to_device
 from allfuse.training.merged import plain_pieces
 from allfuse.training.own_loop import differentiate
-from allfuse.training.parting import make_split, refuse_settings
+from allfuse.training.parting import make_split
 from allfuse.training.place import Place
 from allfuse.training.rounds import Rounds
 from allfuse.training.settings import Settings
@@ -219,53 +217,12 @@ class Session:
         so on. With several workers BatchNorm uses the statistics of the global batch, unless the
         session was made with batch_statistics="local".
         """
-        number = len(self.models)
         request = make_request("model", keep_whole, cut_also)
-        module = start_model(self, build, number, weights)
-        shared = self.place.sharers.size > 1 and self.settings.batch_statistics == "global"
-        has_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
-        refuse_settings(self.place.plan, self.settings, has_norms)
-        if self.apart is not None:
-            self.apart.refuse_global_statistics(has_norms, self.settings.batch_statistics)
-        if shared and has_norms:
-            self.stepper.norms += globalize_batch_norm(module, self.place.statistics)
-        if self.settings.recompute and not self.split.cuts:  # else once it is cut
-            recompute_blocks(module)
-        if self.settings.compile and not self.split.cuts:  # likewise
-            module.compile()
-        self.state.add_model(name or ("model" if number == 0 else f"model{number}"), module)
-        self.forwards.append(forward or default_forward)
-        self.requests.append(request)
-        return module
+        return take_model(self, build, name, forward, request, weights)
 
     def optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """The same optimizer, known to the session: its gradients are fused before it steps."""
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise UserError(
-                f"the optimizer is a {type(optimizer).__name__}; allowed: a torch.optim.Optimizer"
-            )
-        if needs_closure(optimizer):
-            raise UserError(
-                f"{type(optimizer).__name__} evaluates the loss several times in a step, which no "
-                "plan can share out; allowed: optimizers whose step() needs no closure"
-            )
-        learner = Learner(
-            optimizer,
-            self.state.names,
-            split=self.split,
-            fuser=self.place.data_fuser,
-            precision=self.precision,
-        )
-        optimizer.register_step_pre_hook(lambda *_: self._before_step_of(learner))
-        optimizer.register_step_post_hook(lambda *_: self.stepper.after_step_of(learner))
-        if self.apart is not None:
-            self.apart.take_over(
-                learner,
-                lambda: self._before_step_of(learner),
-                lambda: self.stepper.after_step_of(learner),
-            )
-            self.stepper.outflow = self.apart.outflow
-        self.state.add_learner(learner)
+        take_optimizer(self, optimizer)
         return optimizer
 
     def scheduler(self, scheduler: Any, every: str = "step") -> Any:
@@ -446,10 +403,6 @@ class Session:
         Called by the session itself when the next batch is asked for; a no-op when none is open.
         """
         self.course.close_step()
-
-    def _before_step_of(self, learner: Learner) -> None:
-        self.stepper.before_step_of(learner)
-        self.keeper.settle()  # the weights change next
 
     def _check_weights(self) -> None:
         """Refuse what a script did to slices of weights. Raises UserError."""
