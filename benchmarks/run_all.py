@@ -34,6 +34,7 @@ BENCHMARKS = (
     "slow_link",
     "quality",
     "split",
+    "loading",
 )
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.md"

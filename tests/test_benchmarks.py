@@ -26,6 +26,7 @@ SCRIPTS = (
     "slow_link",
     "quality",
     "split",
+    "loading",
 )
 KEYS = {"benchmark", "commit", "machine", "figures"}
 FIGURE_KEYS = {"name", "value", "spread", "target", "better", "ok"}
