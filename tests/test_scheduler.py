@@ -786,6 +786,22 @@ def test_what_is_there_already_is_not_kept_again_at_the_end_without_its_score() 
     assert (told["score"], told["versions"][0]["whole"]) == (0.5, 1)
 
 
+def test_a_snapshot_that_a_server_cannot_write_is_told_once_and_tried_again() -> None:
+    desk = Desk(Terms(parts=1, sync=Asp(), snapshot_s=0.0), "w0", epochs=None, steps=4)
+    for number in range(3):
+        last = max(desk.auditor.orders)
+        assert desk.auditor.orders[last][3], "it is to be written, as the one before was not"
+        failed = say.Applied(sequence=last, saved=None, failed=last, reason="the disk is full")
+        for _ in range(2):  # said again, as it may get lost
+            desk.say("s0", failed)
+        assert len(desk.told("warning")) == 1
+        assert f"{number} updates" in desk.scheduler.unwritten
+        desk.finish("w0")
+    last = max(desk.auditor.orders)
+    desk.say("s0", say.Applied(sequence=last, saved=last))
+    assert desk.scheduler.unwritten == ""
+
+
 def test_at_the_end_all_get_the_final_weights() -> None:
     world = World(5, Ssp(1))
     world.run()

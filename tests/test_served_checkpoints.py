@@ -3,6 +3,8 @@ round."""
 
 from __future__ import annotations
 
+import errno
+import json
 import math
 import shutil
 import threading
@@ -25,6 +27,7 @@ from allfuse.launcher.thread import launch_threads
 from allfuse.plan import as_plan
 from allfuse.prediction.evaluate import evaluate_run
 from allfuse.prediction.restore import open_run
+from allfuse.roles import snapshots
 from allfuse.split.data import BatchPlan, ColumnSource, Learned, Loader
 from allfuse.store.checkpoint import Checkpoints
 from allfuse.store.manifest import read_manifest
@@ -375,3 +378,21 @@ def test_what_a_codec_had_not_sent_is_told_to_be_left_out(tmp_path: Path) -> Non
     train(adamw(steps=8), BSP, tmp_path / "run", resume=True)
     events = (tmp_path / "run" / "events.jsonl").read_text()
     assert "what the codec of gradients had not sent before is left out" in events
+
+
+def test_a_run_ends_well_though_its_servers_can_write_nothing_to_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*about: Any, **more: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(snapshots, "write_tensors", full)
+    out = tmp_path / "run"
+    told = train_crew_into(out, small_job(), "data(2, topology=central(servers=2), sync=asp)")
+    assert told.result.steps == 14
+    events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    (warning,) = [each["text"] for each in events if each["event"] == "warning"]
+    assert "the disk is full" in warning
+    (missed,) = [each for each in events if each["event"] == "not_saved"]
+    assert missed["step"] == 14
+    assert "28 updates are in no snapshot" in missed["reason"]

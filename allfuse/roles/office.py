@@ -99,8 +99,10 @@ def _schedule(world: World, crew: Crewmate, desk: Desk, audience: Audience) -> N
             if time.monotonic() - ticked_s >= TICK_S:
                 ticked_s = time.monotonic()
                 letters.send(scheduler.tick(ticked_s))
-        for done in scheduler.unsaved:
-            audience.event("not_saved", step=done, reason="the servers did not write its weights")
+        why = scheduler.unwritten
+        for done in scheduler.unsaved or [scheduler.done] * bool(why):
+            reason = why or "the servers did not write its weights"
+            audience.event("not_saved", step=done, reason=reason)
         if scheduler.outcome is not None and scheduler.outcome.failed:
             raise WorkerFailed(scheduler.outcome.reason, rank=-1)
     finally:

@@ -34,6 +34,8 @@ class Ordering:
         current: the last sequence, -1 before the first.
         updates: how many of the orders brought one.
         servers: by shard, the newest of each.
+        unwritten: of which sequence a server could not write its shard to disk, and why, if none
+            was written by all since then.
         lacking: shards that have no weights at all.
         blueprint: what servers hold, once a worker has said so.
     """
@@ -52,6 +54,8 @@ class Ordering:
         self.norms = Norms(outbox, terms.resend_s)
         self.saved: int = book.get("saved", -1)
         self._saving: dict[int, set[int]] = {}
+        self.unwritten: tuple[int, str] | None = None
+        self._failed: dict[tuple[int, int], int] = {}  # the last one, by shard and birth
         self._ordered_save: int | None = None
         self._next_save_s: float | None = None
         self._moved_s: float | None = None
@@ -183,6 +187,9 @@ class Ordering:
         self._advance(server, message.sequence)
         if message.saved is not None and self.saved < message.saved <= self.current:
             self._note_saved(server.shard, message.saved)
+        if self._failed.get((server.shard, server.birth), -1) < message.failed <= self.current:
+            self._failed[server.shard, server.birth] = message.failed
+            self._note_failed(server, message)
 
     def lose(self, server: Server) -> None:
         server.is_up = False
@@ -273,12 +280,28 @@ class Ordering:
         self._next_save_s = now_s + every_s
         return True
 
+    def _note_failed(self, server: Server, message: say.Applied) -> None:
+        """A server could not write what it was to: it is tried again when the next one is due."""
+        if self._ordered_save is not None and self._ordered_save <= message.failed:
+            self._ordered_save = None
+        if message.failed <= self.saved:
+            return
+        if self.unwritten is None:  # else it is known
+            self._outbox.tell(
+                "warning",
+                text=f"server {server.shard} could not write its weights to disk: "
+                f"{message.reason}; training goes on, and the next snapshot is tried again",
+            )
+        self.unwritten = message.failed, message.reason
+
     def _note_saved(self, shard: int, sequence: int) -> None:
         holders = self._saving.setdefault(sequence, set())
         holders.add(shard)
         if len(holders) < self._terms.servers:
             return
         self.saved = sequence
+        if self.unwritten is not None and self.unwritten[0] <= sequence:
+            self.unwritten = None
         self._saving = {each: who for each, who in self._saving.items() if each > sequence}
         self._book.put("saved", sequence)
         self._outbox.tell("snapshot", sequence=sequence, updates=self.updates)

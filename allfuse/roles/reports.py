@@ -159,11 +159,16 @@ class Serve(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class Applied(Message):
-    """A server has carried out all orders up to a sequence. saved: the last one on its disk."""
+    """A server has carried out all orders up to a sequence.
+
+    saved: the last one on its disk. failed: the last one that it could not write there, and why.
+    """
 
     kind: ClassVar[str] = "applied"
     sequence: int
     saved: int | None = None
+    failed: int = -1
+    reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

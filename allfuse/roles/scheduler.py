@@ -87,6 +87,18 @@ class Scheduler:
         return self._course.saves.waiting
 
     @property
+    def unwritten(self) -> str:
+        """What servers could not write to disk in the end, and why; empty where they could."""
+        if self._ordering.unwritten is None:
+            return ""
+        saved = self._ordering.saved
+        updates = self._ordering.updates - self._book.updates_until(saved)
+        return (
+            f"of its weights {updates} updates are in no snapshot of the servers: "
+            f"{self._ordering.unwritten[1]}"
+        )
+
+    @property
     def is_over(self) -> bool:
         """The job has ended, no worker is here any more, and the servers are through."""
         if self.outcome is None or self._members.alive:

@@ -88,6 +88,7 @@ class Server:
         self.shard: Shard | None = None
         self.saved = self.snapshots.newest() if self.snapshots else -1
         self._sequence = self.saved
+        self._failed: tuple[int, str] = (-1, "")
         self._has_weights = False
         self._takes_weights = True  # until the first order after they were given
         self._given: dict[str, dict[int, Values]] = {}  # by giver
@@ -142,11 +143,13 @@ class Server:
         return Own(self.shard, self._stage, self._sequence, is_fixed)
 
     def _note_saved(self) -> bool:
-        """Whether the disk has something new."""
-        written = self.snapshots.written() if self.snapshots is not None else -1
-        is_new = written > self.saved
-        self.saved = max(self.saved, written)
-        return is_new
+        """Whether there is something new about the disk: what is on it, or could not be written."""
+        if self.snapshots is None:
+            return False
+        before = self.saved, self._failed
+        self.saved = max(self.saved, self.snapshots.written())
+        self._failed = self.snapshots.failed
+        return (self.saved, self._failed) != before
 
     def lost(self, name: str, now_s: float) -> list[Mail]:
         """The connection of a rank of a worker has ended: nothing that it sent is on its way."""
@@ -342,7 +345,8 @@ class Server:
             yield from self.ring.hear(sequence, order)
 
     def _applied(self) -> Applied:
-        return Applied(sequence=self._sequence, saved=self.saved)
+        failed, reason = self._failed
+        return Applied(sequence=self._sequence, saved=self.saved, failed=failed, reason=reason)
 
     def _carry_out_one(self, sequence: int, order: Order) -> Iterator[Mail]:
         shard, stage = self.shard, self._stage

@@ -26,6 +26,9 @@ class Snapshots:
         executor: of one thread, that writes while the server goes on, which copies what it steps
             meanwhile; None writes at once.
 
+    Attributes:
+        failed: the last sequence that the executor could not write, and why; -1 for none.
+
     Example:
         snapshots = Snapshots(folder, index=0, servers=2)
         snapshots.save(shard, sequence=100)
@@ -39,7 +42,8 @@ class Snapshots:
         self.folder, self.index, self.servers = folder, index, servers
         self._executor = executor
         self._written = -1
-        self._writing: list[Future[int]] = []
+        self._writing: list[tuple[int, Future[int]]] = []
+        self.failed: tuple[int, str] = (-1, "")
         self._pattern = re.compile(rf"server-{index}-of-{servers}-(\d{{10,18}})\.safetensors")
 
     def path(self, sequence: int) -> Path:
@@ -60,7 +64,7 @@ class Snapshots:
         """Write a shard as it is now; older files than the last `KEPT` are removed.
 
         Raises:
-            CheckpointError: as `written`.
+            CheckpointError: it could not be written at once; those that were there stay.
         """
         tensors = {
             f"{piece}/{name}": tensor
@@ -71,22 +75,23 @@ class Snapshots:
         if self._executor is None:
             self._written = self._write(tensors, facts, sequence)
         else:
-            self._writing.append(self._executor.submit(self._write, tensors, facts, sequence))
+            writing = self._executor.submit(self._write, tensors, facts, sequence)
+            self._writing.append((sequence, writing))
 
     def written(self) -> int:
-        """The last sequence that `save` has brought to the disk, -1 for none.
-
-        Raises:
-            CheckpointError: one could not be written; those that were there stay.
-        """
-        while self._writing and self._writing[0].done():
-            self._written = self._writing.pop(0).result()
+        """The last sequence that `save` has brought to the disk, -1 for none."""
+        while self._writing and self._writing[0][1].done():
+            sequence, writing = self._writing.pop(0)
+            try:
+                self._written = writing.result()
+            except CheckpointError as error:
+                self.failed = sequence, str(error)
         return self._written
 
     @property
     def is_writing(self) -> bool:
         """Whether something that was saved is not on disk yet."""
-        return any(not each.done() for each in self._writing)
+        return any(not writing.done() for _, writing in self._writing)
 
     def _write(self, tensors: dict[str, Tensor], facts: dict[str, object], sequence: int) -> int:
         path = self.path(sequence)
