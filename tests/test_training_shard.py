@@ -19,6 +19,7 @@ from test_training_split import (
     assert_near,
     classes,
     figures,
+    pairs,
     recorded,
 )
 from torch import Tensor, nn
@@ -35,6 +36,11 @@ from allfuse.training.exporting import InTurn
 from allfuse.training.loop import train_job
 
 PLANS = ("shard(2)", "shard(4)", "data(2) * shard(2)", "tensor(2) * shard(2)")
+OFTEN = {
+    "shard(4)": ("uneven", "tied", "strange"),
+    "data(2) * shard(2)": ("normed", "tied"),
+    "tensor(2) * shard(2)": ("uneven", "tied", "convolutions"),
+}
 
 
 class Strange(nn.Module):
@@ -68,8 +74,7 @@ class Recurrent(nn.Module):
 CASES |= {"strange": Case(Strange, (6,), (), 4), "recurrent": Case(Recurrent, (3, 6), (), 4)}
 
 
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("name", CASES)
+@pairs(CASES, PLANS, OFTEN)
 def test_a_sharded_model_learns_what_one_process_learns(name: str, plan: str) -> None:
     if "tensor" in plan and name in ("strange", "recurrent"):
         pytest.skip("tensor(2) finds nothing to cut, or not all of it")

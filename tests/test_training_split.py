@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,26 @@ CASES = {
     "gated": Case(TiedWords, (5,), (5,), 24, words=24),
 }
 PLANS = ("tensor(2)", "tensor(4)", "data(2) * tensor(2)", "data(3) * tensor(2)")
+OFTEN = {
+    "tensor(4)": ("uneven", "tied", "odd"),
+    "data(2) * tensor(2)": ("normed", "tied"),
+    "data(3) * tensor(2)": ("uneven", "convolutions"),
+}
+"""What is tested each time, of all plans but the first: each says something that no other does."""
+
+
+def pairs(names: Iterable[str], plans: Sequence[str], often: Mapping[str, Sequence[str]]) -> Any:
+    """Cases and plans: all under the first plan and some under others; the rest is in test-all."""
+    return pytest.mark.parametrize(
+        ("name", "plan"),
+        [
+            pytest.param(
+                name, plan, marks=[] if name in often.get(plan, names) else pytest.mark.slow
+            )
+            for name in names
+            for plan in plans
+        ],
+    )
 
 
 def assert_near(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -150,8 +170,7 @@ def figures(events: Recorded) -> list[tuple[float, float]]:
     return [(e.data["loss"], e.data["grad_norm"]) for e in events.named("step")]
 
 
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("name", CASES)
+@pairs(CASES, PLANS, OFTEN)
 def test_a_cut_model_learns_what_one_process_learns(name: str, plan: str) -> None:
     result, expected = alone(name)
     results, told = recorded(CASES[name].job(), plan)
