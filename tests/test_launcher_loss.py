@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_cli import allfuse
 from training_cases import assert_equal, job
 
@@ -93,6 +94,18 @@ def test_a_whole_site_leaves_with_the_one_that_was_killed() -> None:
     ends = {3: (5, signal.SIGKILL)}
     result = launch("site(2) * data(2)", "continue", functools.partial(work, ends))
     assert result.steps == 12
+
+
+@pytest.mark.parametrize("plan", ["data(2) * tensor(2)", "data(2) * pipe(2)"])
+def test_the_replica_of_a_rank_that_was_killed_leaves_as_one(plan: str, tmp_path: Path) -> None:
+    """Also the first rank's, which kept the run folder."""
+    ends = {1: (5, signal.SIGKILL)}
+    out = tmp_path / "run"
+    result = launch(plan, "continue", functools.partial(work, ends, out))
+    assert_equal(result.weights, as_one_process().weights)
+    (entry,) = RunFolder.open(out).record["losses"]
+    assert (entry["worker"], entry["ranks"], entry["left"]) == (1, [0, 1], 2)
+    assert_equal(load_file(RunFolder.open(out).model_path), as_one_process().weights)
 
 
 def test_all_are_started_again_from_the_last_checkpoint(

@@ -53,8 +53,10 @@ def lose(
     )
 
 
-def moments(plan: str, function: Callable[[], Any], victim: int, count: int) -> list[int]:
-    """Operations of a rank, evenly over a run without losses, after its beginning."""
+def moments(
+    plan: str, function: Callable[[], Any], victim: int, count: int | None = None
+) -> list[int]:
+    """Operations of a rank, evenly over a run without losses, after its beginning; or all."""
     seen: list[int] = []
 
     def note(rank: int, operation: int) -> float:
@@ -66,6 +68,7 @@ def moments(plan: str, function: Callable[[], Any], victim: int, count: int) -> 
     if failure is not None:
         raise failure
     total = max(seen) + 1
+    count = count or total - SET_UP
     found = range(SET_UP, total, max(1, (total - SET_UP) // count))
     assert len(found) >= count
     return list(found)

@@ -41,6 +41,7 @@ class World(ABC):
         crew: what this process is besides, where a scheduler hands out the work; else None.
         ids: of each rank, the rank that it was started with. Messages name workers by these.
         goes_on: whether the others go on without a rank that is lost: see `regroup`.
+        is_over: they need not, as one of them has done all its work.
         again: the losses after which all were started again. resumes: they had begun a run by then.
     """
 
@@ -56,6 +57,7 @@ class World(ABC):
     spans_process: bool = False
     crew: Crewmate | None = None
     goes_on: bool = False
+    is_over: bool = False
     again: tuple[Lost, ...] = ()
     resumes: bool = False
     board: Board

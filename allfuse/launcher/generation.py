@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,21 +49,23 @@ class Generation:
     """Those that take part from one loss to the next.
 
     members: by the ranks that they were started with, in order; a member's place is its rank now.
-    None are left where the others may not go on. lost: since the generation before.
+    None are left where the others may not go on, nor where they need not (`is_over`): one of them
+    has done all its work, and none does before all are sure to. lost: since the generation before.
     """
 
     number: int
     members: tuple[int, ...]
     lost: tuple[Lost, ...] = ()
+    is_over: bool = False
 
     def to_bytes(self) -> bytes:
         lost = [[each.worker, each.how, each.time] for each in self.lost]
-        return json.dumps([self.number, self.members, lost]).encode()
+        return json.dumps([self.number, self.members, lost, self.is_over]).encode()
 
     @classmethod
     def of(cls, content: bytes) -> Generation:
-        number, members, lost = json.loads(content)
-        return cls(number, tuple(members), tuple(Lost(*each) for each in lost))
+        number, members, lost, is_over = json.loads(content)
+        return cls(number, tuple(members), tuple(Lost(*each) for each in lost), is_over)
 
 
 class Roll:
@@ -77,6 +79,19 @@ class Roll:
     def end(self, worker: int) -> None:
         """It has done its work: nobody meets it again."""
         self._ended.add(worker)
+
+    def excuse(self, worker: int, has_met: Callable[[int], bool]) -> Generation | None:
+        """The generation after one that a worker has not met, as it had done all its work: then the
+        others have what that takes. None where nobody waits for it.
+
+        Args:
+            has_met: whether it has come to the generation of a number.
+        """
+        here = self.generation
+        if not here.number or worker not in here.members or has_met(here.number):
+            return None
+        self.generation = Generation(here.number + 1, (), (), is_over=True)
+        return self.generation
 
     def has_ended(self, worker: int) -> bool:
         return worker in self._ended
@@ -94,10 +109,11 @@ class Roll:
             return None
         away = {worker, *self.mates(worker), *self._ended}
         left = tuple(member for member in before.members if member not in away)
-        if len(left) < self.policy.least * self.policy.group:
+        is_over = len(left) % self.policy.group > 0  # since some of a replica have ended
+        if is_over or len(left) < self.policy.least * self.policy.group:
             left = ()
         lost = Lost(worker, how, time.time())
-        self.generation = Generation(before.number + 1, left, (lost,))
+        self.generation = Generation(before.number + 1, left, (lost,), is_over)
         return self.generation
 
 

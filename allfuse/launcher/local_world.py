@@ -54,6 +54,7 @@ class LocalWorld(StoreWorld):
         meeting = Meeting(self._worker, self._board(0), self._board, self._accuse, self.timeout_s)
         passed = meeting.attend(self._generation, error)
         here = passed[-1]
+        self.is_over = here.is_over
         if self._worker not in here.members:
             if here.members:
                 time.sleep(LEAVE_S)

@@ -21,6 +21,11 @@ def key_of(number: int) -> str:
     return f"generation/{number}"
 
 
+def place_of(worker: int) -> str:
+    """Where a worker tells that it has come to its generation."""
+    return f"met/{worker}"
+
+
 def prefix_of(run: str, number: int) -> str:
     """Under which the ranks of a generation meet at a launcher's store; of the first: the run's,
     where the launcher tells of the others."""
@@ -101,11 +106,11 @@ class Meeting:
     def _wait_for_all(self, generation: Generation) -> int | None:
         """None once all have come; -1 if there is a newer generation; else who did not come."""
         board = self.board_of(generation.number)
-        board.set(f"met/{self.worker}", b"")
+        board.set(place_of(self.worker), b"")
         missing = [member for member in generation.members if member != self.worker]
         deadline = time.monotonic() + self.timeout_s
         while True:
-            missing = [member for member in missing if board.get(f"met/{member}") is None]
+            missing = [member for member in missing if board.get(place_of(member)) is None]
             if not missing:
                 return None
             if self.root.get(key_of(generation.number + 1)) is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from allfuse.launcher.channel import Channel
 from allfuse.launcher.generation import Generation, LossPolicy, Roll
 from allfuse.launcher.outcome import Outcome, how_it_ended, is_nothing, judge
-from allfuse.launcher.regroup import key_of
+from allfuse.launcher.regroup import key_of, place_of
 from allfuse.launcher.watch import Watch
 from allfuse.launcher.zygotes import Zygote
 
@@ -44,8 +44,16 @@ class SurvivorsWatch(Watch):
 
     def _take(self, channel: Channel, outcome: Outcome) -> None:
         super()._take(channel, outcome)
-        if outcome.result is not None:
-            self.roll.end(outcome.rank)
+        if outcome.result is None:
+            return
+        self.roll.end(outcome.rank)
+
+        def has_met(number: int) -> bool:
+            return self._board_of(number).get(place_of(outcome.rank)) is not None
+
+        generation = self.roll.excuse(outcome.rank, has_met)
+        if generation is not None:
+            self._publish(generation)
 
     def _note_failure(self, outcome: Outcome) -> None:
         was_killed = outcome.failure is None
@@ -66,7 +74,7 @@ class SurvivorsWatch(Watch):
         assert generation is not None
         at_work = [o for o in self.outcomes if o.status is None and o.result is None]
         others = [o for o in at_work if o.rank not in mates]
-        if not generation.members and others:
+        if not generation.members and others and not generation.is_over:
             return False
         for mate in at_work:
             if mate.rank in mates:

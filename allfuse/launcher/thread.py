@@ -12,7 +12,7 @@ from allfuse.base.errors import PeerLost
 from allfuse.launcher.base import World, entered
 from allfuse.launcher.generation import Generation, LossPolicy, Lost, Roll, lost_between
 from allfuse.launcher.outcome import safe_text
-from allfuse.launcher.regroup import Meeting, key_of
+from allfuse.launcher.regroup import Meeting, key_of, place_of
 from allfuse.link.thread import Hub, Killed, Script, ThreadLink
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class ThreadWorld(World):
         self.hub.leave(self.rank, "meets the others anew", lost_a_peer=True)
         meeting = Meeting(self._worker, muster.root, muster.hub_of, muster.accuse, self.timeout_s)
         passed = meeting.attend(self._generation, error)
+        self.is_over = passed[-1].is_over
         if not passed[-1].members:
             raise error or meeting.lost(None, "the others do not go on")
         if self._worker not in passed[-1].members:
@@ -108,7 +109,7 @@ class Muster:
             if killed:
                 self._lose(worker, how)
             elif error is None:
-                self.roll.end(worker)
+                self._end(worker)
             elif self.roll.policy.goes_on:
                 self._tell(Generation(self.roll.generation.number + 1, ()))
 
@@ -117,6 +118,15 @@ class Muster:
         with self._lock:
             if number == self.roll.generation.number:
                 self._lose(worker, "gave no sign and was left behind")
+
+    def _end(self, worker: int) -> None:
+        def has_met(number: int) -> bool:
+            return self._hubs[number].get(place_of(worker)) is not None
+
+        self.roll.end(worker)
+        generation = self.roll.excuse(worker, has_met)
+        if generation is not None:
+            self._tell(generation)
 
     def _lose(self, worker: int, how: str) -> None:
         before = self.roll.generation

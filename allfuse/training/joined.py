@@ -79,8 +79,11 @@ def _add_the_rest(whole: State, others: list[State]) -> None:
 
 
 def _joined(parts: list[tuple[Piece | None, Tensor]]) -> Tensor:
-    cut = [(piece, value) for piece, value in parts if piece is not None]
-    return join(cut) if cut else parts[0][1]
+    """Of fewer rows than ranks some have all, and others nothing."""
+    whole = next((value for piece, value in parts if piece is None), None)
+    if whole is not None:
+        return whole
+    return join([(piece, value) for piece, value in parts if piece is not None])
 
 
 def cut_state(state: State, pieces: Mapping[str, Piece | None]) -> State:

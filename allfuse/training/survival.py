@@ -150,13 +150,22 @@ class Survival:
     def leave_together(self, last: Callable[[], None]) -> None:
         """Do what is done last. Nobody leaves while another may need what the last step came to."""
 
+        is_done = False
+
         def work() -> None:
+            nonlocal is_done
+            is_done = False
             last()
+            is_done = True
             if self.active and self._way_of("all") is None:
                 nothing = torch.zeros(1, device=self.place.device)
                 self.place.everyone.all_reduce(nothing, "end together").wait()
 
-        self.together("all", work)
+        try:
+            self.together("all", work)
+        except PeerLost:
+            if not (is_done and self.place.world.is_over):
+                raise
 
     def compare(self, fingerprint: str, message: str) -> None:
         """Refuse what differs from rank to rank. Raises DataError, on all alike."""
