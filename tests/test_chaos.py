@@ -219,8 +219,9 @@ def test_in_step_the_work_of_a_killed_worker_is_done_by_the_others(start: Any) -
 
 
 @pytest.mark.slow
-def test_a_killed_server_and_a_killed_scheduler_are_started_again(start: Any) -> None:
-    run = start("data(2, topology=central(servers=1), sync=asp)", 12)
+@pytest.mark.parametrize("split", ["", " * tensor(2)"])
+def test_a_killed_server_and_a_killed_scheduler_are_started_again(start: Any, split: str) -> None:
+    run = start(f"data(2, topology=central(servers=1), sync=asp){split}", 12)
     run.until(20)
     roles = run.roles()
     for number, pid in enumerate(roles):
