@@ -1,8 +1,8 @@
 """How long the ranks of a pipeline wait: for real on two cores, and with emulated compute on more.
 
-Of the time between a step's first and last action on a rank, the part in which it waited for
-others, as the mean of all ranks and of some steps; beside the formula of its schedule. Emulated
-layers sleep forward, and twice as long backward, so that ranks need no cores of their own.
+Of the time that the slowest rank takes for the microbatches of a step, the part in which ranks did
+not work, as the mean of all and of some steps; beside the formula of its schedule. Emulated layers
+sleep forward, and twice as long backward, so that ranks need no cores of their own.
 """
 
 from __future__ import annotations
@@ -60,27 +60,29 @@ EMULATED_CASE = models.Case(
 
 
 def idle_shares(case: models.Case, steps: int) -> list[float]:
-    """Runs in each worker: of each step the part in which ranks waited, the mean of all."""
+    """Runs in each worker: of each step the part in which ranks did not work."""
     with af.session(quiet=True) as session:
         loop = models.SessionLoop(session, case, case.data(), BATCH)
         loop.run(2)
         pipeline = session.split.pipeline
         assert pipeline is not None
-        learn, found = pipeline.learn, torch.zeros(steps, dtype=torch.float64)
+        link, learn = session.place.mates, pipeline.learn
+        told = torch.zeros(link.size, 2, steps, dtype=torch.float64)  # seconds at work, and in all
 
         def timed(*args: Any) -> None:
             waited_s, begin = pipeline.waited_s, time.perf_counter()
             learn(*args)
             span_s = time.perf_counter() - begin
-            shares.append((pipeline.waited_s - waited_s) / span_s)
+            seconds.append((span_s - (pipeline.waited_s - waited_s), span_s))
 
-        shares: list[float] = []
+        seconds: list[tuple[float, float]] = []
         vars(pipeline)["learn"] = timed
         loop.run(steps)
         loop.close()
-        found += torch.tensor(shares, dtype=torch.float64) / pipeline.link.size
-        session.place.mates.all_reduce(found, "tell who waited").wait()
-    return found.tolist()
+        told[link.rank] = torch.tensor(seconds, dtype=torch.float64).T
+        link.all_reduce(told, "tell who waited").wait()
+    shares: list[float] = (1 - told[:, 0].mean(0) / told[:, 1].amax(0)).tolist()
+    return shares
 
 
 def figures(real: Callable[[], nn.Module], quick: bool) -> list[harness.Figure]:
