@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import torch
 from torch import Tensor
 
 from allfuse.link.base import Link, Work
 from allfuse.link.check import check_parts
 
+AHEAD = 2
+"""How many parts are received at a time."""
+
 
 class Scattered(Work):
-    """A reduce-scatter of which this rank waits for the parts of others, one after the other.
+    """A reduce-scatter of which this rank adds up the parts of others as they come.
 
     Phases, for B bytes on n ranks:
       1. when it is started: each sends every other one its part, (n-1)/n B in all;
@@ -23,36 +28,40 @@ class Scattered(Work):
         check_parts(target, parts, link.size, operation)
         self.link, self.target, self.operation = link, target.detach(), operation
         self._own = parts.detach()[link.rank]
+        self._left = deque(peer for peer in range(link.size) if peer != link.rank)
+        self._coming: deque[tuple[Work, Tensor]] = deque()
+        for _ in range(min(AHEAD, len(self._left)) if target.is_cpu else len(self._left)):
+            self._receive(torch.empty_like(self.target))
         # the next one first, so that not all send to the same one at a time
         others = [(link.rank + step) % link.size for step in range(1, link.size)]
         self._sent = [link.send(parts[peer], peer, operation) for peer in others]
         self._is_done = False
+
+    def _receive(self, part: Tensor) -> None:
+        """Begin to receive from the next one."""
+        peer = self._left.popleft()
+        self._coming.append((self.link.receive(part, peer, self.operation), part))
 
     @torch.no_grad()
     def wait(self) -> None:
         """Raises PeerLost."""
         if self._is_done:
             return
-        self._add_up()
+        for rank in range(self.link.size):
+            if rank == self.link.rank:
+                self._add(self._own, rank)
+                continue
+            work, part = self._coming.popleft()
+            work.wait()
+            self._add(part, rank)
+            if self._left:
+                self._receive(part)
         for work in self._sent:
             work.wait()
         self._is_done = True
 
-    def _add_up(self) -> None:
-        link, target = self.link, self.target
-        ahead = 2 if target.is_cpu else link.size - 1
-        free = [torch.empty_like(target) for _ in range(ahead)]
-        coming: list[tuple[Work, Tensor]] = []
-        left = [peer for peer in range(link.size) if peer != link.rank]
-        for rank in range(link.size):
-            while left and free:
-                part = free.pop()
-                coming.append((link.receive(part, left.pop(0), self.operation), part))
-            if rank == link.rank:
-                part = self._own
-            else:
-                work, part = coming.pop(0)
-                work.wait()
-            target.add_(part) if rank else target.copy_(part)
-            if rank != link.rank:
-                free.append(part)
+    def _add(self, part: Tensor, rank: int) -> None:
+        if rank:
+            self.target.add_(part)
+        else:
+            self.target.copy_(part)
