@@ -434,6 +434,18 @@ def test_the_loss_told_at_the_end_is_of_samples_also_where_the_last_part_had_non
     assert torch.tensor(train_crew(job, "data(3, sync=asp)").result.loss).isfinite()
 
 
+@pytest.mark.parametrize("plan", ["data(3, sync=asp)", "site(3, topology=gossip, sync=asp)"])
+def test_the_loss_told_at_the_end_is_of_samples_also_by_a_worker_that_never_had_any(
+    plan: str,
+) -> None:
+    """Of one batch of one sample: whoever ends the run most often has had another part."""
+    job = small_job(batch_size=1, stop=af.Stop(steps=1))
+    for _ in range(4):
+        told = train_crew(job, plan)
+        (loss,) = [each["loss"] for each in told.all("commit") if each["count"]]
+        assert told.result.loss == pytest.approx(loss, rel=1e-12)
+
+
 @pytest.mark.parametrize("plan", ["data(2, sync=asp)", "site(2, every=4, sync=asp)"])
 def test_what_a_script_asks_for_every_so_often_is_due(plan: str) -> None:
     def script() -> int:

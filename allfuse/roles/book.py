@@ -319,6 +319,15 @@ class Book:
         works = {work.lease: work for work in self._works("state = 'committed'")}
         return [(works[lease], commit) for lease, commit in commits.items()]
 
+    def newest_loss(self) -> float | None:
+        """The mean loss of the block learned from last that had samples; None where there is
+        none."""
+        (loss,) = self._db.execute(
+            "SELECT sum(loss) / sum(count) FROM leases WHERE state = 'committed' AND count > 0 "
+            "AND block = (SELECT max(block) FROM leases WHERE state = 'committed' AND count > 0)"
+        ).fetchone()
+        return None if loss is None else float(loss)
+
     def tally(self) -> dict[State, int]:
         """How many leases there are of each state."""
         rows = self._db.execute("SELECT state, count(*) FROM leases GROUP BY state")

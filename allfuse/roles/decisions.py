@@ -54,7 +54,8 @@ class Lease(Message):
     ones is forgotten.
     due: what falls to this worker before it begins: "evaluate", "save", and at the end "finish".
     notes: states that were handed in, where something is due and at the end. reason: why there is
-    no more work. failed: it is an error.
+    no more work. failed: it is an error. loss: at the end, the mean over the newest batches that
+    had samples, of all that is known of them; None where there is none.
     """
 
     kind: ClassVar[str] = "lease"
@@ -73,6 +74,7 @@ class Lease(Message):
     notes: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
     failed: bool = False
+    loss: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -261,6 +261,7 @@ class Leases:
             notes=self.plain_notes(),
             reason=reason,
             failed=failed,
+            loss=self._book.newest_loss(),
         )
 
     def plain_notes(self) -> dict[str, object]:

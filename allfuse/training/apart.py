@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import socket
 import time
 import types
@@ -140,6 +141,13 @@ class Apart:
     def pushes_gradients(self) -> bool:
         """Whether a lease is one step, whose gradient is pushed."""
         return not isinstance(self.outer, Site)
+
+    @property
+    def last_loss(self) -> float:
+        """Of the newest batches of the run, once it is over; NaN before, and where none had
+        samples."""
+        loss = self.lease.loss if self.lease is not None and self.is_over else None
+        return math.nan if loss is None else loss
 
     # Begin.
 

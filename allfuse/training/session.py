@@ -159,7 +159,13 @@ class Session:
 
     @property
     def loss(self) -> float:
-        """The mean loss of the last step's whole batch; NaN before the first."""
+        """The mean loss of the last step's whole batch; NaN before the first.
+
+        Out of step it is that of a worker's own part. One that never had samples has the loss of
+        the run's newest batch once that is over.
+        """
+        if self.apart is not None and math.isnan(self.teller.loss):
+            return self.apart.last_loss
         return self.teller.loss
 
     @property
