@@ -18,9 +18,10 @@ from allfuse.roles.book import Book
 from allfuse.roles.cutting import cut_pieces, cut_shards
 from allfuse.roles.diary import ANSWERED, APPLIED, COPIED, GATHERED, GAVE, LENT, OFFERED, Entry
 from allfuse.roles.encounters import ANSWER, OFFER, Declined, Parcel, Query, Received
-from allfuse.roles.gossiper import Gossiper, half_way, mean_of
+from allfuse.roles.gossiper import Gossiper
 from allfuse.roles.host import Host
 from allfuse.roles.messages import SCHEDULER
+from allfuse.roles.mixing import half_way, mean_of
 from allfuse.roles.parcels import Incoming, Outgoing, Packing
 from allfuse.roles.public import PublicCopy
 from allfuse.roles.scheduler import Scheduler

@@ -25,6 +25,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from allfuse.link.post import Malformed
 from allfuse.roles.message import Message
 
 OFFER, LAST = "offer", "last"  # parcels of visitors
@@ -135,3 +136,17 @@ ENCOUNTERS: tuple[type[Message], ...] = (
     Log,
     Logged,
 )
+
+
+def is_of_host(message: Message) -> bool:
+    """Whether it answers this worker's own question; else it is one of another worker."""
+    match message:
+        case Parcel(content=content) | Query(content=content):
+            return content in OF_HOSTS
+        case Received(content=content):
+            return content not in OF_HOSTS
+        case Declined():
+            return True
+        case Want():
+            return False
+    raise Malformed(f"a {message.kind} from another worker")

@@ -12,7 +12,8 @@ from allfuse.launcher.crewmate import Crewmate
 from allfuse.link.post import Malformed, wait_any
 from allfuse.roles.agent import BEAT_S, Agent, check_lease
 from allfuse.roles.blueprint import Blueprint
-from allfuse.roles.gossiper import Gossiper, Partner, is_of_host
+from allfuse.roles.encounters import is_of_host
+from allfuse.roles.gossiper import Gossiper, Partner
 from allfuse.roles.messages import SCHEDULER, Beat, Join, Lease, Mail, Message, open_letter
 from allfuse.roles.parcels import Flats
 

@@ -31,16 +31,11 @@ from allfuse.roles.encounters import (
     COPY,
     LAST,
     MEAN,
-    OF_HOSTS,
     OFFER,
-    Declined,
     Log,
     Logged,
-    Parcel,
     Peers,
-    Query,
-    Received,
-    Want,
+    is_of_host,
 )
 from allfuse.roles.host import Host, priority
 from allfuse.roles.insistence import Insistence
@@ -57,6 +52,7 @@ from allfuse.roles.messages import (
     Refused,
     Welcome,
 )
+from allfuse.roles.mixing import half_way, mean_of
 from allfuse.roles.parcels import Flats, Packing
 from allfuse.roles.public import seed_of
 from allfuse.roles.visitor import Question, Visitor
@@ -495,31 +491,3 @@ class Gossiper:
         if self._phase is Phase.WAITING:
             mail.append((SCHEDULER, Again()))
         return mail
-
-
-def half_way(theirs: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """Half of what they are ahead."""
-    return torch.sub(theirs, own).mul_(0.5)
-
-
-def mean_of(values: list[torch.Tensor]) -> torch.Tensor:
-    """The mean, in this order, added up in float32 or wider."""
-    first = values[0]
-    total = first.to(torch.promote_types(first.dtype, torch.float32), copy=True)
-    for other in values[1:]:
-        total.add_(other)
-    return total.div_(len(values)).to(first.dtype)
-
-
-def is_of_host(message: Message) -> bool:
-    """Whether it answers this worker's own question; else it is one of another worker."""
-    match message:
-        case Parcel(content=content) | Query(content=content):
-            return content in OF_HOSTS
-        case Received(content=content):
-            return content not in OF_HOSTS
-        case Declined():
-            return True
-        case Want():
-            return False
-    raise Malformed(f"a {message.kind} from another worker")

@@ -15,7 +15,7 @@ from allfuse.base.keys import mix
 from allfuse.roles.blueprint import Blueprint, read_codec
 from allfuse.roles.cutting import cut
 from allfuse.roles.diary import Entry
-from allfuse.roles.gossiper import half_way
+from allfuse.roles.mixing import half_way
 from allfuse.verify.encoded import Named, flatten, name_again
 
 OFFER, ANSWER = 0, 1

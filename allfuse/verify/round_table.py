@@ -24,7 +24,7 @@ from allfuse.roles.diary import (
     OFFERED,
     Entry,
 )
-from allfuse.roles.gossiper import mean_of
+from allfuse.roles.mixing import mean_of
 from allfuse.roles.terms import terms_of
 from allfuse.training.start import build_model
 from allfuse.verify.central import Named
