@@ -8,7 +8,8 @@ Every message says what happened, what was received, what is allowed and what to
     │   ├── PlanError        a plan that has no meaning: given, why not, the nearest that can
     │   ├── JobError         the job file or its arguments
     │   ├── DataError        the samples or rows
-    │   └── RunError         the run folder: exists already, another job, nothing to resume
+    │   ├── RunError         the run folder: exists already, another job, nothing to resume
+    │   └── MergeError       models on disk that cannot be read, or not be fused with each other
     ├── CheckpointError      a checkpoint that cannot be written or read
     ├── NonFiniteLoss        the loss became NaN or infinite
     ├── DistributedError     names rank, peer, operation, step, seconds
@@ -69,6 +70,10 @@ class DataError(UserError):
 
 class RunError(UserError):
     """The run folder does not fit what is asked of it."""
+
+
+class MergeError(UserError):
+    """Models on disk that cannot be read, or not fused with each other; names file and tensor."""
 
 
 class CheckpointError(AllfuseError):

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from allfuse.base.errors import AllfuseError, WorkerFailed
-from allfuse.cli import evaluate, join, plan, predict, run, train, verify
+from allfuse.cli import evaluate, join, merge, plan, predict, run, train, verify
 from allfuse.cli.options import print_json
 
 app = typer.Typer(
@@ -54,6 +54,7 @@ app.command("run", no_args_is_help=True)(run.run)
 app.command("verify", no_args_is_help=True)(verify.verify)
 app.command("evaluate", no_args_is_help=True)(evaluate.evaluate)
 app.command("predict", no_args_is_help=True)(predict.predict)
+app.command("merge", no_args_is_help=True)(merge.merge)
 app.command("plan", no_args_is_help=True)(plan.plan)
 
 

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
-from allfuse.rule.base import GatherRule, Rule, SumRule
+from allfuse.rule.base import GatherRule, Rule, SpanRule, SumRule
+from allfuse.rule.breadcrumbs import Breadcrumbs
+from allfuse.rule.breadcrumbs_ties import BreadcrumbsTies
 from allfuse.rule.clipped import Clipped
+from allfuse.rule.dare_linear import DareLinear
+from allfuse.rule.dare_ties import DareTies
+from allfuse.rule.della import Della
+from allfuse.rule.della_linear import DellaLinear
+from allfuse.rule.karcher import Karcher
+from allfuse.rule.linear import Linear
 from allfuse.rule.mean import Mean
 from allfuse.rule.median import Median
+from allfuse.rule.model_stock import ModelStock
+from allfuse.rule.multislerp import Multislerp
+from allfuse.rule.nearswap import Nearswap
+from allfuse.rule.nuslerp import Nuslerp
+from allfuse.rule.passthrough import Passthrough
+from allfuse.rule.slerp import Slerp
+from allfuse.rule.task_arithmetic import TaskArithmetic
+from allfuse.rule.ties import Ties
 from allfuse.rule.trimmed import Trimmed
 from allfuse.rule.vote import Vote
 
@@ -16,5 +32,27 @@ RULES: dict[str, type[Rule]] = {
     "vote": Vote,
     "clipped": Clipped,
 }
+"""Those that a plan can say."""
 
-__all__ = ["RULES", "GatherRule", "Mean", "Rule", "SumRule"]
+METHODS: dict[str, type[Rule]] = {
+    **{name: rule for name, rule in RULES.items() if rule.fuses_weights},
+    "linear": Linear,
+    "slerp": Slerp,
+    "nuslerp": Nuslerp,
+    "task_arithmetic": TaskArithmetic,
+    "ties": Ties,
+    "dare_linear": DareLinear,
+    "dare_ties": DareTies,
+    "della": Della,
+    "della_linear": DellaLinear,
+    "breadcrumbs": Breadcrumbs,
+    "breadcrumbs_ties": BreadcrumbsTies,
+    "model_stock": ModelStock,
+    "multislerp": Multislerp,
+    "karcher": Karcher,
+    "nearswap": Nearswap,
+    "passthrough": Passthrough,
+}
+"""Those that fuse models on disk."""
+
+__all__ = ["METHODS", "RULES", "GatherRule", "Mean", "Rule", "SpanRule", "SumRule"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from allfuse.base.choice import Choice
+from allfuse.rule.sift import Sift
 
 if TYPE_CHECKING:  # plans are read without loading torch
     from torch import Tensor
@@ -18,10 +19,19 @@ class Rule(Choice, ABC):
 
     fuses_weights: whether it makes weights of weights, or has a meaning for gradients only.
     linear: whether what is missing in one round may be added later, as error feedback does.
+    of_changes: whether it fuses what changed since a base that all come from, to which the fused
+        change is added; else the values themselves.
+    models: how many it fuses, where it is not any number.
     """
 
     fuses_weights: ClassVar[bool] = True
     linear: ClassVar[bool] = False
+    of_changes: ClassVar[bool] = False
+    models: ClassVar[int | None] = None
+
+    def sift(self, count: int) -> Sift | None:
+        """What is left out of one model's tensor of so many numbers first; None: nothing."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -59,3 +69,16 @@ class GatherRule(Rule):
     @abstractmethod
     def fuse(self, values: Tensor, weights: Tensor) -> Tensor:
         """The fused value (k,) of those of n peers: values (n, k), their weights (n,)."""
+
+
+@dataclass(frozen=True)
+class SpanRule(Rule):
+    """A rule that gives sum(c_i x_i), where the c follow from the lengths of the x and the angles
+    between them.
+
+    Its statistic is the Gram matrix of a whole tensor, which is summed over its blocks.
+    """
+
+    @abstractmethod
+    def coefficients(self, gram: Tensor, weights: Tensor) -> Tensor:
+        """The c, float64 (n,), from gram[i, j] = <x_i, x_j>, float64 (n, n), and weights (n,)."""

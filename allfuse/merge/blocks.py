@@ -1,0 +1,75 @@
+"""Reads blocks of tensors from files, and writes them at their places."""
+
+from __future__ import annotations
+
+import os
+import threading
+import zlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from allfuse.base.errors import MergeError
+from allfuse.base.tensors import tensor_bytes
+from allfuse.merge.header import ITEM_BYTES, Entry
+from allfuse.store.tensorfile import NAMES
+
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
+
+
+class Files:
+    """Files that are read and written at any place by several threads, each opened once."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+        self._lock = threading.Lock()
+        self._open: dict[Path, int] = {}
+
+    def _descriptor(self, file: Path) -> int:
+        with self._lock:
+            if file not in self._open:
+                path = file if self.folder is None else self.folder / file
+                flags = os.O_RDONLY if self.folder is None else os.O_RDWR
+                self._open[file] = os.open(path, flags | os.O_CLOEXEC)
+            return self._open[file]
+
+    def read(self, entry: Entry, begin: int, count: int) -> Tensor:
+        """Numbers of a tensor as they are, (count,).
+
+        Raises:
+            MergeError: the file has become shorter, or cannot be read.
+        """
+        item = ITEM_BYTES[entry.dtype]
+        raw = torch.empty(count * item, dtype=torch.uint8)
+        rest, place = tensor_bytes(raw), entry.begin + begin * item
+        descriptor = self._descriptor(entry.file)
+        while rest:
+            try:
+                got = os.preadv(descriptor, [rest], place)
+            except OSError as error:
+                raise MergeError(f"{entry.file} cannot be read: {error.strerror}") from error
+            if not got:
+                raise MergeError(f"{entry.file} ends within {entry.name}; it was changed meanwhile")
+            rest, place = rest[got:], place + got
+        return raw.view(DTYPES[entry.dtype])
+
+    def write(self, entry: Entry, begin: int, values: Tensor) -> int:
+        """Put numbers at their place; the crc of their bytes."""
+        data = tensor_bytes(values)
+        rest, place = data, entry.begin + begin * ITEM_BYTES[entry.dtype]
+        descriptor = self._descriptor(entry.file)
+        while rest:
+            done = os.pwrite(descriptor, rest, place)
+            rest, place = rest[done:], place + done
+        return zlib.crc32(data)
+
+    def sync(self) -> None:
+        """Return when all is on the disk."""
+        for descriptor in self._open.values():
+            os.fsync(descriptor)
+
+    def close(self) -> None:
+        with self._lock:
+            while self._open:
+                os.close(self._open.popitem()[1])

@@ -1,0 +1,196 @@
+"""The stages in which one tensor is fused, block by block.
+
+    1. turns of the sift: each model's statistics, summed over the blocks
+    2. the Gram matrix, for rules that need it
+    3. each block: read, changed to changes, sifted, fused, added to the base, written
+
+Blocks of a stage can go at once; what they found is put together in their order when the last one
+is done, so that neither threads nor their order change a bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from allfuse.base.errors import MergeError
+from allfuse.merge.blocks import DTYPES, Files
+from allfuse.merge.header import Entry
+from allfuse.merge.outline import Task
+from allfuse.merge.recipe import Recipe
+from allfuse.rule import SpanRule, SumRule
+from allfuse.rule.base import GatherRule
+from allfuse.rule.sift import Sift, Stretch
+
+
+class Found:
+    """What the turns of the sift found out of one model's tensor.
+
+    Whole numbers are summed as they come, in any order; others when all blocks are there.
+
+    Attributes:
+        totals: the sum over all blocks, by turn.
+        before: of turns that run, the sums over earlier blocks.
+    """
+
+    def __init__(self) -> None:
+        self.totals: list[Tensor] = []
+        self.before: dict[int, list[Tensor]] = {}
+        self._sum: Tensor | None = None
+        self._parts: dict[int, Tensor] = {}
+
+    def take(self, block: int, part: Tensor, running: bool) -> None:
+        """What the present turn found out of a block."""
+        if running or part.is_floating_point():
+            self._parts[block] = part
+        else:
+            self._sum = part if self._sum is None else self._sum.add_(part)
+
+    def close_turn(self) -> None:
+        """All blocks are there."""
+        if self._sum is not None:
+            self.totals.append(self._sum)
+        else:
+            parts = [self._parts[block] for block in range(len(self._parts))]
+            earlier = [torch.zeros_like(parts[0])]
+            for part in parts:
+                earlier.append(earlier[-1] + part)
+            self.before[len(self.totals)] = earlier
+            self.totals.append(earlier[-1])
+        self._sum, self._parts = None, {}
+
+    def at(self, block: int, running: frozenset[int]) -> list[Tensor]:
+        """What is known at a block."""
+        return [
+            self.before[turn][block] if turn in running else total
+            for turn, total in enumerate(self.totals)
+        ]
+
+
+class Course:
+    """One tensor on its way through the stages.
+
+    Args:
+        sources, target: the files it is read from, and written to.
+    """
+
+    def __init__(self, task: Task, recipe: Recipe, sources: Files, target: Files) -> None:
+        self.task, self.recipe = task, recipe
+        self.sources, self.target = sources, target
+        self.blocks = task.blocks()
+        self.stage = 0
+        self.rule = recipe.rule
+        self.is_copied = not task.target.is_float
+        self.sift: Sift | None = None if self.is_copied else self.rule.sift(task.target.count)
+        turns = self.sift.turns if self.sift else 0
+        spans = isinstance(self.rule, SpanRule) and not self.is_copied
+        self.stages = [*(f"turn {turn}" for turn in range(turns)), *(["gram"] * spans), "write"]
+        self._found = [Found() for _ in task.inputs]
+        self._grams: dict[int, Tensor] = {}
+        self._gram: Tensor | None = None
+
+    @property
+    def is_last(self) -> bool:
+        return self.stages[self.stage] == "write"
+
+    @torch.no_grad()
+    def do(self, block: int) -> Any:
+        """Do one block of the present stage; what it found. Of the last one the crc."""
+        name = self.stages[self.stage]
+        if name == "write":
+            return self._write(block)
+        if name == "gram":
+            values = torch.stack(self._sifted(block)).double()
+            return values @ values.T
+        assert self.sift is not None
+        turn, sift = len(self._found[0].totals), self.sift
+        return [
+            sift.measure(turn, self._stretch(model, block), self._known(model, block))
+            for model in range(len(self.task.inputs))
+        ]
+
+    def take(self, block: int, result: Any) -> None:
+        """What a block of the present stage gave; one at a time."""
+        if self.stages[self.stage] == "gram":
+            self._grams[block] = result
+        elif not self.is_last:
+            assert self.sift is not None
+            running = len(self._found[0].totals) in self.sift.running
+            for found, part in zip(self._found, result, strict=True):
+                found.take(block, part, running)
+
+    def close_stage(self) -> None:
+        """All blocks of a stage are done: put together what they found, in their order."""
+        if self.stages[self.stage] == "gram":
+            self._gram = torch.stack([self._grams[b] for b in range(len(self.blocks))]).sum(0)
+        elif not self.is_last:
+            for found in self._found:
+                found.close_turn()
+        self.stage += 1
+
+    def _known(self, model: int, block: int) -> list[Tensor]:
+        assert self.sift is not None
+        return self._found[model].at(block, self.sift.running)
+
+    def _read(self, entry: Entry, block: int) -> Tensor:
+        """A block in float32. Raises MergeError where the last stage meets what is not finite."""
+        begin, count = self.blocks[block]
+        values = self.sources.read(entry, begin, count).float()
+        if self.is_last and not self.recipe.allow_nan and not values.sum().isfinite():
+            bad = (~values.isfinite()).nonzero()
+            if len(bad):
+                at = begin + int(bad[0])
+                raise MergeError(
+                    f"{entry.file}: {entry.name} has {values[int(bad[0])].item()} at index {at:,}; "
+                    "next: take another checkpoint, or --allow-nan"
+                )
+        return values
+
+    def _stretch(self, model: int, block: int) -> Stretch:
+        """A block of one model: its values, or what changed since the base."""
+        task = self.task
+        values = self._read(task.inputs[model], block)
+        if task.base is not None:
+            values -= self._read(task.base, block)
+        key = self.recipe.key(task.target.name, model)
+        return Stretch(values, self.blocks[block][0], task.target.shape, key)
+
+    def _sifted(self, block: int) -> list[Tensor]:
+        return [self._sifted_one(model, block) for model in range(len(self.task.inputs))]
+
+    def _sifted_one(self, model: int, block: int) -> Tensor:
+        stretch = self._stretch(model, block)
+        if self.sift is None:
+            return stretch.values
+        return self.sift.apply(stretch, self._known(model, block))
+
+    def _write(self, block: int) -> int:
+        target, (begin, count) = self.task.target, self.blocks[block]
+        if self.is_copied:
+            return self.target.write(
+                target, begin, self.sources.read(self.task.inputs[0], begin, count)
+            )
+        fused = self._fuse(block)
+        if self.task.base is not None:
+            fused += self._read(self.task.base, block)
+        return self.target.write(target, begin, fused.to(DTYPES[target.dtype]))
+
+    def _fuse(self, block: int) -> Tensor:
+        rule, weights = self.rule, self.recipe.weights
+        if isinstance(rule, SumRule):
+            total = rule.prepare(self._sifted_one(0, block), weights[0])
+            for model in range(1, len(weights)):
+                total += rule.prepare(self._sifted_one(model, block), weights[model])
+            return rule.finish(total, sum(weights))
+        values = self._sifted(block)
+        if isinstance(rule, SpanRule):
+            assert self._gram is not None
+            shares = rule.coefficients(self._gram, torch.tensor(weights, dtype=torch.float64))
+            total = values[0].mul_(float(shares[0]))
+            for value, share in zip(values[1:], shares[1:].tolist(), strict=True):
+                total.add_(value, alpha=share)
+            return total
+        assert isinstance(rule, GatherRule)
+        return rule.fuse(torch.stack(values), torch.tensor(weights, dtype=torch.float32))

@@ -1,0 +1,128 @@
+"""allfuse merge, as it is typed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from allfuse.base.errors import MergeError, PlanError, UserError
+from allfuse.cli.app import app
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> list[str]:
+    paths = [str(tmp_path / f"{number}.safetensors") for number in (0, 1, 2)]
+    for number, path in enumerate(paths):
+        save_file({"w": torch.full((20, 30), float(number)), "n": torch.tensor([number])}, path)
+    return paths
+
+
+def merge(*arguments: str) -> str:
+    """What the command prints; its error is raised."""
+    result = CliRunner().invoke(app, ["merge", *arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_merge_writes_a_model_and_says_so(models: list[str], tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    said = merge(*models, "--weights", "1,1,2", "--out", out)
+    assert "601 parameters in 2 tensors by mean" in said
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(found["w"], torch.full((20, 30), 1.25))
+
+
+def test_a_dry_run_reads_no_data_and_writes_nothing(models: list[str], tmp_path: Path) -> None:
+    said = merge(*models[1:], "--base", models[0], "--rule", "ties(density=0.2)", "--dry-run",
+                 "--out", str(tmp_path / "out"))  # fmt: skip
+    assert "601 parameters" in said
+    assert "being whole numbers: n" in said
+    assert sorted(os.listdir(tmp_path)) == ["0.safetensors", "1.safetensors", "2.safetensors"]
+
+
+def test_json_ends_with_one_line(models: list[str], tmp_path: Path) -> None:
+    said = merge(*models, "--out", str(tmp_path / "out"), "--json", "--quiet")
+    told = json.loads(said.splitlines()[-1])
+    assert told["ok"] is True
+    assert told["rule"] == "mean"
+    assert told["parameters"] == 601
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "said"),
+    [
+        (["--rule", "tie"], PlanError, "did you mean 'ties'"),
+        (["--rule", "ties(densty=1)"], PlanError, "did you mean 'density'"),
+        (["--rule", "ties"], MergeError, "--base"),
+        (["--weights", "1,x,1"], UserError, "allowed: numbers"),
+        (["--weights", "1"], MergeError, "1 weights for 3 models"),
+        (["--memory", "much"], UserError, "such as 500MB"),
+        (["--threads", "0"], UserError, "1 or more"),
+    ],
+)
+def test_bad_options_end_before_anything_is_written(
+    arguments: list[str], error: type[Exception], said: str, models: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=said):
+        merge(*models, "--out", str(tmp_path / "out"), *arguments)
+    assert len(os.listdir(tmp_path)) == 3
+
+
+def test_the_command_loads_no_torch_before_headers_are_checked(
+    models: list[str], tmp_path: Path
+) -> None:
+    script = (
+        "import sys; from typer.testing import CliRunner; from allfuse.cli.app import app; "
+        f"CliRunner().invoke(app, ['merge', {models[0]!r}, {models[1]!r}, '--out', "
+        f"{str(tmp_path / 'out')!r}, '--dry-run'], catch_exceptions=False); "
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.strip() == "False", done.stderr
+
+
+def test_a_merge_that_was_killed_goes_on(tmp_path: Path) -> None:
+    for number in range(2):
+        chance = torch.Generator().manual_seed(number)
+        save_file(
+            {f"w{n}": torch.randn(500, 2000, generator=chance) for n in range(8)},
+            tmp_path / f"{number}.safetensors",
+        )
+    models = [str(tmp_path / f"{number}.safetensors") for number in (0, 1)]
+    command = [sys.executable, "-m", "allfuse", "merge", *models, "--rule", "slerp", "--out"]
+    out, partial = tmp_path / "out", tmp_path / ".partial-out"
+    process = subprocess.Popen([*command, str(out)], stdout=subprocess.DEVNULL)
+    until = time.monotonic() + 60
+    while not _has_blocks(partial / "journal") and process.poll() is None:
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    if not out.exists():  # it may have been faster
+        assert partial.exists()
+    merge(*models, "--rule", "slerp", "--out", str(tmp_path / "whole"))
+    merge(*models, "--rule", "slerp", "--out", str(out), "--overwrite")
+    assert not partial.exists()
+    whole = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert (out / "model.safetensors").read_bytes() == whole
+
+
+def _has_blocks(journal: Path) -> bool:
+    try:
+        return journal.read_text().count("\n") > 1
+    except OSError:
+        return False
