@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Nearswap(GatherRule):
-    """(1 - s) x_1 + s x_2 with s = t / |x_1 - x_2|, at most 1: the second model's numbers where they
-    are nearer than t to the first one's, which is the base.
+    """(1 - s) x_1 + s x_2 with s = t / |x_1 - x_2|, at most 1: the second model's numbers where
+    they are nearer than t to the first one's, which is the base.
     """
 
     name: ClassVar[str] = "nearswap"

@@ -17,7 +17,7 @@ PARALLEL = 0.9995
 
 @dataclass(frozen=True)
 class Slerp(SpanRule):
-    """sin((1 - t) a) / sin(a) x_1 + sin(t a) / sin(a) x_2, with the angle a between two whole tensors
+    """sin((1 - t) a) / sin(a) x_1 + sin(t a) / sin(a) x_2, a being the angle between two tensors
     (Shoemake 1985, doi:10.1145/325165.325242); from a cosine of 0.9995 on (1 - t) x_1 + t x_2.
 
     Weights are not looked at. A tensor of zeros is at right angles to all.
