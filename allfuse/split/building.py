@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, UntypedStorage, nn
 from torch.overrides import TorchFunctionMode
 
+from allfuse.base.heap import Returns
 from allfuse.base.tensors import tensor_bytes
 from allfuse.base.torch_private import DispatchMode, memory_key, memory_users
 from allfuse.split.draws import Draw
@@ -107,7 +108,7 @@ class Builder(DispatchMode):
         self.is_working = False  # then calls are its own
         self._histories: dict[int, History] = {}
         self._here: dict[History, None] = {}  # those with numbers, last used last
-        self._calls = 0
+        self._calls, self._returns = 0, Returns()
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -244,6 +245,7 @@ class Builder(DispatchMode):
     def _empty(self, history: History) -> None:
         assert history.memory is not None
         history.memory.resize_(0)
+        self._returns.freed(history.nbytes)
         self._here.pop(history, None)
 
     def keep(self, tensor: Tensor) -> None:

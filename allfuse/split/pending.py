@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from allfuse.base.heap import Returns
 from allfuse.split.absent import Absent
 from allfuse.split.hollow import hollow, is_hollow
 from allfuse.split.piece import Piece, whole_piece
@@ -72,14 +73,14 @@ class Pending:
             pieces: what is needed of those that are not needed whole; None: nothing.
         """
         self.stop_guarding()
-        pieces = pieces or {}
+        pieces, returns = pieces or {}, Returns()
         for name, parameter in self.model.named_parameters():
             remake = self._remakes.pop(parameter, None)
             if remake is None:
                 continue
             piece = pieces.get(name, whole_piece(tuple(parameter.shape)))
             if piece is not None:
-                _fill(parameter, piece, remake)
+                returns.freed(_fill(parameter, piece, remake))
 
     def stop_guarding(self) -> None:
         """The parameters are as others are: when somebody who knows of it cuts the model."""
@@ -90,12 +91,14 @@ class Pending:
         self._handles.clear()
 
 
-def _fill(parameter: nn.Parameter, piece: Piece, remake: Remake) -> None:
+def _fill(parameter: nn.Parameter, piece: Piece, remake: Remake) -> int:
+    """The bytes that were needed for it, and are not any more."""
     whole = remake()
     if is_hollow(parameter):
         like = whole if piece.own == piece.whole else whole.new_empty(piece.own, device="meta")
         parameter.data = torch.empty_like(like, dtype=parameter.dtype, device=parameter.device)
     piece.load(parameter.data, whole)
+    return whole.nbytes
 
 
 def _empty(parameter: nn.Parameter, device: torch.device) -> None:
