@@ -31,8 +31,11 @@ def assert_verified(run: Run) -> None:
     assert "bit for bit" in verified.stdout
 
 
-def test_of_workers_that_gossip_one_is_killed_and_the_run_is_executed_again(start: Any) -> None:
-    run = start("site(4, topology=gossip(one_peer), sync=asp, min=1)", EPOCHS)
+@pytest.mark.parametrize("codec", ["identity", pytest.param("int8", marks=pytest.mark.slow)])
+def test_of_workers_that_gossip_one_is_killed_and_the_run_is_executed_again(
+    start: Any, codec: str
+) -> None:
+    run = start(f"site(4, topology=gossip(one_peer), sync=asp, codec={codec}, min=1)", EPOCHS)
     run.until(40)
     pids = [*run.workers(), *run.roles()]
     kill(run.workers()[2])
