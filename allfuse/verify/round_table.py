@@ -26,7 +26,7 @@ from allfuse.roles.diary import (
 )
 from allfuse.roles.mixing import mean_of
 from allfuse.roles.terms import terms_of
-from allfuse.training.start import build_model
+from allfuse.training.building import build_first
 from allfuse.verify.central import Named
 from allfuse.verify.history import Gossip, History
 from allfuse.verify.meetings import AFTER, Learned, in_order
@@ -54,7 +54,7 @@ class RoundTable:
         assert history.gossip is not None, "servers held the weights"
         self.gossip: Gossip = history.gossip
         self._counted = {update.lease for update in history.updates}
-        model = build_model(job.model, job.seed).to(device)
+        model = build_first(job).to(device)
         blueprint = make_blueprint(job, model, outer, terms)
         self._pairs = Pairs(blueprint)
         samples = Samples(job, terms.parts, plan.inner.replicas)
