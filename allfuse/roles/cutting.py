@@ -126,8 +126,8 @@ def _at_grain(place: int, block: Block, grain: int) -> int:
 def cut_pieces(
     blocks: Sequence[Block], spans: Iterable[Span], most_bytes: int = PIECE_BYTES
 ) -> list[Piece]:
-    """A shard in pieces of at most so many bytes, of each of which the same ranks have all. There is
-    one at least, which may be empty."""
+    """A shard in pieces of at most so many bytes, each of which the same ranks have. There is at
+    least one, which may be empty."""
     pieces: list[list[Span]] = [[]]
     ranks: list[tuple[int, ...]] = [(0,)]
     room = most_bytes
