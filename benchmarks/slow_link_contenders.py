@@ -136,7 +136,7 @@ def contests() -> list[tuple[Goal, list[Contender]]]:
                 plan("site(4, every=32, topology=central, codec=int4)", 32, 3e-3),
                 plan("site(4, every=208, topology=central, codec=int4)", 208, 3e-3),
                 plan("site(4, every=16, topology=central, codec=sign)", 16, 4e-3),
-                plan("site(4, every=24, topology=central, codec=sign)", 24, 4e-3),
+                plan("site(4, every=16, topology=central, codec=sign(block=256))", 16, 4e-3),
             ],
         ),
     ]
