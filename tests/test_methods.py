@@ -153,7 +153,7 @@ REFERENCES: dict[str, tuple[Rule, Callable[[list[Tensor]], Tensor]]] = {
         lambda v: added([largest(x, 30, 180) for x in v], WEIGHTS),
     ),
     "breadcrumbs_ties": (
-        METHODS["breadcrumbs_ties"](density=0.95, gamma=0.1),
+        METHODS["breadcrumbs_ties"](density=0.95, gamma=0.1, normalize=True),
         lambda v: elect([largest(x, 15, 300) for x in v], WEIGHTS),
     ),
     "model_stock": (METHODS["model_stock"](), stock),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar
 
 from allfuse.rule.elected import Elected
@@ -18,6 +18,9 @@ class BreadcrumbsTies(Elected):
     name: ClassVar[str] = "breadcrumbs_ties"
     density: float = 1.0
     gamma: float = 0.01
+
+    _: KW_ONLY
+    normalize: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

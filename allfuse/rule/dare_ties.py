@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar
 
 from allfuse.rule.chance import drop
@@ -19,6 +19,9 @@ class DareTies(Elected):
 
     name: ClassVar[str] = "dare_ties"
     density: float = 1.0
+
+    _: KW_ONLY
+    normalize: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
