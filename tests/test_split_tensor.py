@@ -209,7 +209,9 @@ def test_a_model_that_looks_at_its_numbers_is_refused_with_the_module() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x if x.sum() > 0 else -x
 
-    with pytest.raises(UserError, match=r"shapes alone, in 1: .*Data"):
+    with pytest.raises(
+        UserError, match=r"shapes alone, in 1 \(Looks\): .* the numbers in a tensor"
+    ):
         plan_of(nn.Sequential(nn.Linear(8, 8), Looks()).double(), run_on(5, 8), 2)
 
 

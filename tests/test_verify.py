@@ -344,7 +344,7 @@ def test_a_repeated_or_dropped_sample_is_found(
 
 
 def test_batch_statistics_left_local_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("allfuse.training.session.globalize_batch_norm", lambda model, link: [])
+    monkeypatch.setattr("allfuse.training.handing.globalize_batch_norm", lambda model, link: [])
     report = check("data(2)")
     assert report.first is not None
     assert (report.first.what, report.first.step) == ("loss", 1)
@@ -403,7 +403,7 @@ def test_other_first_weights_on_one_rank_are_found(monkeypatch: pytest.MonkeyPat
         if here()[0] == 1:
             tensors[0].data[0, 0] += 1e-6
 
-    monkeypatch.setattr("allfuse.training.session.spread", move)
+    monkeypatch.setattr("allfuse.training.building.spread", move)
     first = check("data(2)").first
     assert first is not None
     assert (first.what, first.rank, first.step) == ("first.weight", 1, 0)

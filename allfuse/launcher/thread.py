@@ -124,6 +124,8 @@ class Muster:
             return self._hubs[number].get(place_of(worker)) is not None
 
         self.roll.end(worker)
+        if not self.roll.policy.goes_on:
+            return
         generation = self.roll.excuse(worker, has_met)
         if generation is not None:
             self._tell(generation)
