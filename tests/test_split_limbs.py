@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from crews import train_crew
+from crews import run_crew, train_crew
 from test_split_served import SERVED, alone, made
 from test_training_split import assert_near
 from torch import Tensor, nn
@@ -16,9 +16,10 @@ from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from allfuse.base.errors import PeerLost
 from allfuse.job import Stop
 from allfuse.launcher import current_world
-from allfuse.link.mailroom import random_faults
+from allfuse.link.mailroom import Fault, random_faults
 from allfuse.roles.blueprint import Blueprint
 from allfuse.roles.client import Client
 from allfuse.roles.hand import Hand
@@ -38,6 +39,7 @@ from allfuse.split.piece import cut_piece, whole_piece
 from allfuse.training import outflow
 from allfuse.training.apart import Apart
 from allfuse.training.leased import LeasedCourse
+from allfuse.training.loop import train_job
 
 
 class Wide(nn.Module):
@@ -205,6 +207,30 @@ def test_limbs_come_to_the_same_under_lost_doubled_and_late_letters() -> None:
     assert ends
     for weights in ends:
         assert_near(weights, alone(job).weights)
+
+
+@pytest.mark.parametrize("lost", range(4))
+def test_weights_that_only_another_rank_lost_are_asked_for_again_at_the_end_too(lost: int) -> None:
+    """The first rank has all, and there is no more work: it still asks for the other one."""
+
+    def faults(sender: str, receiver: str, kind: str, nth: int) -> Fault:
+        is_limb = worker_of(receiver) != receiver
+        return Fault(copies=0 if is_limb and kind == "weights" and nth == lost else 1)
+
+    job = made(stop=Stop(steps=1))
+    told = train_crew(job, "data(1, topology=central(servers=1)) * tensor(2)", faults)
+    assert_near(told.result.weights, alone(job).weights)
+
+
+def test_weights_that_never_come_to_a_rank_end_the_wait() -> None:
+    def faults(sender: str, receiver: str, kind: str, nth: int) -> Fault:
+        return Fault(copies=0 if worker_of(receiver) != receiver and kind == "weights" else 1)
+
+    job, plan = made(stop=Stop(steps=1)), "data(1, topology=central(servers=1)) * tensor(2)"
+    told = run_crew(lambda: train_job(job), plan, faults, timeout_s=2.0)
+    for result in told.results:
+        assert isinstance(result, PeerLost)
+        assert result.operation == "wait for the weights of a lease"
 
 
 # Without a network: two clients of one worker, and a server.

@@ -129,10 +129,13 @@ class Agent(Hand):
             heard, client.heard = client.heard, []
             return heard, client.kept
 
-    def be_patient(self) -> None:
-        """Weights are still on their way to other ranks of the worker."""
+    def await_others(self, are_ready: bool, get_some: bool) -> None:
+        """Whether other ranks of the worker have their weights too, or get some of them just now;
+        else they are asked for again."""
         with self._lock:
-            self._open_client.be_patient(time.monotonic())
+            self._open_client.is_awaited = not are_ready
+            if get_some:
+                self._open_client.be_patient(time.monotonic())
 
     def stop(self, reason: str) -> None:
         """Ask that no more work is handed out."""

@@ -71,6 +71,8 @@ class Client:
         refusal: why this worker may not take part; empty where it may.
         heard: what other ranks are to be handed before the next lease, in its order; empty it.
         kept: the lease whose update was the last to count for sure.
+        is_awaited: whether other ranks of the worker still wait for weights that are here, so that
+            these are asked for again in their time.
 
     Example:
         client = Client(join, blueprint, servers=2)
@@ -105,6 +107,7 @@ class Client:
         self.own_share = 0.0
         self.heard: list[Message] = []
         self.kept = -1
+        self.is_awaited = False
         self._begun = -1  # the version that the last lease was begun from
         self._phase = Phase.JOINING
         self._deliveries: dict[int, Delivery] = {}
@@ -389,7 +392,7 @@ class Client:
 
     def tick(self, now_s: float) -> list[Mail]:
         """To be called a few times in `repeat_s`; the first time joins."""
-        if self.refusal or self.is_over:
+        if self.refusal or (self.is_over and not self.is_awaited):
             return []
         mail: list[Mail] = []
         if self._pace.is_due(now_s):

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 import torch
 
+from allfuse.base.errors import PeerLost
 from allfuse.roles.limb import Standing
 from allfuse.roles.messages import MESSAGES, Lease, Message
 
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 class Following:
     """Tells the ranks of a group, which all ask for the same at the same time.
+
+    Raises:
+        PeerLost: no weights came to one of them for as long as a wait may take.
 
     Args:
         agent: on the first rank.
@@ -45,6 +49,7 @@ class Following:
         self.limb: Limb | None = None
         self.shares_model = False
         self._told_s = 0.0  # when the others heard of the first rank last
+        self._moved_s = 0.0  # when some weights came to a rank last
 
     def share_name(self, name: str) -> str:
         """The name of the worker, which the first rank has. Those of the first replica ask."""
@@ -64,10 +69,21 @@ class Following:
         self._told_s = time.monotonic()
         if not self.shares_model:
             return self.share(None if self._agent is None else self._agent.next_lease())
+        self._moved_s = time.monotonic()
         while True:
             lease = self.share(None if self._agent is None else self._agent.next_ready())
             if self._have_begun(lease):
                 return lease
+            waited_s = time.monotonic() - self._moved_s
+            if waited_s > self.place.world.timeout_s:
+                raise PeerLost(
+                    "no weights came to one of the ranks that share the model",
+                    rank=self.place.rank,
+                    peer=None,
+                    operation="wait for the weights of a lease",
+                    step=lease.done,
+                    seconds=waited_s,
+                )
 
     def _have_begun(self, lease: Lease) -> bool:
         limb, agent = self.limb, self._agent
@@ -78,8 +94,10 @@ class Following:
         )
         self._link.all_reduce(counts, "find out whether all have their weights").wait()
         coming, stuck = counts.tolist()
-        if agent is not None and coming and not stuck:
-            agent.be_patient()
+        if agent is not None:
+            agent.await_others(not (coming or stuck), get_some=bool(coming and not stuck))
+        if coming:
+            self._moved_s = time.monotonic()
         begun = not (coming or stuck) and (agent is None or agent.begin(lease))
         begun = bool(self.tell(int(begun), "begin a lease"))
         if limb is not None:
