@@ -295,7 +295,8 @@ def test_a_job_outlives_workers_that_are_killed_and_join_again_and_again(
     assert (run.out / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("killed", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [1, 2])
 def test_a_killed_server_loses_no_update_where_another_keeps_a_copy(
     start: Any, killed: int
 ) -> None:

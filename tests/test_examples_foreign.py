@@ -36,6 +36,7 @@ def test_lightning_learns_from_gradients_of_low_rank() -> None:
     assert last_loss("lightning_hook.py", "sklearn lightning", "--epochs", "4") < 0.5  # from 2.3
 
 
+@pytest.mark.slow
 def test_the_trainer_learns_from_gradients_of_8_bits() -> None:
     assert last_loss("trainer_hook.py", "transformers accelerate") < 0.55  # from 0.69
 

@@ -304,7 +304,13 @@ def test_under_a_codec_the_mean_is_kept_and_the_logs_give_the_same_bits(codec: s
         assert any(Entry(*each).base >= 0 for log in logs for each in log), "nothing was encoded"
 
 
-@pytest.mark.parametrize("codec", ["identity", *CODECS])
+@pytest.mark.parametrize(
+    "codec",
+    [
+        "identity",
+        *(c if c == "int8" else pytest.param(c, marks=pytest.mark.slow) for c in CODECS),
+    ],
+)
 def test_workers_that_learn_nothing_more_come_to_one_mean_whatever_a_codec_leaves_out(
     codec: str,
 ) -> None:

@@ -31,7 +31,8 @@ def assert_verified(run: Run) -> None:
     assert "bit for bit" in verified.stdout
 
 
-@pytest.mark.parametrize("codec", ["identity", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("codec", ["identity", "int8"])
 def test_of_workers_that_gossip_one_is_killed_and_the_run_is_executed_again(
     start: Any, codec: str
 ) -> None:

@@ -96,7 +96,10 @@ def test_a_whole_site_leaves_with_the_one_that_was_killed() -> None:
     assert result.steps == 12
 
 
-@pytest.mark.parametrize("plan", ["data(2) * tensor(2)", "data(2) * pipe(2)"])
+@pytest.mark.parametrize(
+    "plan",
+    ["data(2) * tensor(2)", pytest.param("data(2) * pipe(2)", marks=pytest.mark.slow)],
+)
 def test_the_replica_of_a_rank_that_was_killed_leaves_as_one(plan: str, tmp_path: Path) -> None:
     """Also the first rank's, which kept the run folder."""
     ends = {1: (5, signal.SIGKILL)}

@@ -94,8 +94,15 @@ def within(model: nn.Module, batch: Any) -> Any:
     return model(input_ids=batch[0], labels=batch[1])
 
 
-@pytest.mark.parametrize("name", ["Llama", "GPT2"])
-@pytest.mark.parametrize("plan", ["tensor(2)", "tensor(3)", "pipe(2) * tensor(2)"])
+@pytest.mark.parametrize("name", ["Llama", pytest.param("GPT2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        pytest.param("tensor(2)", marks=pytest.mark.slow),
+        "tensor(3)",
+        "pipe(2) * tensor(2)",
+    ],
+)
 def test_models_that_compute_their_own_loss_learn_cut_what_they_learn_whole(
     name: str, plan: str
 ) -> None:

@@ -45,7 +45,7 @@ def alone(job: Job) -> Result:
     return result
 
 
-@pytest.mark.parametrize("name", ["mlp", "tied"])
+@pytest.mark.parametrize("name", [pytest.param("mlp", marks=pytest.mark.slow), "tied"])
 @pytest.mark.parametrize("split", ["tensor(2)", "pipe(2)", "shard(2)"])
 def test_servers_of_cut_models_in_step_equal_one_process(name: str, split: str) -> None:
     """Clipped by the norm of the whole gradient, which the servers find."""
@@ -60,9 +60,14 @@ def test_servers_of_cut_models_in_step_equal_one_process(name: str, split: str) 
     [
         ("data(2, topology=central(servers=2, replicas=1))", "pipe(2)"),
         ("site(2, every=3, topology=central(servers=2), outer=nesterov(lr=0.7))", "tensor(3)"),
-        ("site(2, every=3, topology=central(servers=2))", "tensor(2) * pipe(2)"),
-        ("site(2, every=3, delay=1, topology=central(servers=2))", "pipe(2)"),
-        ("site(2, every=4, fragments=2, topology=central(servers=2))", "shard(2)"),
+        *(
+            pytest.param(outer, split, marks=pytest.mark.slow)
+            for outer, split in [
+                ("site(2, every=3, topology=central(servers=2))", "tensor(2) * pipe(2)"),
+                ("site(2, every=3, delay=1, topology=central(servers=2))", "pipe(2)"),
+                ("site(2, every=4, fragments=2, topology=central(servers=2))", "shard(2)"),
+            ]
+        ),
         ("site(2, every=4, fragments=2, delay=1, topology=central(servers=2))", "tensor(2)"),
     ],
 )
@@ -123,13 +128,21 @@ def test_a_run_of_cut_models_equals_its_events_executed_by_one_process(plan: str
     ("first", "then"),
     [
         (f"{SERVED} * tensor(2)", f"{SERVED} * tensor(2)"),
-        (f"{SERVED} * pipe(2)", "tensor(2)"),
         ("tensor(2)", f"{SERVED} * shard(2)"),
-        (f"{SERVED} * shard(2)", SERVED),
-        ("site(1, every=2, sync=asp) * pipe(2)", "site(1, every=2, sync=asp) * tensor(2)"),
         ("site(1, every=2, sync=asp) * tensor(2)", "data(2)"),
-        ("pipe(2)", "site(1, every=2, sync=asp) * shard(2)"),
-        ("site(1, topology=gossip, sync=asp) * tensor(2)", "site(1, every=2, sync=asp) * pipe(2)"),
+        *(
+            pytest.param(first, then, marks=pytest.mark.slow)
+            for first, then in [
+                (f"{SERVED} * pipe(2)", "tensor(2)"),
+                (f"{SERVED} * shard(2)", SERVED),
+                ("site(1, every=2, sync=asp) * pipe(2)", "site(1, every=2, sync=asp) * tensor(2)"),
+                ("pipe(2)", "site(1, every=2, sync=asp) * shard(2)"),
+                (
+                    "site(1, topology=gossip, sync=asp) * tensor(2)",
+                    "site(1, every=2, sync=asp) * pipe(2)",
+                ),
+            ]
+        ),
     ],
 )
 def test_a_run_of_cut_models_goes_on_under_another_plan(

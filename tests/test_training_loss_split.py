@@ -84,7 +84,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("victim", [0, 3])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize(("plan", "make"), CASES)
 def test_whenever_a_rank_of_a_replica_is_lost_the_numbers_are_those_of_one_process(
     plan: str, make: Callable[[], Job], victim: int
@@ -161,7 +161,9 @@ SITES = [
 ]
 
 
-@pytest.mark.parametrize("plan", SITES)
+@pytest.mark.parametrize(
+    "plan", [*SITES[:2], *(pytest.param(each, marks=pytest.mark.slow) for each in SITES[2:])]
+)
 def test_whenever_a_rank_of_a_site_is_lost_the_others_train_to_the_end_and_are_equal(
     plan: str,
 ) -> None:
