@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Three at a time on two cores, since many wait for processes; each goes through its share of the files
 # in their order, and who is done takes half of the rest of another.
-TOGETHER := --numprocesses 3 --dist worksteal
+TOGETHER := --numprocesses 4 --dist worksteal
 
 .PHONY: help setup demo check test test-all bench clean
 

@@ -290,6 +290,7 @@ class Torchrun:
                 os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_plan_with_servers_trains_under_torchrun_and_leaves_nothing_behind(
     tmp_path: Path,
 ) -> None:

@@ -177,6 +177,7 @@ def test_workers_have_no_input_and_print_where_the_caller_does(
     assert err.count("warned") == 2
 
 
+@pytest.mark.slow
 def test_lines_stay_whole_under_an_unbuffered_python(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
@@ -304,6 +305,7 @@ def test_launches_at_the_same_time_do_not_mix() -> None:
     assert not zygotes._busy
 
 
+@pytest.mark.slow
 def test_a_zygote_that_died_while_idle_is_replaced() -> None:
     first = launch_local(zygote_of_worker, 1)
     os.kill(first, signal.SIGKILL)

@@ -56,6 +56,7 @@ def as_one_process() -> Result:
     return train_job(job(optimizer=sgd, stop=Stop(steps=12)))
 
 
+@pytest.mark.slow
 def test_the_others_go_on_after_the_first_and_then_another_are_killed(tmp_path: Path) -> None:
     ends = {0: (4, signal.SIGKILL), 2: (8, signal.SIGKILL)}
     out = tmp_path / "run"
@@ -90,6 +91,7 @@ def test_another_is_killed_while_links_are_made_again() -> None:
     assert_equal(result.weights, as_one_process().weights)
 
 
+@pytest.mark.slow
 def test_a_whole_site_leaves_with_the_one_that_was_killed() -> None:
     ends = {3: (5, signal.SIGKILL)}
     result = launch("site(2) * data(2)", "continue", functools.partial(work, ends))

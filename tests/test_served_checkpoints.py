@@ -103,6 +103,7 @@ def test_a_run_goes_on_under_another_plan_as_if_nothing_had_been(
     assert furthest(whole.weights, rest.weights) < 1e-12
 
 
+@pytest.mark.slow
 def test_a_run_changes_to_servers_and_back_more_than_once(tmp_path: Path) -> None:
     whole = train(adamw(), "data(1)", tmp_path / "whole")
     for number, plan in enumerate([BSP, "data(2)", BSP, "data(1)", BSP]):
@@ -337,6 +338,7 @@ def stopped(job: Job, steps: int) -> Job:
 SITES = "site(2, every=2, topology=central(servers=2), outer={})"
 
 
+@pytest.mark.slow
 def test_sites_over_servers_go_on_with_what_their_optimizers_and_the_outer_one_keep(
     tmp_path: Path,
 ) -> None:
@@ -358,6 +360,7 @@ def test_a_run_of_sites_over_servers_goes_on_otherwise(tmp_path: Path, plan: str
     assert (rest.steps, math.isfinite(rest.loss)) == (14, True)
 
 
+@pytest.mark.slow
 def test_the_same_call_begins_a_run_over_servers_and_goes_on_with_it(tmp_path: Path) -> None:
     first = train(adamw(steps=4), ASP, tmp_path / "run", resume="auto")
     second = train(adamw(steps=8), ASP, tmp_path / "run", resume="auto")

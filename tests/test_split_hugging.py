@@ -100,7 +100,7 @@ def within(model: nn.Module, batch: Any) -> Any:
     [
         pytest.param("tensor(2)", marks=pytest.mark.slow),
         "tensor(3)",
-        "pipe(2) * tensor(2)",
+        pytest.param("pipe(2) * tensor(2)", marks=pytest.mark.slow),
     ],
 )
 def test_models_that_compute_their_own_loss_learn_cut_what_they_learn_whole(

@@ -165,6 +165,7 @@ def test_microbatches_of_each_piece_that_is_accumulated_add_up() -> None:
     assert_learns_alike("asked", "data(2) * pipe(2)", steps=6, accumulate=2)
 
 
+@pytest.mark.slow
 def test_sites_of_stages_learn_what_whole_sites_do() -> None:
     """A tied weight is one, though both of its stages have it in a round of their own."""
     for plan in ("site(2, every=3)", "site(2, every=4, outer=nesterov, codec=int8)"):
