@@ -95,6 +95,28 @@ def test_the_command_loads_no_torch_before_headers_are_checked(
     assert done.stdout.strip() == "False", done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["linear", "slerp", "ties(density=0.2)", "dare_ties(density=0.2)"])
+def test_a_merge_takes_no_more_memory_than_it_may(rule: str, tmp_path: Path) -> None:
+    """Models of 300 MB, of which none could be held in what is left beside Python and torch."""
+    for number in range(4):
+        values = {f"w{n}": torch.randn(8000, 1200).bfloat16() for n in range(16)}
+        save_file(values, tmp_path / f"{number}.safetensors")
+    models = [str(tmp_path / f"{number}.safetensors") for number in (1, 2, 3)]
+    start = ["--base", str(tmp_path / "0.safetensors")] if "ties" in rule else []
+    chosen = models[:2] if rule == "slerp" else models
+    command = [sys.executable, "-m", "allfuse", "merge", *chosen, *start, "--rule", rule, "-q"]
+    command += ["--memory", "500MB", "--out", str(tmp_path / "out")]
+    # a process counts what it was before it became another program: not what these tests take
+    script = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.splitlines()[-1]) * 1024 <= 500e6
+
+
 def test_a_merge_that_was_killed_goes_on(tmp_path: Path) -> None:
     for number in range(2):
         chance = torch.Generator().manual_seed(number)

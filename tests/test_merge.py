@@ -254,6 +254,23 @@ def test_a_damaged_file_is_refused_before_anything_is_written(
     assert not list(tmp_path.glob(".partial*"))
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("no json", "no index of weights"),
+        ('{"weight_map": {"emb": "../0.safetensors"}}', "files in other folders"),
+        ('{"weight_map": {"emb": "gone.safetensors"}}', "no such file beside it"),
+    ],
+)
+def test_an_index_that_is_none_is_refused(
+    content: str, said: str, models: list[Path], tmp_path: Path
+) -> None:
+    folder = split(load_file(models[1]), tmp_path / "parts", 2)
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(MergeError, match=said):
+        fuse(make_rule("mean"), [models[0], folder, *models[2:]], tmp_path / "out")
+
+
 def test_models_of_other_names_and_shapes_are_refused_with_these(tmp_path: Path) -> None:
     one, two = make_model(1), make_model(2)
     two["emb"], two["other"] = torch.zeros(25, 40), torch.zeros(3)

@@ -90,10 +90,10 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
 
 
-def rich_job() -> Job:
+def rich_job(model: Any = normed_network) -> Job:
     """With all that a step changes halfway: batch statistics, momentum, a schedule, clipping."""
     return job(
-        model=normed_network,
+        model=model,
         train=points(26),
         validation=points(10),
         evaluate_every=2,

@@ -44,16 +44,7 @@ class Tied(nn.Module):
 
 
 def tied_job() -> Job:
-    return job(
-        model=Tied,
-        train=points(26),
-        validation=points(10),
-        evaluate_every=2,
-        optimizer=sgd,
-        scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.7),
-        clip=1.0,
-        batch_size=8,
-    )
+    return rich_job(Tied)
 
 
 def adam_job() -> Job:

@@ -225,9 +225,9 @@ ROUND_TRIPS = [
 ]
 
 
-@pytest.mark.parametrize(("before", "after"), ROUND_TRIPS, ids=str)
-def test_checkpoints_move_between_plans(before: str, after: str, tmp_path: Path) -> None:
-    made, out = JOBS["tied"](save_every=10, stop=Stop(steps=10)), tmp_path / "run"
+def assert_moves(before: str, after: str, folder: Path) -> None:
+    """A run goes on under another plan, and its model is that of one process."""
+    made, out = JOBS["tied"](save_every=10, stop=Stop(steps=10)), folder / "run"
     train(made, before, out=out)
     result = train(JOBS["tied"](save_every=10), after, out=out, resume=True)[0]
     assert result.steps == 20
@@ -236,13 +236,23 @@ def test_checkpoints_move_between_plans(before: str, after: str, tmp_path: Path)
     assert_near(written, {name: result.weights[name] for name in written})
 
 
-def test_a_checkpoint_of_stages_is_gone_on_from_to_the_bit(tmp_path: Path) -> None:
-    made, out = JOBS["asked"](save_every=3, stop=Stop(steps=3)), tmp_path / "run"
-    train(made, "data(2) * pipe(2)", out=out)
+def assert_goes_on_to_the_bit(plan: str, folder: Path) -> None:
+    """A run that goes on from a checkpoint comes to the bits of one that was never broken off."""
+    made, out = JOBS["asked"](save_every=3, stop=Stop(steps=3)), folder / "run"
+    train(made, plan, out=out)
     whole = JOBS["asked"](save_every=3, stop=Stop(steps=6))
-    result = train(whole, "data(2) * pipe(2)", out=out, resume=True)[0]
-    straight = train(whole, "data(2) * pipe(2)")[0]
+    result = train(whole, plan, out=out, resume=True)[0]
+    straight = train(whole, plan)[0]
     assert_equal(result.weights, straight.weights, exact=True)
+
+
+@pytest.mark.parametrize(("before", "after"), ROUND_TRIPS, ids=str)
+def test_checkpoints_move_between_plans(before: str, after: str, tmp_path: Path) -> None:
+    assert_moves(before, after, tmp_path)
+
+
+def test_a_checkpoint_of_stages_is_gone_on_from_to_the_bit(tmp_path: Path) -> None:
+    assert_goes_on_to_the_bit("data(2) * pipe(2)", tmp_path)
 
 
 @pytest.mark.parametrize(

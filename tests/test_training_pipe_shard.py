@@ -7,17 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from test_training_pipe import JOBS, alone, assert_learns_alike
+from test_training_pipe import (
+    JOBS,
+    assert_goes_on_to_the_bit,
+    assert_learns_alike,
+    assert_moves,
+)
 from test_training_split import assert_fused_as_whole, assert_near, classes, decayed
 from torch import Tensor
-from training_cases import assert_equal, session, train, under
+from training_cases import session, train, under
 
 from allfuse.base.errors import PeerLost
 from allfuse.job import Stop
 from allfuse.launcher.thread import launch_threads
 from allfuse.link.thread import Script
 from allfuse.split.shard.gather import Block
-from allfuse.store.tensorfile import read_tensors
 from allfuse.training.loop import train_job
 
 SLOW = pytest.mark.slow
@@ -112,22 +116,11 @@ def test_replicas_fuse_the_rows_that_each_rank_has(plan: str) -> None:
     ids=str,
 )
 def test_checkpoints_move_between_plans(before: str, after: str, tmp_path: Path) -> None:
-    made, out = JOBS["tied"](save_every=10, stop=Stop(steps=10)), tmp_path / "run"
-    train(made, before, out=out)
-    result = train(JOBS["tied"](save_every=10), after, out=out, resume=True)[0]
-    assert result.steps == 20
-    assert_near(result.weights, alone("tied")[0].weights)
-    written = read_tensors(out / "model.safetensors")
-    assert_near(written, {name: result.weights[name] for name in written})
+    assert_moves(before, after, tmp_path)
 
 
 def test_a_checkpoint_is_gone_on_from_to_the_bit(tmp_path: Path) -> None:
-    made, out = JOBS["asked"](save_every=3, stop=Stop(steps=3)), tmp_path / "run"
-    train(made, "pipe(2) * shard(2)", out=out)
-    whole = JOBS["asked"](save_every=3, stop=Stop(steps=6))
-    result = train(whole, "pipe(2) * shard(2)", out=out, resume=True)[0]
-    straight = train(whole, "pipe(2) * shard(2)")[0]
-    assert_equal(result.weights, straight.weights, exact=True)
+    assert_goes_on_to_the_bit("pipe(2) * shard(2)", tmp_path)
 
 
 def test_all_ranks_know_the_figures_of_the_last_stage() -> None:

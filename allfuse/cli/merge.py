@@ -89,9 +89,10 @@ def merge(
         plan = outline(recipe)
         refuse_place(plan, out, overwrite)
         told = describe(plan) | {"threads": choose_workers(plan, memory_bytes, threads)}
-        _tell_plan(told, out) if not as_json else print_json(
-            {"ok": True, "command": "merge", **told}
-        )
+        if as_json:
+            print_json({"ok": True, "command": "merge", **told})
+        else:
+            _tell_plan(told, out)
         return
     done = _watched(
         lambda tell: fuse(

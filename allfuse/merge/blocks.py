@@ -13,9 +13,7 @@ from torch import Tensor
 from allfuse.base.errors import MergeError
 from allfuse.base.tensors import tensor_bytes
 from allfuse.merge.header import ITEM_BYTES, Entry
-from allfuse.store.tensorfile import NAMES
-
-DTYPES = {name: dtype for dtype, name in NAMES.items()}
+from allfuse.store.tensorfile import DTYPES
 
 
 class Files:

@@ -9,24 +9,23 @@ from concurrent.futures import ThreadPoolExecutor
 
 from allfuse.base.tensors import tensor_bytes
 from allfuse.merge.blocks import Files
-from allfuse.merge.outline import Outline
+from allfuse.merge.outline import Outline, Task
 
 
 def check_blocks(
     plan: Outline, target: Files, written: Mapping[tuple[int, int], int]
 ) -> list[tuple[int, int]]:
     """The blocks, by tensor and number, whose bytes in the files have not the crc they should."""
-    blocks = [
-        (task, number, begin, count)
-        for task in plan.tasks
-        for number, (begin, count) in enumerate(task.blocks())
-    ]
+    blocks = [(task, number) for task in plan.tasks for number in range(len(task.blocks()))]
 
-    def is_right(of: tuple) -> bool:  # type: ignore[type-arg]
-        task, number, begin, count = of
-        values = target.read(task.target, begin, count)
+    def is_right(task: Task, number: int) -> bool:
+        values = target.read(task.target, *task.blocks()[number])
         return zlib.crc32(tensor_bytes(values)) == written[task.number, number]
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        right = list(pool.map(is_right, blocks))
-    return [(of[0].number, of[1]) for of, good in zip(blocks, right, strict=True) if not good]
+        right = list(pool.map(is_right, *zip(*blocks, strict=True))) if blocks else []
+    return [
+        (task.number, number)
+        for (task, number), good in zip(blocks, right, strict=True)
+        if not good
+    ]

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from allfuse.base.errors import MergeError
-from allfuse.merge.blocks import DTYPES, Files
+from allfuse.merge.blocks import Files
 from allfuse.merge.header import Entry
 from allfuse.merge.outline import Task
 from allfuse.merge.recipe import Recipe
 from allfuse.rule import SpanRule, SumRule
 from allfuse.rule.base import GatherRule
 from allfuse.rule.sift import Sift, Stretch
+from allfuse.store.tensorfile import DTYPES
 
 
 class Found:

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from allfuse.base.heap import Returns
 from allfuse.merge.blocks import Files
 from allfuse.merge.course import Course
+from allfuse.merge.header import ITEM_BYTES
 from allfuse.merge.journal import Journal
 from allfuse.merge.outline import Outline, Task
 
@@ -62,6 +64,7 @@ class Engine:
             raise self._error
 
     def _work(self) -> None:
+        returns = Returns()  # the C library would keep what blocks leave, in each thread
         while (found := self._next()) is not None:
             course, block = found
             try:
@@ -70,6 +73,7 @@ class Engine:
                 self._fail(error)
                 return
             self._end(course, block, result)
+            returns.freed(course.blocks[block][1] * len(course.task.sources) * ITEM_BYTES["F32"])
 
     def _fail(self, error: BaseException) -> None:
         with self._turn:

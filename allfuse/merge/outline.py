@@ -12,7 +12,7 @@ from allfuse.merge.layout import Layout, lay_out
 from allfuse.merge.recipe import Recipe
 from allfuse.merge.source import Source, open_source
 
-BLOCK = 1 << 20
+BLOCK = 1 << 18
 """Numbers that are fused at once, in whole rows. What comes out does not depend on what is done at
 the same time, so nothing else cuts a tensor."""
 SHOWN = 10

@@ -99,5 +99,5 @@ class Limb(Hand):
         if callers:
             wait_any(callers, timeout_s)
         elif timeout_s:
-            time.sleep(timeout_s)
+            self._over.wait(timeout_s)  # there is nobody yet who could wake us
         self._hear_servers()

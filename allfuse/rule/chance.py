@@ -93,7 +93,9 @@ def drop(density: float, preset: str, tilt: float = 0.0) -> Chance | None:
 def check_preset(rule: Choice, preset: str) -> None:
     """Refuse a preset that is none. Raises PlanError."""
     if preset not in PRESETS:
-        raise PlanError(f"preset={preset!r}", "there is none", allowed=", ".join(PRESETS))
+        raise PlanError(
+            f"{rule.name}(preset={preset!r})", "there is no such preset", allowed=", ".join(PRESETS)
+        )
 
 
 def check_tilt(rule: Choice, density: float, tilt: float) -> None:

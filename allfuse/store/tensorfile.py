@@ -48,6 +48,7 @@ NAMES: dict[torch.dtype, str] = {
     torch.bool: "BOOL",
 }
 """The types that a file can hold, under their names in its header."""
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 ALIKE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """A type of the same size that NumPy has too, by bytes, to move values as they are."""
@@ -151,11 +152,10 @@ def describe_tensors(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]
         CheckpointError: the file is missing, damaged, no safetensors file, or holds a type that
             is never written.
     """
-    dtypes = {name: dtype for dtype, name in NAMES.items()}
     with _opened(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  no mapping
         try:
-            return {n: (dtypes[s.get_dtype()], tuple(s.get_shape())) for n, s in slices.items()}
+            return {n: (DTYPES[s.get_dtype()], tuple(s.get_shape())) for n, s in slices.items()}
         except KeyError as error:
             raise CheckpointError(f"{path} holds tensors of type {error}; {DAMAGED}") from error
 

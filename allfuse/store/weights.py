@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from allfuse.base.errors import CheckpointError, UserError
-from allfuse.store.durable import parse_json
+from allfuse.store.model_files import find_model_files
 from allfuse.store.tensorfile import describe_tensors, read_metadata, read_tensors
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 MOST_TOLD = 10  # differences in a message
 
 Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -76,34 +74,7 @@ def open_weights(path: str | Path) -> WeightFiles:
     Raises:
         UserError: there are none. CheckpointError: they cannot be read.
     """
-    path = Path(path)
-    if path.is_file():
-        return WeightFiles([path], str(path))
-    if (path / INDEX).is_file():
-        return WeightFiles(_indexed(path), str(path))
-    found = [path / SINGLE] if (path / SINGLE).is_file() else sorted(path.glob("*.safetensors"))
-    if len(found) != 1:
-        what = f"{len(found)} safetensors files and no {INDEX}" if found else "no weights"
-        raise UserError(
-            f"weights={str(path)!r}: there {'are' if found else 'is'} {what} there; allowed: a "
-            f"safetensors file, or a folder with {SINGLE} or {INDEX}, as a run folder or a model "
-            "of Hugging Face has"
-        )
-    return WeightFiles(found, str(found[0]))
-
-
-def _indexed(folder: Path) -> list[Path]:
-    try:
-        content = parse_json((folder / INDEX).read_bytes())
-        names = list(dict.fromkeys(content["weight_map"].values()))
-        if any(Path(name).name != name for name in names):
-            raise ValueError("it names files in other folders")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{folder / INDEX} is no index of weights: {error}; allowed: JSON with a weight_map of "
-            "names of tensors to names of files"
-        ) from error
-    return [folder / name for name in names]
+    return WeightFiles(find_model_files(Path(path)), str(path))
 
 
 def find_differences(
