@@ -49,6 +49,7 @@ def test_digits_reaches_its_accuracy_with_two_workers() -> None:
     assert result.test["accuracy"] >= 0.95
 
 
+@pytest.mark.slow
 def test_digits_reaches_its_accuracy_with_two_sites() -> None:
     needs("sklearn")
     result = train("digits.py", "site(2, every=5)")

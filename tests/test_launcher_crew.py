@@ -87,6 +87,7 @@ def test_a_group_of_which_one_was_killed_is_started_again_as_a_whole() -> None:
     assert launch_crew(crew_of(work, "restart", ranks=2), timeout_s=30.0) == (1, 2)
 
 
+@pytest.mark.slow
 def test_others_go_on_without_a_group_that_was_killed() -> None:
     assert launch_crew(crew_of(work_on, "continue")) == 0
 

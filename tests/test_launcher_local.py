@@ -537,6 +537,7 @@ def runs(pid: int) -> bool:
     return state != "Z"  # a zombie whose new parent has not looked yet
 
 
+@pytest.mark.slow
 def test_a_script_without_a_guard_is_not_run_again(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(

@@ -254,6 +254,7 @@ def test_a_kill_leaves_no_process_and_no_file(start: Callable[[str], Script], wh
     assert err == ""
 
 
+@pytest.mark.slow
 def test_a_launcher_that_is_killed_while_its_zygote_still_loads_leaves_nothing(
     start: Callable[[str], Script],
 ) -> None:
@@ -272,6 +273,7 @@ def test_a_program_that_ends_does_not_wait_for_an_idle_zygote(
     assert (code, out, err) == (0, "", "")
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_the_zygote_still_loads_is_not_lost(
     start: Callable[[str], Script], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

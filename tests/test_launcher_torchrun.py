@@ -62,6 +62,7 @@ def said(folder: Path) -> list[str]:
     return [(folder / f"rank {rank}").read_text().strip() for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_ranks_join_again_and_again_beside_the_scripts_own_process_group(tmp_path: Path) -> None:
     body = """
     before = signal.getsignal(signal.SIGTERM)

@@ -316,6 +316,7 @@ class Odd(torch.nn.Module):
 
 
 @pytest.mark.parametrize(("first", "second"), [(BSP, "data(1)"), ("data(1)", BSP), (BSP, BSP)])
+@pytest.mark.slow
 def test_what_servers_do_not_hold_is_kept_too(tmp_path: Path, first: str, second: str) -> None:
     made = adamw(model=Odd, optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9))
     whole = train(made, "data(1)", tmp_path / "whole")
@@ -354,6 +355,7 @@ def test_sites_over_servers_go_on_with_what_their_optimizers_and_the_outer_one_k
 
 
 @pytest.mark.parametrize("plan", ["data(2)", "site(2, every=2)", ASP])
+@pytest.mark.slow
 def test_a_run_of_sites_over_servers_goes_on_otherwise(tmp_path: Path, plan: str) -> None:
     train(adamw(steps=6), SITES.format("average"), tmp_path / "run")
     rest = train(adamw(), plan, tmp_path / "run", resume=True)

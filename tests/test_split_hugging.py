@@ -79,7 +79,10 @@ def made_job(name: str) -> Job:
     )
 
 
-@pytest.mark.parametrize("name", ["Llama", "GPT2", "Bert", "ViT"])
+@pytest.mark.parametrize(
+    "name",
+    ["Llama", "Bert", *(pytest.param(each, marks=pytest.mark.slow) for each in ("GPT2", "ViT"))],
+)
 def test_models_of_transformers_learn_cut_what_they_learn_whole(name: str) -> None:
     whole, told = recorded(made_job(name), "data(1)")
     for plan in ("tensor(2)", "data(2) * tensor(2)", "shard(3)"):

@@ -258,6 +258,7 @@ def test_a_loop_of_ones_own_pushes_pieces_when_its_optimizer_steps() -> None:
     assert_near(told.results[0], under("data(1)", work)[0])
 
 
+@pytest.mark.slow
 def test_a_group_waits_for_slower_ones_longer_than_a_links_deadline() -> None:
     slow_s, timeout_s = 3.0, 2.0
     plain = made(stop=Stop(steps=3))

@@ -71,7 +71,7 @@ CASES = [
     ("data(2) * tensor(2)", rich_job),
     ("data(2) * pipe(2)", tied_job),
     ("data(2) * shard(2)", rich_job),
-    ("data(3) * tensor(2)", adam_job),
+    pytest.param("data(3) * tensor(2)", adam_job, marks=pytest.mark.slow),
 ]
 
 

@@ -101,7 +101,7 @@ def test_replicas_fuse_the_rows_that_each_rank_has(plan: str) -> None:
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ("pipe(2) * shard(2)", "data(1)"),
+        pytest.param("pipe(2) * shard(2)", "data(1)", marks=SLOW),
         ("data(2)", "pipe(2) * shard(2)"),
         *(
             pytest.param(before, after, marks=SLOW)

@@ -34,12 +34,12 @@ class _Guarded:
             told = next((x.why for x in several if isinstance(x, _Guarded)), "")
             raise UserError(told) from None
         if function == Tensor.data.__get__:  # type: ignore[attr-defined]
-            result.__class__ = AbsentData
+            result.__class__ = ElsewhereData
             result.why = args[0].why
         return result
 
 
-class Absent(_Guarded, nn.Parameter):
+class Elsewhere(_Guarded, nn.Parameter):
     """A parameter of another stage. A copy is a plain parameter."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
@@ -50,7 +50,7 @@ class Absent(_Guarded, nn.Parameter):
         return copied
 
 
-class AbsentData(_Guarded, Tensor):
+class ElsewhereData(_Guarded, Tensor):
     """The `data` of one."""
 
 
@@ -66,7 +66,7 @@ def guard(model: nn.Module, ranks: Mapping[str, tuple[int, ...]], own: int, plan
         if own in there or type(parameter) is not nn.Parameter:
             continue
         module = name.rpartition(".")[0] or "the model itself"
-        parameter.__class__ = Absent
+        parameter.__class__ = Elsewhere
         vars(parameter)["why"] = (
             f"the weight {name} of module {module} was changed on rank {own} of {plan} by code of "
             f"the job: it is in a stage of rank {there[0]}, and has no memory here; allowed: each "
