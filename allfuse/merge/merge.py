@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from allfuse.base.errors import MergeError
 from allfuse.base.units import format_bytes
-from allfuse.merge.journal import NAME as JOURNAL
+from allfuse.merge.folder import finish, held, make_files, refuse_folder
 from allfuse.merge.journal import Journal
 from allfuse.merge.outline import BLOCK, Outline, outline
 from allfuse.merge.recipe import Recipe
-from allfuse.store.durable import explain, partial_path, sync_folder
-from allfuse.store.model_files import INDEX
+from allfuse.store.durable import explain, partial_path
 
 if TYPE_CHECKING:
     from allfuse.merge.blocks import Files
@@ -31,7 +27,6 @@ EACH_BYTES = 70
 """What a thread takes for each number of a block and model: 65 when measured for della, which takes
 most."""
 MEMORY_BYTES = 1_000_000_000
-LOCK = "lock"
 
 Tell = Callable[..., None]
 
@@ -75,9 +70,9 @@ def merge(
     count = choose_workers(plan, memory_bytes, workers)
     partial = partial_path(out)
     try:
-        with _held(partial) as folder:
+        with held(partial) as folder:
             resumed = _fuse(plan, folder, count, tell)
-            _finish(plan, folder, out)
+            finish(plan.layout, plan.first.side_files(), folder, out)
     except OSError as error:
         raise MergeError(explain(error, out)) from error
     return Merged(
@@ -97,25 +92,8 @@ def refuse_place(plan: Outline, out: Path, overwrite: bool) -> None:
     Raises:
         MergeError: says what is there, or how much room is missing.
     """
-    place = out.resolve()
-    for source in [*plan.sources, *([] if plan.base is None else [plan.base])]:
-        own = source.path.resolve()
-        if place == own or own in place.parents or place in own.parents:
-            raise MergeError(
-                f"{out} lies inside the model {source.path}, or holds it; next: another"
-            )
-    if out.exists() and not overwrite:
-        raise MergeError(f"{out} is there already; next: another --out, or --overwrite")
-    if not out.parent.is_dir():
-        raise MergeError(f"{out.parent}, where {out.name} is to be, is no folder")
-    partial = partial_path(out)
-    has = sum(file.stat().st_blocks * 512 for file in partial.glob("*")) if partial.is_dir() else 0
-    free = shutil.disk_usage(out.parent).free
-    if plan.written_bytes > free + has:
-        raise MergeError(
-            f"{out} needs {format_bytes(plan.written_bytes)}, and {format_bytes(free + has)} are "
-            "free there; next: free some, or another --out"
-        )
+    models = [*plan.sources, *([] if plan.base is None else [plan.base])]
+    refuse_folder([source.path for source in models], plan.written_bytes, out, overwrite)
 
 
 def choose_workers(plan: Outline, memory_bytes: int, workers: int | None) -> int:
@@ -144,7 +122,7 @@ def _fuse(plan: Outline, folder: Path, workers: int, tell: Tell) -> int:
     journal = Journal(folder, fingerprint(plan))
     sources, target = Files(), Files(folder)
     try:
-        _make_files(plan, folder, fresh=not journal.goes_on)
+        make_files(plan.layout, folder, fresh=not journal.goes_on)
         resumed = len(journal.done)
         tell("merging", bytes=0, total=plan.written_bytes, resumed=resumed, workers=workers)
         while True:
@@ -159,20 +137,6 @@ def _fuse(plan: Outline, folder: Path, workers: int, tell: Tell) -> int:
     return resumed
 
 
-def _make_files(plan: Outline, folder: Path, fresh: bool) -> None:
-    """Files of their final size, with what they begin with."""
-    layout = plan.layout
-    if fresh:
-        for file in folder.iterdir():
-            if file.name not in (LOCK, JOURNAL):
-                file.unlink()
-    for name, head in layout.heads.items():
-        with open(folder / name, "r+b" if (folder / name).exists() else "w+b") as made:
-            made.write(head)
-            os.posix_fallocate(made.fileno(), 0, layout.sizes[name])
-            os.ftruncate(made.fileno(), layout.sizes[name])
-
-
 def _damaged(plan: Outline, target: Files, journal: Journal) -> bool:
     """Compare all that was written with what should be; what is not so is forgotten."""
     from allfuse.merge.checking import check_blocks
@@ -181,26 +145,6 @@ def _damaged(plan: Outline, target: Files, journal: Journal) -> bool:
     for each in wrong:
         del journal.done[each]
     return bool(wrong)
-
-
-def _finish(plan: Outline, folder: Path, out: Path) -> None:
-    """The other files, and then the name."""
-    for file in plan.first.side_files():
-        shutil.copyfile(file, folder / file.name)
-    if plan.layout.index is not None:
-        (folder / INDEX).write_bytes(plan.layout.index)
-    for file in folder.iterdir():
-        if file.name in (LOCK, JOURNAL):
-            file.unlink()
-    sync_folder(folder)
-    old = None
-    if out.exists():
-        old = out.with_name(f".partial-old-{out.name}")
-        os.replace(out, old)
-    os.replace(folder, out)
-    sync_folder(out.parent)
-    if old is not None:
-        shutil.rmtree(old)
 
 
 def fingerprint(plan: Outline) -> str:
@@ -216,25 +160,6 @@ def fingerprint(plan: Outline) -> str:
         about = file.stat()
         state.update(f"{file} {about.st_size} {about.st_mtime_ns}".encode())
     return state.hexdigest()
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[Path]:
-    """The folder of what is not whole, which nobody else may work in.
-
-    Raises:
-        MergeError: somebody does.
-    """
-    folder.mkdir(exist_ok=True)
-    lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise MergeError(f"another merge is at work in {folder}; next: wait for it") from error
-        yield folder
-    finally:
-        os.close(lock)
 
 
 def describe(plan: Outline) -> dict[str, Any]:
