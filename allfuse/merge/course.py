@@ -82,10 +82,12 @@ class Course:
         self.sources, self.target = sources, target
         self.blocks = task.blocks()
         self.stage = 0
-        self.rule = recipe.rule
+        self.rule = task.rule
         self.is_copied = not task.target.is_float
-        self.sift: Sift | None = None if self.is_copied else self.rule.sift(task.target.count)
-        turns = self.sift.turns if self.sift else 0
+        self.sifts: list[Sift | None] = [
+            None if self.is_copied else rule.sift(task.target.count) for rule in task.rules
+        ]
+        turns = max(sift.turns if sift else 0 for sift in self.sifts)
         spans = isinstance(self.rule, SpanRule) and not self.is_copied
         self.stages = [*(f"turn {turn}" for turn in range(turns)), *(["gram"] * spans), "write"]
         self._found = [Found() for _ in task.inputs]
@@ -105,35 +107,34 @@ class Course:
         if name == "gram":
             values = torch.stack(self._sifted(block)).double()
             return values @ values.T
-        assert self.sift is not None
-        turn, sift = len(self._found[0].totals), self.sift
-        return [
-            sift.measure(turn, self._stretch(model, block), self._known(model, block))
-            for model in range(len(self.task.inputs))
-        ]
+        return [self._measured(model, block) for model in range(len(self.task.inputs))]
 
     def take(self, block: int, result: Any) -> None:
         """What a block of the present stage gave; one at a time."""
         if self.stages[self.stage] == "gram":
             self._grams[block] = result
         elif not self.is_last:
-            assert self.sift is not None
-            running = len(self._found[0].totals) in self.sift.running
-            for found, part in zip(self._found, result, strict=True):
-                found.take(block, part, running)
+            for sift, found, part in zip(self.sifts, self._found, result, strict=True):
+                if sift is not None and part is not None:
+                    found.take(block, part, len(found.totals) in sift.running)
 
     def close_stage(self) -> None:
         """All blocks of a stage are done: put together what they found, in their order."""
         if self.stages[self.stage] == "gram":
             self._gram = torch.stack([self._grams[b] for b in range(len(self.blocks))]).sum(0)
         elif not self.is_last:
-            for found in self._found:
-                found.close_turn()
+            for sift, found in zip(self.sifts, self._found, strict=True):
+                if sift is not None and self.stage < sift.turns:
+                    found.close_turn()
         self.stage += 1
 
-    def _known(self, model: int, block: int) -> list[Tensor]:
-        assert self.sift is not None
-        return self._found[model].at(block, self.sift.running)
+    def _measured(self, model: int, block: int) -> Tensor | None:
+        """What the present turn finds out of a block of one model; None: it has no such turn."""
+        sift = self.sifts[model]
+        if sift is None or self.stage >= sift.turns:
+            return None
+        known = self._found[model].at(block, sift.running)
+        return sift.measure(self.stage, self._stretch(model, block), known)
 
     def _read(self, entry: Entry, block: int) -> Tensor:
         """A block in float32. Raises MergeError where the last stage meets what is not finite."""
@@ -162,10 +163,10 @@ class Course:
         return [self._sifted_one(model, block) for model in range(len(self.task.inputs))]
 
     def _sifted_one(self, model: int, block: int) -> Tensor:
-        stretch = self._stretch(model, block)
-        if self.sift is None:
+        stretch, sift = self._stretch(model, block), self.sifts[model]
+        if sift is None:
             return stretch.values
-        return self.sift.apply(stretch, self._known(model, block))
+        return sift.apply(stretch, self._found[model].at(block, sift.running))
 
     def _write(self, block: int) -> int:
         target, (begin, count) = self.task.target, self.blocks[block]
@@ -179,7 +180,7 @@ class Course:
         return self.target.write(target, begin, fused.to(DTYPES[target.dtype]))
 
     def _fuse(self, block: int) -> Tensor:
-        rule, weights = self.rule, self.recipe.weights
+        rule, weights = self.rule, self.task.weights
         if isinstance(rule, SumRule):
             total = rule.prepare(self._sifted_one(0, block), weights[0])
             for model in range(1, len(weights)):

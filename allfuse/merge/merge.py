@@ -151,9 +151,9 @@ def fingerprint(plan: Outline) -> str:
     """What a result follows from, in one line: another one begins anew."""
     recipe = plan.recipe
     state = hashlib.blake2b(digest_size=16)
-    state.update(f"{recipe.rule!r} {list(recipe.weights)} {recipe.dtype} {recipe.seed}".encode())
-    state.update(f"{recipe.allow_nan} {BLOCK}".encode())
+    state.update(f"{recipe.dtype} {recipe.seed} {recipe.allow_nan} {BLOCK}".encode())
     for task in plan.tasks:
+        state.update(f"{task.rules!r} {task.weights}".encode())
         for entry in [task.target, *task.sources]:
             state.update(f"{entry}".encode())
     for file in sorted({entry.file for task in plan.tasks for entry in task.sources}):

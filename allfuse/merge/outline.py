@@ -11,6 +11,7 @@ from allfuse.merge.header import Entry
 from allfuse.merge.layout import Layout, lay_out
 from allfuse.merge.recipe import Recipe
 from allfuse.merge.source import Source, open_source
+from allfuse.rule import Rule
 
 BLOCK = 1 << 18
 """Numbers that are fused at once, in whole rows. What comes out does not depend on what is done at
@@ -20,12 +21,24 @@ SHOWN = 10
 
 @dataclass(frozen=True)
 class Task:
-    """One tensor: where it is in each model and in the base, and where it goes."""
+    """One tensor: where it is in each model and in the base, where it goes, and what is done.
+
+    Attributes:
+        rules: one for each model, all of one class: they differ in what is left out of a model.
+        weights: one for each model.
+    """
 
     number: int
     target: Entry
     inputs: tuple[Entry, ...]
     base: Entry | None
+    rules: tuple[Rule, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def rule(self) -> Rule:
+        """That of the first model, which says what is the same for all."""
+        return self.rules[0]
 
     @property
     def block(self) -> int:
@@ -93,7 +106,8 @@ def outline(recipe: Recipe) -> Outline:
         if not target.is_float:
             copied.append(name)
             own, start = (first.entries[name],), None
-        tasks.append(Task(number, target, own, start))
+        rules, weights = (recipe.rule,) * len(own), tuple(recipe.weights[: len(own)])
+        tasks.append(Task(number, target, own, start, rules, weights))
     return Outline(recipe, sources, base, layout, tuple(tasks), tuple(copied))
 
 
