@@ -1,7 +1,9 @@
-"""In which safetensors files a model's weights are. Loads no torch."""
+"""In which safetensors files a model's weights are, and which models are in a folder. Loads no
+torch."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from allfuse.base.errors import CheckpointError, UserError
@@ -12,6 +14,73 @@ ALLOWED = (
     f"a safetensors file, or a folder with {SINGLE} or {INDEX}, as a run folder or a model of "
     "Hugging Face has"
 )
+
+SNAPSHOTS, MEMBERS = "snapshots", "members"
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+"""How names of files end that torch.save writes."""
+MARKS = (
+    SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_config.json",
+    "run.json", ".metadata",
+)  # fmt: skip
+"""Files that tell that a folder is one model."""
+NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state).*")
+PART = re.compile(r".*-\d+-of-\d+\.\w+")
+
+
+def find_ingredients(path: Path) -> list[Path]:
+    """The models in a place, each by a path that `merge.source.open_source` takes.
+
+    Those of a run folder are its members, by their numbers; or else its snapshots, by their steps,
+    and last the model that it ended with. Of a folder that is a model itself it is that one. Of any
+    other folder they are the files of weights, or the models in its folders, by their names.
+
+    Raises:
+        UserError: there are none.
+    """
+    members = sorted(path.glob(f"{MEMBERS}/*/"), key=_numbers)
+    if members:
+        return members
+    snapshots = sorted(path.glob(f"{SNAPSHOTS}/*.safetensors"), key=_numbers)
+    if snapshots:
+        return [*snapshots, *([path] if (path / SINGLE).is_file() else [])]
+    if not path.is_dir() or _is_marked(path):
+        return [path]
+    files = weight_files(path)
+    if len(files) > 1 and not any(PART.fullmatch(file.name) for file in files):
+        return files
+    inner = [each for each in sorted(path.glob("*/"), key=_numbers) if _is_model(each)]
+    if files or not inner:
+        return [path]  # one model, or what `open_source` says is none
+    return inner
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Files in a folder that hold weights by their names, 10 after 9."""
+    return sorted(
+        (
+            file
+            for file in folder.iterdir()
+            if file.suffix in (".safetensors", *TORCH_SUFFIXES)
+            and file.is_file()
+            and not file.name.startswith(".")
+            and not NO_WEIGHTS.fullmatch(file.name)
+        ),
+        key=_numbers,
+    )
+
+
+def _is_marked(folder: Path) -> bool:
+    return any((folder / mark).is_file() for mark in MARKS)
+
+
+def _is_model(folder: Path) -> bool:
+    return _is_marked(folder) or bool(weight_files(folder))
+
+
+def _numbers(path: Path) -> list[tuple[int, str]]:
+    """What names are ordered by: numbers in them as numbers, so that 10 comes after 9."""
+    parts = re.split(r"(\d+)", path.name)
+    return [(int(part) if part.isdecimal() else -1, part) for part in parts]
 
 
 def find_model_files(path: Path) -> list[Path]:
