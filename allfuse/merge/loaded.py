@@ -145,7 +145,7 @@ def batches(
     data = getattr(job, which)
     if data is None:
         raise JobError(f"the job has no {which} data; next: give Job({which}=...) samples")
-    loader = _loader(as_source(data, collate=job.collate), job, limit is not None, seed)
+    loader = open_loader(as_source(data, collate=job.collate), job, limit is not None, seed)
     left = limit
     try:
         for portion in loader.epoch(0):
@@ -162,7 +162,7 @@ def batches(
         loader.close()
 
 
-class _Reads(Protocol):
+class Reads(Protocol):
     """What gives the portions of an epoch."""
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Any]: ...
@@ -170,7 +170,8 @@ class _Reads(Protocol):
     def close(self) -> None: ...
 
 
-def _loader(source: Any, job: Job, shuffle: bool, seed: int) -> _Reads:
+def open_loader(source: Any, job: Job, shuffle: bool = False, seed: int = 0) -> Reads:
+    """Gives the portions of an epoch in batches as large as the job's, every sample once."""
     settings = source.settings
     size = job.batch_size or settings.batch_size or BATCH
     if isinstance(source, Stream):

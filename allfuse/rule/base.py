@@ -22,12 +22,14 @@ class Rule(Choice, ABC):
     of_changes: whether it fuses what changed since a base that all come from, to which the fused
         change is added; else the values themselves.
     models: how many it fuses, where it is not any number.
+    weighted: whether it looks at the weights.
     """
 
     fuses_weights: ClassVar[bool] = True
     linear: ClassVar[bool] = False
     of_changes: ClassVar[bool] = False
     models: ClassVar[int | None] = None
+    weighted: ClassVar[bool] = True
 
     def sift(self, count: int) -> Sift | None:
         """What is left out of one model's tensor of so many numbers first; None: nothing."""

@@ -21,6 +21,7 @@ class ModelStock(SpanRule):
 
     name: ClassVar[str] = "model_stock"
     of_changes: ClassVar[bool] = True
+    weighted: ClassVar[bool] = False
 
     def coefficients(self, gram: Tensor, weights: Tensor) -> Tensor:
         n = len(gram)

@@ -19,6 +19,7 @@ class Nearswap(GatherRule):
 
     name: ClassVar[str] = "nearswap"
     models: ClassVar[int | None] = 2
+    weighted: ClassVar[bool] = False
     t: float = 0.001
 
     def fuse(self, values: Tensor, weights: Tensor) -> Tensor:

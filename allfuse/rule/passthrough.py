@@ -17,6 +17,7 @@ class Passthrough(SumRule):
 
     name: ClassVar[str] = "passthrough"
     models: ClassVar[int | None] = 1
+    weighted: ClassVar[bool] = False
     scale: float = 1.0
 
     def prepare(self, value: Tensor, weight: float) -> Tensor:

@@ -25,6 +25,7 @@ class Slerp(SpanRule):
 
     name: ClassVar[str] = "slerp"
     models: ClassVar[int | None] = 2
+    weighted: ClassVar[bool] = False
     t: float = 0.5
 
     def __post_init__(self) -> None:
