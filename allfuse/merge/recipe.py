@@ -46,7 +46,7 @@ class Recipe:
             raise MergeError(
                 f"{name} fuses what models learned since a base, and there is none; next: --base"
             )
-        if not self.rule.of_changes and self.base is not None:
+        if self.base is not None and not (self.rule.of_changes or self.rule.base_optional):
             raise MergeError(
                 f"{name} fuses models as they are, and would not look at the base {self.base}; "
                 "next: leave it out, or name it among the models"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from allfuse.base.choice import Choice
-from allfuse.rule.sift import Sift
+from allfuse.rule.sift import Sift, Stretch
 
 if TYPE_CHECKING:  # plans are read without loading torch
     from torch import Tensor
@@ -21,19 +22,32 @@ class Rule(Choice, ABC):
     linear: whether what is missing in one round may be added later, as error feedback does.
     of_changes: whether it fuses what changed since a base that all come from, to which the fused
         change is added; else the values themselves.
+    base_optional: whether it fuses either: changes where there is a base, else the values.
     models: how many it fuses, where it is not any number.
     weighted: whether it looks at the weights.
+    gathers: whether it needs every peer's value of an element at once; it travels only where a
+        topology brings them together (`Topology.gathers`).
     """
 
     fuses_weights: ClassVar[bool] = True
     linear: ClassVar[bool] = False
     of_changes: ClassVar[bool] = False
+    base_optional: ClassVar[bool] = False
     models: ClassVar[int | None] = None
     weighted: ClassVar[bool] = True
+    gathers: ClassVar[bool] = False
 
     def sift(self, count: int) -> Sift | None:
         """What is left out of one model's tensor of so many numbers first; None: nothing."""
         return None
+
+    @property
+    def of_tensors(self) -> bool:
+        """Whether it measures whole tensors, so that their pieces would come to something else."""
+        return self.sift(MANY) is not None
+
+
+MANY = 1 << 20  # numbers of a tensor in which any share is some of them
 
 
 @dataclass(frozen=True)
@@ -63,10 +77,9 @@ class SumRule(Rule):
 
 @dataclass(frozen=True)
 class GatherRule(Rule):
-    """A rule that needs every peer's value of an element at once.
+    """A rule that needs every peer's value of an element at once, and nothing of its neighbours."""
 
-    It travels only where a topology brings them together (`Topology.gathers`).
-    """
+    gathers: ClassVar[bool] = True
 
     @abstractmethod
     def fuse(self, values: Tensor, weights: Tensor) -> Tensor:
@@ -74,13 +87,51 @@ class GatherRule(Rule):
 
 
 @dataclass(frozen=True)
-class SpanRule(Rule):
-    """A rule that gives sum(c_i x_i), where the c follow from the lengths of the x and the angles
-    between them.
+class JointRule(Rule):
+    """A rule that measures a whole tensor of all models together, before it fuses any of it.
 
-    Its statistic is the Gram matrix of a whole tensor, which is summed over its blocks.
+    In each turn `measure` is asked of every block and the answers are summed; `found` holds the
+    sums of the turns before. Of turns in `running` it holds the sum over the blocks before this
+    one. The `values` of a stretch are (n, k): a row for each model.
+    """
+
+    gathers: ClassVar[bool] = True
+    running: ClassVar[frozenset[int]] = frozenset()
+
+    def turns(self, count: int) -> int:
+        """How often a tensor of so many numbers is measured."""
+        return 1
+
+    @abstractmethod
+    def measure(self, turn: int, stretch: Stretch, found: Sequence[Tensor]) -> Tensor:
+        """A block's part of a statistic: int64, or float64 where it is summed in order."""
+
+    @abstractmethod
+    def fuse(self, stretch: Stretch, weights: Tensor, found: Sequence[Tensor]) -> Tensor:
+        """The fused value (k,) of a block, by the models' weights (n,)."""
+
+    @property
+    def of_tensors(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class SpanRule(JointRule):
+    """A rule that gives sum(c_i x_i), where the c follow from the lengths of the x and the angles
+    between them: of the Gram matrix of a whole tensor.
     """
 
     @abstractmethod
     def coefficients(self, gram: Tensor, weights: Tensor) -> Tensor:
         """The c, float64 (n,), from gram[i, j] = <x_i, x_j>, float64 (n, n), and weights (n,)."""
+
+    def measure(self, turn: int, stretch: Stretch, found: Sequence[Tensor]) -> Tensor:
+        values = stretch.values.double()
+        return values @ values.T
+
+    def fuse(self, stretch: Stretch, weights: Tensor, found: Sequence[Tensor]) -> Tensor:
+        shares = self.coefficients(found[0], weights.double()).tolist()
+        total = stretch.values[0] * shares[0]
+        for value, share in zip(stretch.values[1:], shares[1:], strict=True):
+            total.add_(value, alpha=share)
+        return total

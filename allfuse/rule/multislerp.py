@@ -22,6 +22,7 @@ class Multislerp(SpanRule):
     """
 
     name: ClassVar[str] = "multislerp"
+    base_optional: ClassVar[bool] = True
     eps: float = 1e-8
 
     def coefficients(self, gram: Tensor, weights: Tensor) -> Tensor:

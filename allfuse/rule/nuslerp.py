@@ -17,6 +17,7 @@ class Nuslerp(SpanRule):
     """`slerp` at t = w_2 / (w_1 + w_2)."""
 
     name: ClassVar[str] = "nuslerp"
+    base_optional: ClassVar[bool] = True
     models: ClassVar[int | None] = 2
 
     def coefficients(self, gram: Tensor, weights: Tensor) -> Tensor:
