@@ -77,7 +77,13 @@ def test_without_weights_all_count_alike() -> None:
     torch.testing.assert_close(run(work)[0], mean([1.0] * SIZE, 5))
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", [name for name in RULES if RULES[name].of_changes])
+def test_rules_of_changes_are_refused_for_nothing_is_kept(name: str) -> None:
+    with pytest.raises(PlanError, match=rf"site\({SIZE}\)"):
+        run(lambda: af.fuse_([value(my_rank(), 7)], f"site({SIZE}, rule={name})"))
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if not RULES[name].of_changes])
 def test_every_rule_leaves_all_ranks_equal(name: str) -> None:
     kind = "site" if RULES[name].fuses_weights else "data"
 

@@ -42,7 +42,8 @@ MEANS = [
     "rule=trimmed(0.0)",
 ]
 CODED = [*(f"codec={codec}" for codec in LOSSY), "topology=ring, codec=topk(0.1)"]
-OTHERS = [f"rule={name}{ARGUMENTS.get(name, '')}" for name in RULES if name != "mean"]
+VALUES = [name for name in RULES if not RULES[name].of_changes]
+OTHERS = [f"rule={name}{ARGUMENTS.get(name, '')}" for name in VALUES if name != "mean"]
 SIZE = 3
 
 

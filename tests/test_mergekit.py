@@ -27,6 +27,8 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("breadcrumbs", {"density": 0.995, "gamma": 0.1}, {"density": 0.995, "gamma": 0.1}),
     ("breadcrumbs_ties", {"density": 0.5, "gamma": 0.01}, {"density": 0.5, "gamma": 0.01}),
     ("model_stock", {}, {}),
+    ("sce", {}, {"select_topk": 1.0}),
+    ("sce", {"density": 0.3}, {"select_topk": 0.3}),
     ("multislerp", {}, {}),
     ("karcher", {}, {}),
     ("slerp", {"t": 0.3}, {"t": 0.3}),
@@ -34,7 +36,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("nearswap", {"t": 0.01}, {"t": 0.01}),
     ("passthrough", {}, {}),
 ]
-UNWEIGHTED = ("model_stock", "karcher", "slerp", "nearswap", "passthrough")
+UNWEIGHTED = ("model_stock", "sce", "karcher", "slerp", "nearswap", "passthrough")
 FROM_THE_FIRST = ("slerp", "nearswap")  # which is the base there
 
 

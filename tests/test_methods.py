@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from allfuse.base.errors import PlanError
-from allfuse.rule import METHODS, GatherRule, Rule, SpanRule, SumRule
+from allfuse.rule import METHODS, GatherRule, JointRule, Rule, SpanRule, SumRule
 from allfuse.rule.chance import Chance
 from allfuse.rule.ranks import Ranks
 from allfuse.rule.sift import Sift, Stretch
@@ -61,8 +61,27 @@ def fuse(rule: Rule, values: Sequence[Tensor], weights: Sequence[float] = WEIGHT
     if isinstance(rule, SpanRule):
         gram = flat.double() @ flat.double().T
         return (rule.coefficients(gram, own_weights) @ flat.double()).float().view(values[0].shape)
+    if isinstance(rule, JointRule):
+        return fuse_together(rule, flat, own_weights, tuple(values[0].shape))
     assert isinstance(rule, GatherRule)
     return rule.fuse(flat, own_weights).view(values[0].shape)
+
+
+def fuse_together(
+    rule: JointRule, flat: Tensor, weights: Tensor, shape: tuple[int, ...], block: int = 100
+) -> Tensor:
+    """What a rule that measures all models together makes of them, done in blocks."""
+    begins = range(0, flat.shape[1], block)
+    stretches = [Stretch(flat[:, begin : begin + block].clone(), begin, shape) for begin in begins]
+    known: list[list[Tensor]] = [[] for _ in begins]
+    for turn in range(rule.turns(flat.shape[1])):
+        pairs = zip(stretches, known, strict=True)
+        parts = [rule.measure(turn, stretch, found) for stretch, found in pairs]
+        for number, found in enumerate(known):
+            told = parts[:number] if turn in rule.running else parts
+            found.append(sum(told, torch.zeros_like(parts[0])))
+    pairs = zip(stretches, known, strict=True)
+    return torch.cat([rule.fuse(stretch, weights, found) for stretch, found in pairs]).view(shape)
 
 
 def largest(value: Tensor, start: int, stop: int) -> Tensor:
@@ -118,6 +137,21 @@ def sphere(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return (place * length).view(values[0].shape)
 
 
+def selected(values: Sequence[Tensor], kept: int) -> Tensor:
+    """SCE (FuseChat, section 3.3), number by number, of as many selected ones."""
+    own = torch.stack([value.double().flatten() for value in values])
+    order = own.var(0).argsort(descending=True, stable=True)[:kept]
+    chosen = torch.zeros_like(own)
+    chosen[:, order] = own[:, order]
+    sizes = chosen.square().mean(1).tolist()
+    made = []
+    for column in chosen.T.tolist():
+        sign = 1.0 if sum(column) > 0 else -1.0
+        agree = [(w, x) for w, x in zip(sizes, column, strict=True) if x * sign > 0]
+        made.append(sum(w * x for w, x in agree) / (sum(w for w, _ in agree) or 1.0))
+    return torch.tensor(made, dtype=torch.float64).view(values[0].shape)
+
+
 def tangent(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """`multislerp` written out in the whole space."""
     own = [value.double().flatten() for value in values]
@@ -157,6 +191,8 @@ REFERENCES: dict[str, tuple[Rule, Callable[[list[Tensor]], Tensor]]] = {
         lambda v: elect([largest(x, 15, 300) for x in v], WEIGHTS),
     ),
     "model_stock": (METHODS["model_stock"](), stock),
+    "sce": (METHODS["sce"](), lambda v: selected(v, 300)),
+    "sce of some": (METHODS["sce"](density=0.31), lambda v: selected(v, 93)),
     "karcher": (METHODS["karcher"](steps=100, tol=1e-12), lambda v: sphere(v, WEIGHTS)),
     "multislerp": (METHODS["multislerp"](), lambda v: tangent(v, WEIGHTS)),
 }
@@ -236,13 +272,33 @@ def test_a_model_without_weight_does_not_count(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["linear", "mean", "median", "trimmed", "ties", "model_stock", "karcher", "multislerp"]
+    "name",
+    ["linear", "mean", "median", "trimmed", "ties", "model_stock", "sce", "karcher", "multislerp"],
 )
 def test_the_order_of_models_does_not_matter(name: str) -> None:
     values = draw(3)
     rule = METHODS[name]()
     found = fuse(rule, values, WEIGHTS)
     torch.testing.assert_close(fuse(rule, values[::-1], WEIGHTS[::-1]), found, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("block", [50, 100, 300])
+@pytest.mark.parametrize("values", ["drawn", "alike", "of few kinds"])
+def test_what_models_differ_on_does_not_depend_on_blocks(values: str, block: int) -> None:
+    flat = torch.stack(draw(3)).flatten(1)
+    if values == "alike":
+        flat = flat[:1].expand(3, -1)
+    elif values == "of few kinds":
+        flat = flat.round()
+    rule = METHODS["sce"](density=0.31)
+    assert isinstance(rule, JointRule)
+    weights = torch.ones(3)
+    found = fuse_together(rule, flat, weights, SHAPE, block)
+    whole = fuse_together(rule, flat, weights, SHAPE, 300)
+    torch.testing.assert_close(found, whole)
+    if values == "alike":
+        assert torch.equal(found.flatten()[:93], flat[0, :93])  # those of lower index
+        assert not found.flatten()[93:].any()
 
 
 @pytest.mark.parametrize("block", [50, 100, 300])
@@ -309,6 +365,7 @@ def test_large_changes_of_a_row_are_kept_more_often_than_small_ones() -> None:
         ("della", {"density": 0.95, "epsilon": 0.2}),
         ("breadcrumbs", {"gamma": 1.0}),
         ("slerp", {"t": -0.1}),
+        ("sce", {"density": 0.0}),
     ],
 )
 def test_arguments_without_meaning_are_refused(name: str, options: dict[str, Any]) -> None:

@@ -7,17 +7,20 @@ import itertools
 import pytest
 import torch
 from test_execute import all_fine, open_link
-from torch import Tensor
+from torch import Tensor, nn
 
 from allfuse.base.errors import PlanError
 from allfuse.fusion import Fuser, Fusion, choose
 from allfuse.fusion.weights import WeightFusion
 from allfuse.launcher.thread import launch_threads
-from allfuse.plan import as_plan
+from allfuse.plan import Site, as_plan
 from allfuse.rule import RULES, GatherRule, Mean, Rule
 from allfuse.rule.clipped import Clipped
 from allfuse.rule.median import Median
+from allfuse.rule.model_stock import ModelStock
+from allfuse.rule.ties import Ties
 from allfuse.rule.trimmed import Trimmed
+from allfuse.rule.whole import fuse_whole, sift_whole
 from allfuse.topology.central import Central
 
 ROBUST: list[GatherRule] = [Median(), Trimmed(0.25), Trimmed(0.4)]
@@ -113,8 +116,92 @@ def test_between_peers_it_is_the_same_and_all_end_equal(
 
 
 def variants() -> list[Rule]:
-    """Every rule of the table."""
-    return [rule(1.0) if rule is Clipped else rule() for rule in RULES.values()]
+    """Every rule of the table that fuses values as they are."""
+    found = [rule for rule in RULES.values() if not rule.of_changes]
+    return [rule(1.0) if rule is Clipped else rule() for rule in found]
+
+
+OF_CHANGES: list[Rule] = [Ties(), Ties(density=0.4), ModelStock()]
+
+
+@pytest.mark.parametrize("rule", OF_CHANGES, ids=str)
+def test_rules_of_changes_are_for_sites_where_values_meet(rule: Rule) -> None:
+    as_plan(f"site(3, every=4, rule={rule})").validate_executable()
+    as_plan(f"site(3, every=4, rule={rule}, topology=central)")
+    with pytest.raises(PlanError, match="topology=central"):
+        as_plan(f"site(3, rule={rule}, topology=ring)")
+    with pytest.raises(PlanError, match=r"site\(3, every=20, rule="):
+        as_plan(f"data(3, rule={rule})")
+    with pytest.raises(PlanError, match="codec=identity"):
+        as_plan(f"site(3, rule={rule}, codec=int8)")
+
+
+@pytest.mark.parametrize("axis", ["tensor(2)", "shard(2)", "pipe(2)"])
+@pytest.mark.parametrize("rule", OF_CHANGES, ids=str)
+def test_rules_that_measure_tensors_are_refused_where_ranks_have_parts_of_them(
+    rule: Rule, axis: str
+) -> None:
+    plan = as_plan(f"site(2, every=4, rule={rule}) * {axis}")
+    if rule.of_tensors and axis != "pipe(2)":
+        with pytest.raises(PlanError, match=r"site\(2, every=4\)"):
+            plan.validate_executable()
+    else:
+        plan.validate_executable()
+
+
+@pytest.mark.parametrize("rule", OF_CHANGES, ids=str)
+@pytest.mark.parametrize("topology", ["central", "exchange"])
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_changes_of_peers_are_fused_tensor_by_tensor(rule: Rule, topology: str, n: int) -> None:
+    """Against the same rule over whole tensors; buffers are averaged."""
+    shapes = [(4, 9), (1,), (7,), ()]
+    weights = [float(1 + rank % 3) for rank in range(n)]
+    chance = torch.Generator().manual_seed(n)
+    base = [torch.randn(shape, generator=chance) for shape in shapes]
+    changes = [[torch.randn(shape, generator=chance) for shape in shapes] for _ in range(n)]
+
+    def work() -> list[Tensor]:
+        link = open_link()
+        plan = as_plan(f"site({n}, rule={rule}, topology={topology})").axis("site")
+        assert isinstance(plan, Site)
+        fuser = Fuser(Fusion(rule=rule, topology=plan.topology or Central()), link)
+        held = [nn.Parameter(value.clone()) for value in base]
+        counts = torch.full((3,), float(link.rank))
+        fusion = WeightFusion([*held, counts], fuser)
+        fusion.agree()
+        for parameter, change in zip(held, changes[link.rank], strict=True):
+            parameter.data += change
+        fusion.fuse(weights)
+        fuser.close()
+        return [*(parameter.detach() for parameter in held), counts]
+
+    results = all_fine(launch_threads(work, n))
+    told = torch.tensor(weights, dtype=torch.float64)
+    for number, start in enumerate(base):
+        own = torch.stack([(start + each[number] - start).reshape(-1) for each in changes])
+        left = torch.stack([sift_whole(rule, value, shapes[number]) for value in own])
+        expected = start + fuse_whole(rule, left, told, shapes[number]).view(start.shape)
+        for result in results:
+            assert torch.equal(result[number], results[0][number])
+            torch.testing.assert_close(result[number], expected, rtol=1e-5, atol=1e-6)
+    mean = sum(w * rank for rank, w in enumerate(weights)) / sum(weights)
+    torch.testing.assert_close(results[0][-1], torch.full((3,), mean))
+
+
+def test_peers_that_have_agreed_on_nothing_begin_with_a_mean() -> None:
+    def work() -> Tensor:
+        link = open_link()
+        fuser = Fuser(Fusion(rule=Ties(density=0.3), topology=Central()), link)
+        own = nn.Parameter(torch.full((4,), float(link.rank)))
+        fusion = WeightFusion([own], fuser)
+        fusion.fuse([1.0, 1.0])
+        own.data += torch.tensor([1.0, 0.0, 0.0, 0.2]) * (1 + link.rank)
+        fusion.fuse([1.0, 1.0])
+        fuser.close()
+        return own.detach()
+
+    for found in all_fine(launch_threads(work, 2)):
+        torch.testing.assert_close(found, torch.tensor([2.0, 0.5, 0.5, 0.5]))
 
 
 @pytest.mark.parametrize("rule", [r for r in variants() if r.fuses_weights], ids=str)

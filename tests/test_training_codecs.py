@@ -266,6 +266,10 @@ REPLAYED = [
     "data(5, codec=sign(warm=2), topology=exchange)",
     "site(2, every=3, codec=topk(0.2)) * data(2, codec=int8)",
     "site(2, every=2, rule=median) * data(2, rule=vote)",
+    "site(3, every=2, rule=ties(density=0.4))",
+    "site(3, every=4, rule=model_stock, outer=nesterov(lr=0.7, momentum=0.5))",
+    "site(2, every=3, delay=1, fragments=2, rule=ties(density=0.4, scale=0.8)) * data(2)",
+    "site(3, every=end, rule=model_stock)",
 ]
 
 

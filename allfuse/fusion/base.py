@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from allfuse.codec import Codec, Identity, MessageCodec
 from allfuse.plan.pairing import refuse_pairing
-from allfuse.rule import GatherRule, Mean, Rule
+from allfuse.rule import Mean, Rule
 from allfuse.sync import Bsp, Sync
 from allfuse.topology import Native, Topology
 from allfuse.topology.central import Central
@@ -37,7 +37,7 @@ def choose(
     open (auto)."""
     if topology is not None:
         return Fusion(rule=rule, topology=topology, sync=sync, codec=codec), None
-    if isinstance(rule, GatherRule):
+    if rule.gathers:
         fusion = Fusion(rule=rule, topology=Central(), sync=sync, codec=codec)
         return fusion, f"central: {rule} needs every peer's value at once"
     if tells_all(codec, peers):

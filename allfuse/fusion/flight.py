@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from torch.nn import Parameter
 
 from allfuse.base.torch_private import foreach_copy
 from allfuse.fusion.fuser import Fuser
-from allfuse.rule import Rule, SumRule
+from allfuse.rule import Mean, Rule, SpanRule, SumRule
+from allfuse.rule.whole import sift_whole
 from allfuse.sync.outer import Outer
 
 
@@ -21,7 +22,9 @@ class Bundle:
 
     Attributes:
         agreed: what all peers held after the last round, None before the first. Kept where changes
-            are sent (there is a memory) or where an outer optimizer steps from there.
+            are sent (there is a memory) or fused, or where an outer optimizer steps from there.
+        rule: by which it is fused. Buffers, which count what batches were like, are averaged where
+            it is one of changes.
         momentum: what that optimizer keeps, in float32 or wider; None before its first step.
         buffers: where there are buffers, which it leaves as they were fused.
     """
@@ -39,6 +42,9 @@ class Bundle:
             if not isinstance(tensor, Parameter)
         ]
         self.steps = steps and len(self.buffers) < len(tensors)
+        fused = fuser.fusion.rule
+        averages = fused.of_changes and len(self.buffers) == len(tensors)
+        self.rule: Rule = Mean() if averages else fused
         self.shapes = [tuple(tensor.shape) for tensor in tensors]
         first = tensors[0]
         self.exact = torch.promote_types(first.dtype, torch.float32)
@@ -49,7 +55,7 @@ class Bundle:
     @property
     def keeps(self) -> bool:
         """Whether what all peers held after a round is needed in the next."""
-        return self.memory is not None or self.steps
+        return self.memory is not None or self.steps or self.rule.of_changes
 
     def read(self) -> Tensor:
         """All values end to end: a copy (k,)."""
@@ -78,6 +84,7 @@ class Load:
 
     base: what its values are the change of; None where they are whole. encoded: what is not sent is
     kept in the bundle's memory. unsent: what was kept there before, where that is needed to land.
+    rule: by which it is fused.
     """
 
     bundle: Bundle
@@ -85,6 +92,7 @@ class Load:
     base: Tensor | None = None
     encoded: bool = False
     unsent: Tensor | None = None
+    rule: Rule = field(default_factory=Mean)
 
 
 class Flight:
@@ -124,27 +132,45 @@ class Flight:
         `weights` are those of all peers. A topology that mixes brings weights of its own, in which
         all peers count alike.
         """
-        rule: Rule | None = None if self.fuser.mixes else self.fuser.fusion.rule
         own, total = weights[self.fuser.link.rank], sum(weights)
+        self._measure(weights)
         under_way = []
         for load in self.loads:
-            if isinstance(rule, SumRule):
-                rule.prepare(load.flat, own)
+            if isinstance(load.rule, SumRule) and not self.fuser.mixes:
+                load.rule.prepare(load.flat, own)
             work = self.fuser.start(
                 load.flat,
                 load.bundle.operation,
                 round=self.round,
                 weights=weights,
                 memory=load.bundle.memory if load.encoded else None,
+                rule=load.rule,
             )
             under_way.append(work)
         for load, work in zip(self.loads, under_way, strict=True):
             work.wait()
-            if isinstance(rule, SumRule):
-                rule.finish(load.flat, total)
+            if isinstance(load.rule, SumRule) and not self.fuser.mixes:
+                load.rule.finish(load.flat, total)
             if load.base is not None:
                 load.flat += load.base
                 load.base = None
+
+    def _measure(self, weights: Sequence[float]) -> None:
+        """What rules need to know of whole tensors: what of them is left out, and by what they are
+        multiplied before they are summed."""
+        spans: list[tuple[Load, SpanRule]] = []
+        for load in self.loads:
+            if not load.rule.of_tensors:
+                continue
+            load.flat = sift_whole(load.rule, load.flat, load.bundle.shapes[0])
+            if isinstance(load.rule, SpanRule):
+                spans.append((load, load.rule))
+        if not spans:
+            return
+        told = torch.tensor(weights, dtype=torch.float64)
+        grams = self.fuser.grams([load.flat for load, _ in spans], "compare weights")
+        for (load, rule), gram in zip(spans, grams, strict=True):
+            load.flat *= float(rule.coefficients(gram, told)[self.fuser.link.rank])
 
     @torch.no_grad()
     def land(self, outer: Outer, own: float = 0.0, keep: bool = True) -> None:

@@ -83,6 +83,13 @@ def fuse_(
             f"{fusion.codec} sends later what it leaves out now, and nothing is kept between calls",
             str(type(read)(read.n, rule=read.rule, topology=read.topology)),
         )
+    if fusion.rule.of_changes:
+        raise PlanError(
+            f"fuse_({str(read)!r})",
+            f"{fusion.rule} fuses what changed since all were equal, and nothing is kept between "
+            "calls",
+            str(type(read)(read.n, topology=read.topology)),
+        )
     wrong = _find_wrong(held, weight, fusion)
     floating = [tensor for tensor in held if not wrong and tensor.is_floating_point()]
     kinds = [(str(tensor.dtype), tuple(tensor.shape)) for tensor in floating]

@@ -17,7 +17,7 @@ from allfuse.execute import Encoding, Gather, Plot, plot, run, segments_of
 from allfuse.fusion.auto import Auto
 from allfuse.fusion.base import Fusion
 from allfuse.link.runner import Runner
-from allfuse.rule import GatherRule
+from allfuse.rule import GatherRule, Rule
 from allfuse.topology import Layout, Native, Topology
 from allfuse.topology.central import Central
 from allfuse.topology.exchange import Exchange
@@ -96,10 +96,12 @@ class Fuser:
         weights: Sequence[float] = (),
         memory: Memory | None = None,
         tail: int = 0,
+        rule: Rule | None = None,
     ) -> Work:
         """Start to sum a contiguous block over the peers, in place; or to mix it.
 
-        A rule that gathers fuses it with the peers' `weights` (all alike if there are none). With a
+        A rule that gathers (by default the fusion's) fuses it with the peers' `weights` (all alike
+        if there are none), unless it measures whole tensors: then it is summed, too. With a
         `memory` it is encoded, once the codec's `warm` rounds are over, and what that loses is kept
         there. The last `tail` elements are summed as they are whatever the rule and the codec.
         2 (n-1)/n of its bytes are sent by each peer with native; see each topology for its own, and
@@ -110,7 +112,7 @@ class Fuser:
             return link.all_reduce(block, operation)
         self.topology(block, tail)  # what is to be measured is measured before others use the link
         if memory is None or not self.encodes(round):
-            gather = self._gather(block, weights)
+            gather = self._gather(rule or self.fusion.rule, block, weights)
             return self._runner.start(
                 lambda: self._fuse(block, operation, round, gather=gather, tail=tail)
             )
@@ -122,9 +124,36 @@ class Fuser:
             )
         )
 
-    def _gather(self, block: Tensor, weights: Sequence[float]) -> Gather | None:
+    def grams(self, blocks: Sequence[Tensor], operation: str) -> list[Tensor]:
+        """Of each block the Gram matrix <x_i, x_j> of what the peers have there: float64 (n, n),
+        the same bits on all. Blocks stay as they are.
+
+        Phases, for B bytes of blocks on n peers, all with a deadline:
+          1. each peer multiplies a slice of the values of all: (n-1)/n B sent by each;
+          2. these are summed: 8 n^2 bytes for each block.
+        """
+        link = self.link
+        found = torch.zeros(len(blocks), link.size, link.size, dtype=torch.float64)
+
+        def multiply(values: Tensor, number: int) -> Tensor:
+            wide = values.double()
+            found[number] += (wide @ wide.T).cpu()
+            return values[0]  # goes nowhere
+
+        def work() -> None:
+            whole = self._plot(Central(), 0)
+            there = Plot(whole.chunks, whole.turns[:1])  # nothing comes back
+            for number, block in enumerate(blocks):
+                gather = functools.partial(multiply, number=number)
+                run(there, link, block.clone(), operation, gather=gather)
+
+        self._runner.start(work).wait()
+        total = found.to(blocks[0].device) if blocks else found
+        link.all_reduce(total, operation).wait()
+        return list(total.cpu())
+
+    def _gather(self, rule: Rule, block: Tensor, weights: Sequence[float]) -> Gather | None:
         """How the values of all peers become one, where a rule needs them all."""
-        rule = self.fusion.rule
         if not isinstance(rule, GatherRule):
             return None
         exact = torch.promote_types(block.dtype, torch.float32)

@@ -13,6 +13,7 @@ from allfuse.codec.memory import capture_all, restore_all
 from allfuse.fusion.flight import Bundle, Flight, Load
 from allfuse.fusion.fuser import Fuser
 from allfuse.fusion.gradients import BUCKET_BYTES, read_state
+from allfuse.rule import Mean
 from allfuse.sync.outer import Average, Outer
 
 
@@ -20,17 +21,18 @@ class WeightFusion:
     """Replaces tensors by their fused value over the peers of a `site` axis.
 
     Phases of one round, for B bytes of tensors on n peers:
-      1. `read`: copies into flat buckets; under a codec that loses something what is sent is the
-         change since the last round, which is small;
+      1. `read`: copies into flat buckets; under a codec that loses something, or a rule of changes,
+         what is sent is the change since the last round;
       2. `Flight.carry`: prepared by a rule that sums with this peer's weight, fused over the
          topology, all buckets under way at once: 2 (n-1)/n B bytes sent by each; a rule that sums
-         finishes with the sum of weights;
+         finishes with the sum of weights. Rules that measure whole tensors have one in each bucket,
+         and those that need the angles between them send half as much more before;
       3. `Flight.land`: the outer optimizer's step, and the copy back.
 
-    Tensors that are not floating point (counters of batches) stay local; the outer optimizer steps
-    parameters, and buffers are averaged. Before changes can be sent, or stepped along, the peers
-    must agree on something: `agree()` where their values are equal, else the first round is neither
-    encoded nor stepped.
+    Tensors that are not floating point (counters of batches) stay local; the outer optimizer, and
+    rules of changes, are for parameters, and buffers are averaged. Before changes can be sent, or
+    stepped along, the peers must agree on something: `agree()` where their values are equal, else
+    the first round is neither encoded nor stepped, and a mean in place of a rule of changes.
 
     Args:
         names: of the tensors, under which it is kept what they were; their numbers unless given.
@@ -60,7 +62,8 @@ class WeightFusion:
 
     def _bundle(self, numbers: list[int], count: int) -> list[Bundle]:
         """The tensors of a fragment by type; `count` bundles are before them."""
-        steps = not isinstance(self.outer, Average)
+        steps, rule = not isinstance(self.outer, Average), self.fuser.fusion.rule
+        most = 1 if rule.of_tensors or rule.of_changes else BUCKET_BYTES
         kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for number in numbers:
             tensor = self.tensors[number]
@@ -68,7 +71,7 @@ class WeightFusion:
         bundles: list[Bundle] = []
         for members in kinds.values():
             sizes = [self.tensors[number].nbytes for number in members]
-            for places in split_buckets(sizes, BUCKET_BYTES, BUCKET_BYTES):
+            for places in split_buckets(sizes, most, most):
                 held = [members[place] for place in places]
                 names = [self.names[number] for number in held]
                 tensors = [self.tensors[number] for number in held]
@@ -103,9 +106,14 @@ class WeightFusion:
         `late` says that tensors will keep a share of what they hold when it lands.
         """
         encodes = exact is None and self.fuser.encodes(round)
+        bundles = self.bundles if fragment is None else self.fragments[fragment]
+        is_lost = any(bundle.rule.of_changes and bundle.agreed is None for bundle in bundles)
         loads = []
-        for bundle in self.bundles if fragment is None else self.fragments[fragment]:
-            load = Load(bundle, bundle.read())
+        for bundle in bundles:
+            load = Load(bundle, bundle.read(), rule=Mean() if is_lost else bundle.rule)
+            if load.rule.of_changes and bundle.agreed is not None:
+                load.base = bundle.agreed
+                load.flat -= load.base
             if encodes and bundle.memory is not None and bundle.agreed is not None:
                 load.base, load.encoded = bundle.agreed, True
                 load.flat -= load.base

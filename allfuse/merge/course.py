@@ -1,7 +1,7 @@
 """The stages in which one tensor is fused, block by block.
 
     1. turns of the sift: each model's statistics, summed over the blocks
-    2. the Gram matrix, for rules that need it
+    2. turns of rules that measure all models together, such as their Gram matrix
     3. each block: read, changed to changes, sifted, fused, added to the base, written
 
 Blocks of a stage can go at once; what they found is put together in their order when the last one
@@ -20,14 +20,14 @@ from allfuse.merge.blocks import Files
 from allfuse.merge.header import Entry
 from allfuse.merge.outline import Task
 from allfuse.merge.recipe import Recipe
-from allfuse.rule import SpanRule, SumRule
-from allfuse.rule.base import GatherRule
+from allfuse.rule import SumRule
+from allfuse.rule.base import GatherRule, JointRule
 from allfuse.rule.sift import Sift, Stretch
 from allfuse.store.tensorfile import DTYPES
 
 
 class Found:
-    """What the turns of the sift found out of one model's tensor.
+    """What the turns of a sift found out of one model's tensor, or those of a rule out of all.
 
     Whole numbers are summed as they come, in any order; others when all blocks are there.
 
@@ -88,11 +88,10 @@ class Course:
             None if self.is_copied else rule.sift(task.target.count) for rule in task.rules
         ]
         turns = max(sift.turns if sift else 0 for sift in self.sifts)
-        spans = isinstance(self.rule, SpanRule) and not self.is_copied
-        self.stages = [*(f"turn {turn}" for turn in range(turns)), *(["gram"] * spans), "write"]
-        self._found = [Found() for _ in task.inputs]
-        self._grams: dict[int, Tensor] = {}
-        self._gram: Tensor | None = None
+        self.joint = self.rule if isinstance(self.rule, JointRule) and not self.is_copied else None
+        joint = self.joint.turns(task.target.count) if self.joint else 0
+        self.stages = [*["turn"] * turns, *["joint"] * joint, "write"]
+        self._found, self._of_all = [Found() for _ in task.inputs], Found()
 
     @property
     def is_last(self) -> bool:
@@ -104,15 +103,17 @@ class Course:
         name = self.stages[self.stage]
         if name == "write":
             return self._write(block)
-        if name == "gram":
-            values = torch.stack(self._sifted(block)).double()
-            return values @ values.T
+        if name == "joint":
+            assert self.joint is not None
+            turn = len(self._of_all.totals)
+            return self.joint.measure(turn, self._together(block), self._known(block))
         return [self._measured(model, block) for model in range(len(self.task.inputs))]
 
     def take(self, block: int, result: Any) -> None:
         """What a block of the present stage gave; one at a time."""
-        if self.stages[self.stage] == "gram":
-            self._grams[block] = result
+        if self.stages[self.stage] == "joint":
+            assert self.joint is not None
+            self._of_all.take(block, result, len(self._of_all.totals) in self.joint.running)
         elif not self.is_last:
             for sift, found, part in zip(self.sifts, self._found, result, strict=True):
                 if sift is not None and part is not None:
@@ -120,8 +121,8 @@ class Course:
 
     def close_stage(self) -> None:
         """All blocks of a stage are done: put together what they found, in their order."""
-        if self.stages[self.stage] == "gram":
-            self._gram = torch.stack([self._grams[b] for b in range(len(self.blocks))]).sum(0)
+        if self.stages[self.stage] == "joint":
+            self._of_all.close_turn()
         elif not self.is_last:
             for sift, found in zip(self.sifts, self._found, strict=True):
                 if sift is not None and self.stage < sift.turns:
@@ -159,8 +160,14 @@ class Course:
         key = self.recipe.key(task.target.name, model)
         return Stretch(values, self.blocks[block][0], task.target.shape, key)
 
-    def _sifted(self, block: int) -> list[Tensor]:
-        return [self._sifted_one(model, block) for model in range(len(self.task.inputs))]
+    def _together(self, block: int) -> Stretch:
+        """A block of all models."""
+        values = [self._sifted_one(model, block) for model in range(len(self.task.inputs))]
+        return Stretch(torch.stack(values), self.blocks[block][0], self.task.target.shape)
+
+    def _known(self, block: int) -> list[Tensor]:
+        assert self.joint is not None
+        return self._of_all.at(block, self.joint.running)
 
     def _sifted_one(self, model: int, block: int) -> Tensor:
         stretch, sift = self._stretch(model, block), self.sifts[model]
@@ -186,13 +193,8 @@ class Course:
             for model in range(1, len(weights)):
                 total += rule.prepare(self._sifted_one(model, block), weights[model])
             return rule.finish(total, sum(weights))
-        values = self._sifted(block)
-        if isinstance(rule, SpanRule):
-            assert self._gram is not None
-            shares = rule.coefficients(self._gram, torch.tensor(weights, dtype=torch.float64))
-            total = values[0].mul_(float(shares[0]))
-            for value, share in zip(values[1:], shares[1:].tolist(), strict=True):
-                total.add_(value, alpha=share)
-            return total
+        stretch, shares = self._together(block), torch.tensor(weights, dtype=torch.float64)
+        if isinstance(rule, JointRule):
+            return rule.fuse(stretch, shares, self._known(block))
         assert isinstance(rule, GatherRule)
-        return rule.fuse(torch.stack(values), torch.tensor(weights, dtype=torch.float32))
+        return rule.fuse(stretch.values, shares.float())

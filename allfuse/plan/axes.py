@@ -98,6 +98,14 @@ class Data(Axis):
         super().__post_init__()
         _refuse_meaningless(self)
         refuse_balance(str(self), self.n, self.balance, self.has_roles)
+        if self.rule.of_changes:
+            size = _nearest_size(self.n)
+            raise PlanError(
+                f"{self.name}({size}, rule={self.rule})",
+                f"{self.rule} fuses what weights have become since all were equal, and gradients "
+                "are fused every step",
+                f"site({size}, every=20, rule={self.rule})",
+            )
         if self.topology is not None and not self.topology.exact:
             raise PlanError(
                 f"{self.name}({clip(repr(self.n), 20)}, topology={self.topology})",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from allfuse.base.errors import PlanError
 from allfuse.codec import Codec, MessageCodec, SumCodec
 from allfuse.plan.parse import clip
-from allfuse.rule import GatherRule, Mean, Rule
+from allfuse.rule import Mean, Rule
 from allfuse.sync import Asp, Sync
 from allfuse.topology import Native, Topology
 from allfuse.topology.central import Central
@@ -31,7 +31,7 @@ def refuse_pairing(
     if topology is None:
         return
     given = f"rule={rule}, topology={topology}"
-    if isinstance(rule, GatherRule) and not topology.gathers:
+    if rule.gathers and not topology.gathers:
         nearest = f"rule={rule}, topology=central"
         raise PlanError(
             given, f"{rule} needs every peer's value at once and {topology} only sums", nearest

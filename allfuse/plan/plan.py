@@ -25,6 +25,7 @@ from allfuse.plan.axes import (
 from allfuse.plan.nest import read_nest, write_nest
 from allfuse.plan.option import make
 from allfuse.plan.parse import Call, clip, read_product
+from allfuse.rule import Mean
 from allfuse.sync import Bsp
 
 WEAKEST_FIRST: tuple[Promise, ...] = ("statistical", "replayed", "exact")
@@ -248,6 +249,13 @@ class Plan:
             even = replace(data, balance="even")
             nearest = [even if axis is data else axis for axis in self.axes]
             why = "balance=speed measures single ranks in this version, and several share a model"
+            raise PlanError(str(self), why, _join(nearest))
+        site = self.axis("site")
+        cut = [axis.name for axis in self.axes if isinstance(axis, Tensor | Shard) and axis.n > 1]
+        if isinstance(site, Site) and site.rule.of_tensors and cut:
+            plain = replace(site, rule=Mean(), topology=None)
+            nearest = [plain if axis is site else axis for axis in self.axes]
+            why = f"{site.rule} measures whole tensors, and under {cut[0]} ranks have parts of them"
             raise PlanError(str(self), why, _join(nearest))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from allfuse.rule.base import GatherRule, Rule, SpanRule, SumRule
+from allfuse.rule.base import GatherRule, JointRule, Rule, SpanRule, SumRule
 from allfuse.rule.breadcrumbs import Breadcrumbs
 from allfuse.rule.breadcrumbs_ties import BreadcrumbsTies
 from allfuse.rule.clipped import Clipped
@@ -19,6 +19,7 @@ from allfuse.rule.multislerp import Multislerp
 from allfuse.rule.nearswap import Nearswap
 from allfuse.rule.nuslerp import Nuslerp
 from allfuse.rule.passthrough import Passthrough
+from allfuse.rule.sce import Sce
 from allfuse.rule.slerp import Slerp
 from allfuse.rule.task_arithmetic import TaskArithmetic
 from allfuse.rule.ties import Ties
@@ -29,6 +30,8 @@ RULES: dict[str, type[Rule]] = {
     "mean": Mean,
     "median": Median,
     "trimmed": Trimmed,
+    "ties": Ties,
+    "model_stock": ModelStock,
     "vote": Vote,
     "clipped": Clipped,
 }
@@ -40,14 +43,13 @@ METHODS: dict[str, type[Rule]] = {
     "slerp": Slerp,
     "nuslerp": Nuslerp,
     "task_arithmetic": TaskArithmetic,
-    "ties": Ties,
     "dare_linear": DareLinear,
     "dare_ties": DareTies,
     "della": Della,
     "della_linear": DellaLinear,
     "breadcrumbs": Breadcrumbs,
     "breadcrumbs_ties": BreadcrumbsTies,
-    "model_stock": ModelStock,
+    "sce": Sce,
     "multislerp": Multislerp,
     "karcher": Karcher,
     "nearswap": Nearswap,
@@ -55,4 +57,4 @@ METHODS: dict[str, type[Rule]] = {
 }
 """Those that fuse models on disk."""
 
-__all__ = ["METHODS", "RULES", "GatherRule", "Mean", "Rule", "SpanRule", "SumRule"]
+__all__ = ["METHODS", "RULES", "GatherRule", "JointRule", "Mean", "Rule", "SpanRule", "SumRule"]

@@ -20,7 +20,8 @@ from allfuse.codec.memory import Memory
 from allfuse.execute import segments_of
 from allfuse.fusion import choose
 from allfuse.plan import Data, Site
-from allfuse.rule import GatherRule, Mean, SumRule
+from allfuse.rule import Mean, Rule, SumRule
+from allfuse.rule.whole import fuse_whole, sift_whole
 from allfuse.topology import Layout, Topology
 from allfuse.topology.exchange import Exchange
 
@@ -49,7 +50,7 @@ class Replay:
         self._memories: dict[str, list[Memory]] = {}
 
     @property
-    def rule(self) -> object:
+    def rule(self) -> Rule:
         return self.fusion.rule
 
     @property
@@ -69,15 +70,18 @@ class Replay:
         shapes: Sequence[tuple[int, ...]],
         name: str,
         round: int,
+        rule: Rule | None = None,
     ) -> Tensor:
-        """What the rule makes of the blocks (one for each peer, changed) by their weights.
+        """What the rule (by default the fusion's) makes of the blocks, one for each peer, changed,
+        by their weights. One that measures whole tensors has one of them in each block.
 
         Under the mean `weights` are inside the blocks already where they add up to 1.
         """
-        rule, total = self.fusion.rule, sum(weights)
-        if isinstance(rule, GatherRule):
-            return rule.fuse(torch.stack(blocks), torch.tensor(weights).to(blocks[0]))
-        assert isinstance(rule, SumRule)
+        rule, total = rule or self.fusion.rule, sum(weights)
+        if not isinstance(rule, SumRule):
+            left = [sift_whole(rule, block, shapes[0]) for block in blocks]
+            told = torch.tensor(weights, dtype=torch.float64, device=blocks[0].device)
+            return fuse_whole(rule, torch.stack(left), told, shapes[0])
         for block, weight in zip(blocks, weights, strict=True):
             rule.prepare(block, weight)
         return rule.finish(self.sum(blocks, shapes, name, round), total)

@@ -17,6 +17,7 @@ from allfuse.codec import Identity
 from allfuse.fusion.gradients import BUCKET_BYTES
 from allfuse.fusion.weights import cut_fragments
 from allfuse.plan import Site
+from allfuse.rule import Mean
 from allfuse.sync.outer import Average
 from allfuse.topology import Layout, Schedule
 from allfuse.verify.replay import Replay, positions_of
@@ -60,16 +61,17 @@ class Sites:
         self.mixing = axis.topology if mixing else None
         held = floating(learners[0])
         self.anchors = [tensor.clone() for tensor in held]
-        self.stepped = set()
-        if not isinstance(axis.outer, Average):
-            floats = [p for p in learners[0].model.parameters() if p.is_floating_point()]
-            self.stepped = set(range(len(floats)))
+        floats = [p for p in learners[0].model.parameters() if p.is_floating_point()]
+        self.parameters = set(range(len(floats)))
+        self.stepped = set() if isinstance(axis.outer, Average) else self.parameters
+        alone = axis.rule.of_tensors or axis.rule.of_changes
+        most = 1 if alone else BUCKET_BYTES
         self.bundles: list[list[tuple[str, list[int]]]] = []
         self.optimizers: list[torch.optim.SGD | None] = []
         number = 0
         for places in cut_fragments([tensor.nbytes for tensor in held], axis.fragments):
             self.bundles.append([])
-            for found in positions_of([held[p] for p in places], BUCKET_BYTES, BUCKET_BYTES):
+            for found in positions_of([held[p] for p in places], most, most):
                 name = f"fuse weights, bucket {number}"
                 self.bundles[-1].append((name, [places[place] for place in found]))
                 number += 1
@@ -135,17 +137,21 @@ class Sites:
     def fuse(
         self, replay: Replay, fragment: int, weights: list[float], number: int, encodes: bool
     ) -> dict[int, Tensor]:
-        """What comes out for each tensor of a fragment. What is encoded are changes."""
+        """What comes out for each tensor of a fragment. What is encoded are changes, and what rules
+        of changes fuse; such a rule is for parameters, and buffers are averaged."""
         found: dict[int, Tensor] = {}
         held = [floating(learner) for learner in self.learners]
         for name, places in self.bundles[fragment]:
             blocks = [torch.cat([own[place].reshape(-1) for place in places]) for own in held]
             anchor = torch.cat([self.anchors[place].reshape(-1) for place in places])
-            if encodes:
+            rule = replay.rule
+            if rule.of_changes and places[0] not in self.parameters:
+                rule = Mean()
+            if encodes or rule.of_changes:
                 blocks = [block - anchor for block in blocks]
             shapes = [tuple(held[0][place].shape) for place in places]
-            fused = replay.fuse(blocks, weights, shapes, name, number)
-            if encodes:
+            fused = replay.fuse(blocks, weights, shapes, name, number, rule)
+            if encodes or rule.of_changes:
                 fused = fused + anchor
             pieces = fused.split([held[0][place].numel() for place in places])
             for place, piece in zip(places, pieces, strict=True):
