@@ -13,7 +13,15 @@ import typer
 
 from allfuse.base.errors import UserError
 from allfuse.base.units import format_bytes
-from allfuse.cli.options import DebugOption, JsonOption, QuietOption, print_json
+from allfuse.cli.merge_jobs import (
+    EXAMPLES,
+    ExamplesOption,
+    JobsOption,
+    find_learned,
+    merge_by_data,
+    read_jobs,
+)
+from allfuse.cli.options import DebugOption, JsonOption, QuietOption, SetOption, print_json
 
 SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(k|M|G|T)?B?", re.IGNORECASE)
 POWERS = {"": 0, "k": 3, "m": 6, "g": 9, "t": 12}
@@ -50,6 +58,15 @@ def merge(
         int | None, typer.Option(metavar="N", help="Threads; by default the number of cores.")
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of what a rule draws at random.")] = 0,
+    job: JobsOption = None,
+    settings: SetOption = None,
+    examples: ExamplesOption = EXAMPLES,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate/--no-calibrate", help="Estimate BatchNorm's statistics anew by the jobs."
+        ),
+    ] = True,
     allow_nan: Annotated[
         bool, typer.Option("--allow-nan", help="Let through numbers that are not finite.")
     ] = False,
@@ -73,6 +90,26 @@ def merge(
     from allfuse.merge.outline import outline
     from allfuse.merge.recipe import Recipe
 
+    method = find_learned(rule)
+    if method is not None:
+        merge_by_data(
+            method,
+            models,
+            out,
+            jobs=read_jobs(models, job, settings),
+            weights=read_weights(weights, len(models)),
+            base=base,
+            dtype=dtype,
+            examples=examples,
+            calibrate=calibrate,
+            seed=seed,
+            dry_run=dry_run,
+            overwrite=overwrite,
+            quiet=quiet,
+            as_json=as_json,
+            threads=threads,
+        )
+        return
     recipe = Recipe(
         models=models,
         rule=read_rule(rule),
