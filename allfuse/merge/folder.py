@@ -85,6 +85,11 @@ def finish(layout: Layout, side_files: Iterable[Path], folder: Path, out: Path) 
     for file in folder.iterdir():
         if file.name in (LOCK, JOURNAL):
             file.unlink()
+    put_in_place(folder, out)
+
+
+def put_in_place(folder: Path, out: Path) -> None:
+    """Give a whole folder its name, instead of what has it."""
     sync_folder(folder)
     old = None
     if out.exists():
