@@ -21,7 +21,23 @@ from allfuse.cli.merge_jobs import (
     merge_by_data,
     read_jobs,
 )
-from allfuse.cli.options import DebugOption, JsonOption, QuietOption, SetOption, print_json
+from allfuse.cli.merge_search import (
+    EvaluationsOption,
+    PerLayerOption,
+    SearchOption,
+    merge_by_search,
+    refuse_without_search,
+)
+from allfuse.cli.options import (
+    DebugOption,
+    JsonOption,
+    PlanOption,
+    QuietOption,
+    SetOption,
+    TimeoutOption,
+    WorkersOption,
+    print_json,
+)
 
 SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(k|M|G|T)?B?", re.IGNORECASE)
 POWERS = {"": 0, "k": 3, "m": 6, "g": 9, "t": 12}
@@ -67,6 +83,12 @@ def merge(
             "--calibrate/--no-calibrate", help="Estimate BatchNorm's statistics anew by the jobs."
         ),
     ] = True,
+    search: SearchOption = None,
+    evaluations: EvaluationsOption = None,
+    per_layer: PerLayerOption = False,
+    plan: PlanOption = None,
+    workers: WorkersOption = None,
+    timeout: TimeoutOption = 300.0,
     allow_nan: Annotated[
         bool, typer.Option("--allow-nan", help="Let through numbers that are not finite.")
     ] = False,
@@ -90,6 +112,36 @@ def merge(
     from allfuse.merge.outline import outline
     from allfuse.merge.recipe import Recipe
 
+    if search is not None:
+        if weights is not None:
+            raise UserError(f"--weights {weights}: a search finds them; next: leave it out")
+        merge_by_search(
+            models,
+            out,
+            search=search,
+            rule=read_rule(rule),
+            jobs=job,
+            settings=settings,
+            plan=plan,
+            workers=workers,
+            evaluations=evaluations,
+            per_layer=per_layer,
+            threads=threads,
+            timeout=timeout,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            quiet=quiet,
+            as_json=as_json,
+            base=base,
+            dtype=dtype,
+            seed=seed,
+            allow_nan=allow_nan,
+            calibrate=calibrate,
+        )
+        return
+    refuse_without_search(
+        evaluations=evaluations, per_layer=per_layer, plan=plan, workers=workers
+    )
     method = find_learned(rule)
     if method is not None:
         merge_by_data(

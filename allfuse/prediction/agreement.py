@@ -46,10 +46,14 @@ FIELDS = tuple(Status.__dataclass_fields__)
 
 
 class Agreement:
-    """Exchanges over the link of all ranks that share the rows. World size 1 exchanges nothing."""
+    """Exchanges over the link of all ranks that share the work. World size 1 exchanges nothing.
 
-    def __init__(self, link: Link, device: torch.device) -> None:
-        self.link, self.device = link, device
+    Args:
+        work: what they share, for errors.
+    """
+
+    def __init__(self, link: Link, device: torch.device, work: str = "rows") -> None:
+        self.link, self.device, self.work = link, device, work
 
     def together(self, attempt: Callable[[], tuple[Status, T]]) -> tuple[list[Status], T]:
         """Do something on all ranks, and go on only if none failed.
@@ -75,7 +79,7 @@ class Agreement:
         slots = torch.zeros(link.size, len(FIELDS), dtype=torch.int64)
         slots[link.rank] = torch.tensor([getattr(mine, name) for name in FIELDS])
         slots = slots.to(self.device)
-        link.all_reduce(slots, "agree on rows").wait()
+        link.all_reduce(slots, f"agree on {self.work}").wait()
         found = []
         for values in slots.tolist():
             state, *others = values
@@ -86,7 +90,7 @@ class Agreement:
                 "it failed with an error of its own",
                 rank=link.members[link.rank],
                 peer=link.members[failed[0]],
-                operation="agree on rows",
+                operation=f"agree on {self.work}",
                 step=link.step,
                 seconds=0.0,
             )
@@ -101,7 +105,7 @@ class Agreement:
         if link.rank != 0:
             if text:
                 sent = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self.device)
-                link.send(sent, 0, "hand in predictions").wait()
+                link.send(sent, 0, f"hand in {self.work}").wait()
             return []
         received = {
             peer: torch.empty(length, dtype=torch.uint8, device=self.device)
@@ -109,7 +113,7 @@ class Agreement:
             if peer and length
         }
         works = [
-            link.receive(tensor, peer, "gather predictions") for peer, tensor in received.items()
+            link.receive(tensor, peer, f"gather {self.work}") for peer, tensor in received.items()
         ]
         for work in works:
             work.wait()

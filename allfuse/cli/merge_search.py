@@ -1,0 +1,131 @@
+"""allfuse merge --search: models that are judged by the validation data of their job."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from allfuse.base.errors import UserError
+from allfuse.cli.options import choose_plan, is_first, parse_settings, print_json, run_under
+
+if TYPE_CHECKING:
+    from allfuse.judge.search import Wish
+    from allfuse.judge.subject import Subject
+    from allfuse.rule import Rule
+
+SearchOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOW",
+        help="Look for the best fusion by the job's validation data: greedy (a soup), "
+        "coefficients (weights and arguments of the rule) or methods (all rules).",
+    ),
+]
+EvaluationsOption = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Candidates that a search judges at most."),
+]
+PerLayerOption = Annotated[
+    bool, typer.Option("--per-layer", help="Have --search coefficients weigh each layer.")
+]
+
+
+def merge_by_search(
+    models: Sequence[Path],
+    out: Path,
+    *,
+    search: str,
+    rule: Rule,
+    jobs: list[Path] | None,
+    settings: list[str] | None,
+    plan: str | None,
+    workers: int | None,
+    evaluations: int | None,
+    per_layer: bool,
+    threads: int | None,
+    timeout: float,
+    overwrite: bool,
+    dry_run: bool,
+    quiet: bool,
+    as_json: bool,
+    **about: Any,
+) -> None:
+    """Search, and tell what was found.
+
+    Args:
+        models: several, or one folder with several.
+        about: base, dtype, seed, allow_nan and calibrate of a `Subject`.
+    """
+    from allfuse.judge.search import Wish, check
+    from allfuse.judge.subject import Subject, find_job
+    from allfuse.store.model_files import find_ingredients
+
+    found = find_ingredients(models[0]) if len(models) == 1 else list(models)
+    job = find_job([*models, *found], jobs or [], parse_settings(settings))
+    subject = Subject(models=tuple(found), job=job, rule=rule, **about)
+    wish = Wish(
+        search=search,
+        out=out,
+        evaluations=evaluations,
+        per_layer=per_layer,
+        overwrite=overwrite,
+    )
+    check(subject, wish)
+    chosen = choose_plan(plan, workers)
+    if dry_run:
+        told = {
+            "search": search,
+            "models": [str(path) for path in found],
+            "job": str(job.path),
+            "evaluations": wish.limit,
+        }
+        if as_json:
+            print_json({"ok": True, "command": "merge", **told})
+        else:
+            limit = "" if wish.limit is None else f", at most {wish.limit} candidates"
+            print(f"{out}: would be by {search} search of {len(found)} models{limit}")
+            print(f"  judged by {job.path}")
+        return
+    work = functools.partial(_search_here, subject, wish, quiet or not is_first(), as_json)
+    report = run_under(chosen, work, threads=threads, timeout_s=timeout)
+    if as_json:
+        print_json({"ok": True, "command": "merge", **report})
+    elif is_first():
+        from allfuse.observe.judging import print_report
+
+        print_report(report)
+
+
+def refuse_without_search(**given: object) -> None:
+    """Refuse options that only a search has. Raises UserError."""
+    for name, value in given.items():
+        if value:
+            raise UserError(
+                f"--{name.replace('_', '-')} belongs to a search; next: --search greedy, "
+                "coefficients or methods"
+            )
+
+
+def _search_here(subject: Subject, wish: Wish, quiet: bool, to_stderr: bool) -> Any:
+    """One rank's part; the report on rank 0."""
+    from allfuse.base.events import Bus
+    from allfuse.judge.search import search
+    from allfuse.launcher import current_world
+
+    def run(tell: Callable[..., None]) -> Any:
+        return search(subject, wish, tell=tell)
+
+    world = current_world()
+    bus = Bus(0 if world is None else world.rank)
+    if quiet or bus.rank != 0:
+        return run(bus.emit)
+    from allfuse.observe.judging import SearchProgress
+
+    with SearchProgress(sys.stderr if to_stderr else sys.stdout) as progress:
+        bus.subscribe(progress)
+        return run(bus.emit)

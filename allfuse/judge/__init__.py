@@ -1,0 +1,1 @@
+"""L5: which fusion of some models is best, by the validation data of their job."""

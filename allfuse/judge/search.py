@@ -1,0 +1,236 @@
+"""Looks for the fusion of some models that is best on the validation data of their job."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import join
+from typing import Any
+
+from allfuse.base.errors import Interrupted, MergeError, nearest
+from allfuse.judge.bench import Bench, Tell
+from allfuse.judge.candidate import Candidate, single
+from allfuse.judge.coefficients import coefficients
+from allfuse.judge.data import fingerprint, read_data
+from allfuse.judge.examiner import Examiner
+from allfuse.judge.greedy import greedy
+from allfuse.judge.jury import Jury, Question
+from allfuse.judge.methods import methods
+from allfuse.judge.report import NAME, finite, make_report
+from allfuse.judge.scores import NAME as SCORES
+from allfuse.judge.scores import Scores
+from allfuse.judge.scratch import scratch
+from allfuse.judge.subject import Subject
+from allfuse.merge.folder import held, put_in_place
+from allfuse.merge.merge import refuse_place
+from allfuse.merge.outline import outline
+from allfuse.plan import Plan
+from allfuse.rule import Mean
+from allfuse.store.durable import PARTIAL, explain, replace_bytes
+from allfuse.store.run import RunFolder, is_run, versions
+from allfuse.training.place import Place
+
+SEARCHES = ("greedy", "coefficients", "methods")
+EVALUATIONS = 100
+"""Candidates of a search that would not end by itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What is searched, and where what is found will be.
+
+    Attributes:
+        search: greedy (a soup), coefficients (weights and arguments of the rule), or methods.
+        evaluations: candidates that are judged at most; None: as many as the search has, and
+            EVALUATIONS for coefficients.
+        per_layer: whether coefficients has weights for each layer.
+    """
+
+    search: str
+    out: Path
+    evaluations: int | None = None
+    per_layer: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.search not in SEARCHES:
+            raise MergeError(
+                f"--search {self.search}: there is no such search{nearest(self.search, SEARCHES)}; "
+                f"allowed: {', '.join(SEARCHES)}"
+            )
+        if self.per_layer and self.search != "coefficients":
+            raise MergeError(
+                f"--per-layer: --search {self.search} does not look for weights; allowed: with "
+                "--search coefficients"
+            )
+
+    @property
+    def limit(self) -> int | None:
+        if self.evaluations is None and self.search == "coefficients":
+            return EVALUATIONS
+        return self.evaluations
+
+
+def check(subject: Subject, wish: Wish) -> None:
+    """Refuse what cannot be before any process starts: reads headers alone.
+
+    Raises:
+        MergeError: too few models, models that differ, a place that is taken, or too few
+            evaluations to begin with.
+    """
+    n, rule = len(subject.models), subject.rule
+    if n < 2:
+        raise MergeError(f"--search {wish.search} needs at least 2 models, received {n}")
+    if len({path.resolve() for path in subject.models}) < n:
+        raise MergeError("--search: a model was given twice; allowed: each once")
+    _check_rule(subject, wish)
+    if wish.limit is not None and wish.limit < n + 1:
+        raise MergeError(
+            f"--evaluations {wish.limit}: each of {n} models is judged by itself, and all of them "
+            f"together; allowed: {n + 1} or more"
+        )
+    for model in range(n):
+        outline(subject.recipe(single(model)))
+    plan = outline(subject.recipe(Candidate(tuple(range(n)), rule, (1.0,) * n)))
+    refuse_place(plan, wish.out, wish.overwrite)
+
+
+def _check_rule(subject: Subject, wish: Wish) -> None:
+    rule, base = subject.rule, subject.base
+    if wish.search == "methods":
+        if rule != Mean():
+            raise MergeError(
+                f"--search methods tries all rules, received --rule {rule}; next: leave it out, or "
+                "--search coefficients for the best arguments of that rule"
+            )
+        return
+    if wish.search == "greedy" and rule.models is not None:
+        raise MergeError(
+            f"--search greedy fuses any number of models, and {rule.name} {rule.models}; next: "
+            "--rule mean, or --search methods"
+        )
+    if base is not None and not (rule.of_changes or rule.base_optional):
+        raise MergeError(
+            f"{rule.name} fuses models as they are, and would not look at the base {base}; next: "
+            "leave it out, or name it among the models"
+        )
+
+
+def search(
+    subject: Subject,
+    wish: Wish,
+    *,
+    plan: Plan | str | None = None,
+    device: str | None = None,
+    tell: Tell = lambda name, **data: None,
+) -> dict[str, Any] | None:
+    """Search in the ranks that are here already, each of which judges some of the candidates; the
+    report on rank 0, else None. Every rank of the plan calls it.
+
+    The result is a run folder: the model, the job that it can be measured by, and the report. What
+    was measured is kept beside it, in a folder of that name, for the next search.
+
+    Args:
+        tell: hears on rank 0 of what happens: "searching", "judged".
+
+    Raises:
+        MergeError, JobError, UserError: what is refused, and what cannot be read or written.
+        PeerLost: another rank failed. Interrupted: Ctrl-C.
+    """
+    check(subject, wish)
+    try:
+        with contextlib.ExitStack() as stack:
+            place = stack.enter_context(contextlib.closing(Place(plan, device)))
+            job = subject.job.load()
+            data, note = read_data(job)
+            size = outline(subject.recipe(single(0))).written_bytes * place.plan.workers
+            folder = stack.enter_context(scratch(size, wish.out.resolve().parent))
+            examiner = Examiner(subject, job, data, place.device, folder)
+            jury = Jury(examiner, place.everyone, place.device)
+            if place.rank != 0:
+                jury.serve()
+                return None
+            stage = wish.out.with_name(f"{PARTIAL}search-{wish.out.name}")
+            stack.enter_context(held(stage))
+            stack.callback(shutil.rmtree, stage, ignore_errors=True)
+            report = _lead(subject, wish, jury, [] if note is None else [note], tell, stage)
+            jury.dismiss()
+            return report
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "the search was interrupted; the same command goes on with what was measured"
+        ) from None
+    except OSError as error:
+        raise MergeError(explain(error, wish.out)) from error
+
+
+def _lead(
+    subject: Subject, wish: Wish, jury: Jury, notes: list[str], tell: Tell, stage: Path
+) -> dict[str, Any]:
+    """Rank 0's part: ask, decide, write."""
+    keys = _keys(subject, jury)
+    kept = Scores(wish.out.parent / SCORES)
+    bench = Bench(subject, jury, kept, keys, wish.limit, tell)
+    tell("searching", search=wish.search, models=bench.count, limit=wish.limit)
+    uniform = bench.uniform()
+    bench.ask([*map(single, range(bench.count)), *([] if uniform is None else [uniform])])
+    if bench.scores[bench.best_single()].value == -math.inf:
+        metric = jury.examiner.job.monitor_name
+        raise MergeError(
+            f"{metric} of every model is no number on the validation data; next: see why, with "
+            "`allfuse evaluate`"
+        )
+    chosen = _run(wish, bench)
+    report = make_report(bench, wish.search, chosen, [*notes, *_how(jury, chosen)])
+    result = stage / "result"
+    shutil.rmtree(result, ignore_errors=True)
+    jury.examiner.write(chosen, result)
+    _describe(result, subject, report)
+    put_in_place(result, wish.out)
+    return {**report, "out": str(wish.out)}
+
+
+def _run(wish: Wish, bench: Bench) -> Candidate:
+    if wish.search == "greedy":
+        return greedy(bench)
+    if wish.search == "methods":
+        return methods(bench)
+    return coefficients(bench, wish.per_layer)
+
+
+def _keys(subject: Subject, jury: Jury) -> Callable[[Question], str]:
+    """What names the file of an answer: a hash of all that it follows from."""
+    job, data = jury.examiner.job, jury.examiner.data
+    prints = subject.fingerprints()
+    about = {name: f"{subject.job.fingerprint()} {fingerprint(job, data[name])}" for name in data}
+    return lambda question: subject.key(question[0], prints, about[question[1]])
+
+
+def _how(jury: Jury, chosen: Candidate) -> list[str]:
+    if not jury.examiner.calibrates or chosen.is_single:
+        return []
+    return ["the statistics of BatchNorm were estimated anew from training data in what is fused"]
+
+
+def _describe(result: Path, subject: Subject, report: Mapping[str, Any]) -> None:
+    """Put the report and the job beside the model, so that it can be measured and predict."""
+    replace_bytes(result / NAME, (json.dumps(finite(report), indent=1) + "\n").encode())
+    if is_run(result):
+        return
+    job = subject.job
+    record = {
+        "plan": "data(1)",
+        "command": join(sys.argv),
+        "versions": versions(),
+        "arguments": dict(job.arguments),
+        "job_file": job.original or str(job.path.resolve()),
+    }
+    run = RunFolder(result, record, None)
+    run.copy_job(job.path)
+    run.update()
