@@ -2,6 +2,26 @@
 
 from __future__ import annotations
 
+import re
+
+SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(k|M|G|T)?B?", re.IGNORECASE)
+POWERS = {"": 0, "k": 3, "m": 6, "g": 9, "t": 12}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes, of a text in decimal units.
+
+    Raises:
+        ValueError: it is none.
+
+    >>> parse_bytes("500MB"), parse_bytes("2 gb"), parse_bytes("100")
+    (500000000, 2000000000, 100)
+    """
+    match = SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is no size; allowed: such as 500MB or 2GB")
+    return int(float(match[1]) * 10 ** POWERS[(match[2] or "").lower()])
+
 
 def format_bytes(count: float) -> str:
     """Decimal units, three digits.

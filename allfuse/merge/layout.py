@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,13 +32,19 @@ class Layout:
         return sum(self.sizes.values())
 
 
-def lay_out(like: Source, dtypes: Mapping[str, str]) -> Layout:
-    """The files of a model with the names, shapes and files of another one, in these types."""
-    single = len(like.files) == 1
+def lay_out(like: Source, dtypes: Mapping[str, str], shard_bytes: int | None = None) -> Layout:
+    """The files of a model with the names, shapes and files of another one, in these types.
+
+    Args:
+        shard_bytes: what each file has at most, where it is more than one tensor; None: the files
+            are those of `like`.
+    """
+    files = like.files if shard_bytes is None else _cut(like, dtypes, shard_bytes)
+    single = len(files) == 1
     entries: dict[str, Entry] = {}
     heads: dict[str, bytes] = {}
     sizes: dict[str, int] = {}
-    for file, names in like.files.items():
+    for file, names in files.items():
         name = "model.safetensors" if single else file
         own = [like.entries[each] for each in names]
         own.sort(key=lambda entry: -ITEM_BYTES[dtypes[entry.name]])  # each at its own alignment
@@ -51,6 +58,29 @@ def lay_out(like: Source, dtypes: Mapping[str, str]) -> Layout:
         said = {"metadata": {"total_size": total}, "weight_map": weights}
         index = (json.dumps(said, indent=2, sort_keys=True) + "\n").encode()
     return Layout(entries, heads, sizes, index)
+
+
+def _cut(like: Source, dtypes: Mapping[str, str], shard_bytes: int) -> dict[str, list[str]]:
+    """Which names are in which file, 10 after 9, none larger than it may be."""
+    groups: list[list[str]] = [[]]
+    room = shard_bytes
+    for name in sorted(dtypes, key=_natural):
+        size = like.entries[name].count * ITEM_BYTES[dtypes[name]]
+        if size > room and groups[-1]:
+            groups.append([])
+            room = shard_bytes
+        groups[-1].append(name)
+        room -= size
+    count = len(groups)
+    return {
+        f"model-{number:05d}-of-{count:05d}.safetensors": names
+        for number, names in enumerate(groups, start=1)
+    }
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    parts = re.split(r"(\d+)", name)
+    return [(int(part) if part.isdecimal() else -1, part) for part in parts]
 
 
 def _file(

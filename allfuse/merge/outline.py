@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from allfuse.base.errors import MergeError
+from allfuse.merge.arrangement import Place, arrange, one_stack
+from allfuse.merge.configuration import CONFIG, TOKENIZER, Changes, adapt_config
 from allfuse.merge.header import Entry
 from allfuse.merge.layout import Layout, lay_out
+from allfuse.merge.likeness import (
+    refuse_unlike,
+    refuse_unlike_layers,
+    refuse_unlike_places,
+    refuse_untied,
+)
+from allfuse.merge.padding import Padded, pad
 from allfuse.merge.recipe import Recipe
 from allfuse.merge.source import Source, open_source
-from allfuse.rule import Rule
+from allfuse.merge.vocabulary import refuse_other_tokens
+from allfuse.rule import METHODS, Rule
 
 BLOCK = 1 << 18
 """Numbers that are fused at once, in whole rows. What comes out does not depend on what is done at
 the same time, so nothing else cuts a tensor."""
-SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -58,14 +66,24 @@ class Task:
 
 @dataclass(frozen=True)
 class Outline:
-    """All that will be done."""
+    """All that will be done.
+
+    Attributes:
+        copied: tensors that are no floating-point numbers: those of the first model or the base.
+        padded: tables of words that are longer than those of some models.
+        config: what config.json says, where that is not what the first model's says.
+        notes: what whoever starts it should know.
+    """
 
     recipe: Recipe
     sources: tuple[Source, ...]
     base: Source | None
     layout: Layout
     tasks: tuple[Task, ...]
-    copied: tuple[str, ...]  # tensors that are no floating-point numbers: those of the first model
+    copied: tuple[str, ...]
+    padded: tuple[str, ...] = ()
+    config: bytes | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def first(self) -> Source:
@@ -79,6 +97,15 @@ class Outline:
     def written_bytes(self) -> int:
         return self.layout.bytes
 
+    def side_files(self) -> list[Path]:
+        """Files beside the weights that are carried over as they are."""
+        files = self.first.side_files()
+        tokenizer = self.recipe.tokenizer
+        if tokenizer is not None and tokenizer.is_dir():
+            files = [file for file in files if file.name not in TOKENIZER]
+            files += [tokenizer / name for name in TOKENIZER if (tokenizer / name).is_file()]
+        return [file for file in files if self.config is None or file.name != CONFIG]
+
 
 def outline(recipe: Recipe) -> Outline:
     """Check that models can be fused, from their headers alone.
@@ -89,79 +116,122 @@ def outline(recipe: Recipe) -> Outline:
     sources = tuple(open_source(Path(path)) for path in recipe.models)
     base = None if recipe.base is None else open_source(Path(recipe.base))
     first = sources[0] if base is None else base
-    for other in sources:
-        if other is not first:
-            refuse_unlike(first, other)
-    kept = {name: entry for name, entry in first.entries.items() if name not in first.tied}
     refuse_untied(first, sources)
+    if recipe.is_stacked:
+        refuse_unlike_layers(recipe, sources, base)
+        places = arrange(recipe, sources, base)
+        refuse_unlike_places(places, recipe, sources, base)
+    else:
+        for other in sources:
+            if other is not first:
+                refuse_unlike(first, other, recipe.pad_vocabulary)
+        places = arrange(recipe, sources, base)
+    drafts = {place.name: _draft(place, recipe, sources, base) for place in places}
+    padded = tuple(name for name, draft in drafts.items() if draft.is_padded)
+    like = _like(first, drafts, recipe.is_stacked)
     dtypes = {
-        name: recipe.dtype if recipe.dtype and entry.is_float else entry.dtype
-        for name, entry in kept.items()
+        name: recipe.dtype if recipe.dtype and draft.is_float else like.entries[name].dtype
+        for name, draft in drafts.items()
     }
-    layout = lay_out(first, dtypes)
-    tasks, copied = [], []
-    for number, (name, target) in enumerate(layout.entries.items()):
-        own = tuple(source.entries[name] for source in sources)
-        start = None if base is None else base.entries[name]
-        if not target.is_float:
-            copied.append(name)
-            own, start = (first.entries[name],), None
-        rules, weights = (recipe.rule,) * len(own), tuple(recipe.weights[: len(own)])
-        tasks.append(Task(number, target, own, start, rules, weights))
-    return Outline(recipe, sources, base, layout, tuple(tasks), tuple(copied))
-
-
-def refuse_unlike(first: Source, other: Source) -> None:
-    """Refuse models with tensors of other names or shapes. Raises MergeError."""
-    missing = [name for name in first.entries if name not in other.entries]
-    extra = [name for name in other.entries if name not in first.entries]
-    shaped = [
-        f"{name} {list(first.entries[name].shape)} and {list(other.entries[name].shape)}"
-        for name in first.entries
-        if name in other.entries and first.entries[name].shape != other.entries[name].shape
-    ]
-    said = []
-    for what, names in (("not in the second", missing), ("not in the first", extra)):
-        if names:
-            said.append(f"{len(names)} {what}: {_some(names)}")
-    if shaped:
-        said.append(f"{len(shaped)} of other shapes: {_some(shaped)}{_rows(first, other)}")
-    if said:
-        raise MergeError(
-            f"{first.path} and {other.path} are not models of one kind, of their tensors are "
-            + "; ".join(said)
+    shard_bytes = recipe.shard_bytes
+    if recipe.is_stacked and shard_bytes is None and len(first.files) > 1:
+        shard_bytes = max(
+            sum(first.entries[name].bytes for name in names) for names in first.files.values()
         )
+    layout = lay_out(like, dtypes, shard_bytes)
+    tasks = tuple(
+        drafts[name].task(number, target)
+        for number, (name, target) in enumerate(layout.entries.items())
+    )
+    copied = tuple(name for name in layout.entries if not drafts[name].is_float)
+    config, notes = adapt_config(first, _changes(recipe, first, drafts, padded))
+    if padded:
+        notes += _compare_tokens(recipe)
+    return Outline(recipe, sources, base, layout, tasks, copied, padded, config, tuple(notes))
 
 
-def _rows(first: Source, other: Source) -> str:
-    """How many words more one of them has, where only tables of words differ."""
-    pairs = [
-        (first.entries[name].shape, other.entries[name].shape)
-        for name in first.entries
-        if name in other.entries and first.entries[name].shape != other.entries[name].shape
+@dataclass(frozen=True)
+class Draft:
+    """A task of which it is not yet known where it goes."""
+
+    inputs: tuple[Entry, ...]
+    base: Entry | None
+    rules: tuple[Rule, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inputs[0].shape
+
+    @property
+    def dtype(self) -> str:
+        return (self.base or self.inputs[0]).dtype
+
+    @property
+    def is_float(self) -> bool:
+        return self.inputs[0].is_float
+
+    @property
+    def is_padded(self) -> bool:
+        return any(isinstance(entry, Padded) for entry in [*self.inputs, self.base])
+
+    def task(self, number: int, target: Entry) -> Task:
+        return Task(number, target, self.inputs, self.base, self.rules, self.weights)
+
+
+def _draft(
+    place: Place, recipe: Recipe, sources: Sequence[Source], base: Source | None
+) -> Draft:
+    own: list[Entry] = []
+    start: Entry | None = None
+    for part, name in zip(place.said.parts, place.names, strict=True):
+        if part.model is None:
+            assert base is not None
+            start = base.entries[name]
+        else:
+            own.append(sources[part.model].entries[name])
+    rules, weights = recipe.settle(place.said, place.name, place.at)
+    first = own[0] if start is None else start
+    if not first.is_float:
+        return Draft((first,), None, (recipe.rule,), (1.0,))
+    if not own:  # a slice of the base alone
+        return Draft((first,), None, (METHODS["passthrough"](),), (1.0,))
+    if any(entry.shape != first.shape for entry in own):
+        start, padded = pad(start, own, weights)
+        return Draft(padded, start, rules, weights)
+    return Draft(tuple(own), start, rules, weights)
+
+
+def _like(first: Source, drafts: Mapping[str, Draft], is_stacked: bool) -> Source:
+    """A model with the names and shapes of the result."""
+    entries = {
+        name: Entry(name, draft.dtype, draft.shape, first.path, 0)
+        for name, draft in drafts.items()
+    }
+    files = {next(iter(first.files)): list(drafts)} if is_stacked else first.files
+    tied = {name: kept for name, kept in first.tied.items() if kept in drafts}
+    return replace(first, entries=entries, tied=tied, files=files)
+
+
+def _changes(
+    recipe: Recipe, first: Source, drafts: Mapping[str, Draft], padded: Sequence[str]
+) -> Changes:
+    layers, count = None, 0
+    if recipe.is_stacked:
+        chosen = [part.layers for said in recipe.slices for part in said.parts[:1]]
+        layers, count = [layer for each in chosen for layer in each or ()], one_stack(first)[1]
+    rows, before = None, 0
+    if padded:
+        rows, before = drafts[padded[0]].shape[0], first.entries[padded[0]].shape[0]
+    return Changes(layers, count, rows, before, recipe.dtype)
+
+
+def _compare_tokens(recipe: Recipe) -> list[str]:
+    """Refuse tables whose rows are other words; notes of what cannot be told."""
+    models = [*recipe.models, *([] if recipe.base is None else [recipe.base])]
+    unread = refuse_other_tokens([Path(model) for model in models])
+    return [
+        f"{model} has no tokenizer that can be read, so that its rows are the words of others' rows "
+        "of the same number is taken for granted"
+        for model in unread[:1]
     ]
-    rows = {(one[0], two[0]) for one, two in pairs if one[1:] == two[1:] and one and two}
-    if len(rows) == 1 and all(one[1:] == two[1:] for one, two in pairs):
-        ((one, two),) = rows
-        return f"; their vocabularies differ by {abs(one - two)} rows"
-    return ""
-
-
-def refuse_untied(first: Source, sources: Iterable[Source]) -> None:
-    """Refuse models of which some have one tensor under two names, and others two tensors.
-
-    Raises:
-        MergeError: names the first of them.
-    """
-    for source in sources:
-        apart = sorted(first.tied.items() ^ source.tied.items())
-        if apart:
-            name, kept = apart[0]
-            raise MergeError(
-                f"{first.path} and {source.path}: {name} is {kept} (tied weights) in one of them "
-                "and a tensor of its own in the other; next: save both alike"
-            )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (" ..." if len(names) > SHOWN else "")
