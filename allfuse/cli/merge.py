@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import re
-import sys
-from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from allfuse.base.errors import UserError
-from allfuse.base.units import format_bytes
+from allfuse.cli.merge_disk import merge_on_disk
 from allfuse.cli.merge_jobs import (
     EXAMPLES,
     ExamplesOption,
@@ -20,6 +16,17 @@ from allfuse.cli.merge_jobs import (
     find_learned,
     merge_by_data,
     read_jobs,
+)
+from allfuse.cli.merge_recipe import (
+    RULE,
+    PadOption,
+    ShardOption,
+    find_models,
+    read_request,
+    read_rule,
+    read_size,
+    read_type,
+    read_weights,
 )
 from allfuse.cli.merge_search import (
     EvaluationsOption,
@@ -36,25 +43,25 @@ from allfuse.cli.options import (
     SetOption,
     TimeoutOption,
     WorkersOption,
-    print_json,
 )
-
-SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(k|M|G|T)?B?", re.IGNORECASE)
-POWERS = {"": 0, "k": 3, "m": 6, "g": 9, "t": 12}
 
 
 def merge(
     models: Annotated[
         list[Path],
-        typer.Argument(help="Models: run folders, .safetensors files, folders with one or more."),
+        typer.Argument(
+            help="Models: run folders, .safetensors files, folders with one or more; or a recipe, "
+            "a .yml file such as mergekit's."
+        ),
     ],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the result will be.")],
     rule: Annotated[
-        str,
+        str | None,
         typer.Option(
-            metavar="RULE", help='How they become one, such as mean or "ties(density=0.2)".'
+            metavar="RULE",
+            help='How they become one, such as "ties(density=0.2)"; by default mean.',
         ),
-    ] = "mean",
+    ] = None,
     weights: Annotated[
         str | None,
         typer.Option(metavar="W,W,...", help="The weight of each model; by default all are 1."),
@@ -73,7 +80,11 @@ def merge(
     threads: Annotated[
         int | None, typer.Option(metavar="N", help="Threads; by default the number of cores.")
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of what a rule draws at random.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Of what a rule draws at random; 0 by default.")
+    ] = None,
+    pad_vocabulary: PadOption = False,
+    shard_size: ShardOption = None,
     job: JobsOption = None,
     settings: SetOption = None,
     examples: ExamplesOption = EXAMPLES,
@@ -107,11 +118,7 @@ def merge(
 
     allfuse merge runs/a runs/b runs/c --rule mean --out runs/soup
     """
-    from allfuse.merge.merge import choose_workers, describe, refuse_place
-    from allfuse.merge.merge import merge as fuse
-    from allfuse.merge.outline import outline
-    from allfuse.merge.recipe import Recipe
-
+    dtype = read_type(dtype)
     if search is not None:
         if weights is not None:
             raise UserError(f"--weights {weights}: a search finds them; next: leave it out")
@@ -119,7 +126,7 @@ def merge(
             models,
             out,
             search=search,
-            rule=read_rule(rule),
+            rule=read_rule(rule or RULE),
             jobs=job,
             settings=settings,
             plan=plan,
@@ -134,7 +141,7 @@ def merge(
             as_json=as_json,
             base=base,
             dtype=dtype,
-            seed=seed,
+            seed=seed or 0,
             allow_nan=allow_nan,
             calibrate=calibrate,
         )
@@ -142,8 +149,9 @@ def merge(
     refuse_without_search(
         evaluations=evaluations, per_layer=per_layer, plan=plan, workers=workers
     )
-    method = find_learned(rule)
+    method = None if rule is None else find_learned(rule)
     if method is not None:
+        models = find_models(models)
         merge_by_data(
             method,
             models,
@@ -154,7 +162,7 @@ def merge(
             dtype=dtype,
             examples=examples,
             calibrate=calibrate,
-            seed=seed,
+            seed=seed or 0,
             dry_run=dry_run,
             overwrite=overwrite,
             quiet=quiet,
@@ -162,94 +170,25 @@ def merge(
             threads=threads,
         )
         return
-    recipe = Recipe(
-        models=models,
-        rule=read_rule(rule),
-        weights=read_weights(weights, len(models)),
-        base=base,
-        dtype=dtype,
-        seed=seed,
-        allow_nan=allow_nan,
-    )
-    memory_bytes = read_size("--memory", memory)
     if threads is not None and threads < 1:
         raise UserError(f"--threads {threads}: allowed: 1 or more")
-    if dry_run:
-        plan = outline(recipe)
-        refuse_place(plan, out, overwrite)
-        told = describe(plan) | {"threads": choose_workers(plan, memory_bytes, threads)}
-        if as_json:
-            print_json({"ok": True, "command": "merge", **told})
-        else:
-            _tell_plan(told, out)
-        return
-    done = _watched(
-        lambda tell: fuse(
-            recipe, out, memory_bytes=memory_bytes, workers=threads, overwrite=overwrite, tell=tell
+    merge_on_disk(
+        read_request(
+            models,
+            rule=rule,
+            weights=weights,
+            base=base,
+            dtype=dtype,
+            seed=seed,
+            allow_nan=allow_nan,
+            pad_vocabulary=pad_vocabulary,
+            shard_size=shard_size,
         ),
-        quiet,
-        as_json,
+        out,
+        memory_bytes=read_size("--memory", memory),
+        threads=threads,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        quiet=quiet,
+        as_json=as_json,
     )
-    if as_json:
-        print_json({"ok": True, "command": "merge", "rule": str(recipe.rule), **asdict(done)})
-        return
-    speed = format_bytes((done.read_bytes + done.written_bytes) / max(done.seconds, 1e-9))
-    print(
-        f"{done.out}: {done.parameters:,} parameters in {done.tensors:,} tensors by {recipe.rule}, "
-        f"{done.seconds:.2f} s, {speed}/s read and written"
-    )
-
-
-def _watched(work: Callable[[Any], Any], quiet: bool, to_stderr: bool) -> Any:
-    if quiet:
-        return work(lambda name, **data: None)
-    from allfuse.base.events import Bus
-    from allfuse.observe.merging import MergeProgress
-
-    bus = Bus()
-    with MergeProgress(sys.stderr if to_stderr else sys.stdout) as progress:
-        bus.subscribe(progress)
-        return work(bus.emit)
-
-
-def _tell_plan(told: dict[str, Any], out: Path) -> None:
-    print(
-        f"{out}: would be {told['parameters']:,} parameters in {told['tensors']:,} tensors by "
-        f"{told['rule']} of {told['models']} models\n"
-        f"  read {format_bytes(told['read_bytes'])}, write {format_bytes(told['written_bytes'])} "
-        f"in {told['files']} file{'s' if told['files'] > 1 else ''}, {told['threads']} threads"
-    )
-    if told["copied"]:
-        print(f"  as in the first model, being whole numbers: {', '.join(told['copied'][:10])}")
-
-
-def read_rule(text: str) -> Any:
-    """The rule that a text says. Raises PlanError."""
-    from allfuse.base.choice import build
-    from allfuse.plan.parse import read_call
-    from allfuse.rule import METHODS
-
-    call = read_call(text)
-    return build("rule", METHODS, call.name, call.args, call.kwargs)
-
-
-def read_weights(text: str | None, models: int) -> list[float]:
-    """Raises UserError: not numbers."""
-    if text is None:
-        return [1.0] * models
-    try:
-        found = [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UserError(
-            f"--weights {text}: allowed: numbers with commas between, one for each model, such as "
-            f"{','.join(['1'] * models)}"
-        ) from error
-    return found
-
-
-def read_size(option: str, text: str) -> int:
-    """Bytes, of a text such as 2GB. Raises UserError."""
-    match = SIZE.fullmatch(text.strip())
-    if match is None:
-        raise UserError(f"{option} {text}: allowed: a size such as 500MB or 2GB")
-    return int(float(match[1]) * 10 ** POWERS[(match[2] or "").lower()])

@@ -106,6 +106,11 @@ class Outline:
             files += [tokenizer / name for name in TOKENIZER if (tokenizer / name).is_file()]
         return [file for file in files if self.config is None or file.name != CONFIG]
 
+    def write_config(self, folder: Path) -> None:
+        """Write the config.json that differs from the first model's."""
+        if self.config is not None:
+            (folder / CONFIG).write_bytes(self.config)
+
 
 def outline(recipe: Recipe) -> Outline:
     """Check that models can be fused, from their headers alone.
