@@ -43,7 +43,7 @@ class Bench:
 
     Attributes:
         scores: of all candidates so far, in the order in which they were asked for.
-        measured, known: how many questions were answered by measuring, and from before.
+        measured, known: how many questions were answered by measuring, and by an earlier search.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class Bench:
     ) -> None:  # fmt: skip
         self.subject, self.jury, self.limit = subject, jury, limit
         self.scores: dict[Candidate, Score] = {}
+        self._answers: dict[Question, Measured] = {}
         self.measured = self.known = 0
         self._kept, self._key, self._tell = kept, key, tell
 
@@ -89,19 +90,24 @@ class Bench:
         return scores
 
     def measure(self, questions: Sequence[Question]) -> list[Measured]:
-        """The answers to questions, known or measured now."""
-        keys = [self._key(question) for question in questions]
-        found = [self._kept.find(key) for key in keys]
-        open_places = [place for place, each in enumerate(found) if each is None]
-        if open_places:
-            answers = self.jury.judge([questions[place] for place in open_places])
-            for place, answer in zip(open_places, answers, strict=True):
-                candidate, name = questions[place]
-                self._kept.add(keys[place], {**candidate.plain(), "data": name}, answer)
-                found[place] = answer
-        self.measured += len(open_places)
-        self.known += len(questions) - len(open_places)
-        return [each for each in found if each is not None]
+        """The answers to questions: known from before, or measured now."""
+        open_ones = []
+        for question in dict.fromkeys(questions):
+            if question in self._answers:
+                continue
+            found = self._kept.find(self._key(question))
+            if found is None:
+                open_ones.append(question)
+            else:
+                self._answers[question] = found
+                self.known += 1
+        answers = self.jury.judge(open_ones) if open_ones else []
+        for question, answer in zip(open_ones, answers, strict=True):
+            candidate, name = question
+            self._kept.add(self._key(question), {**candidate.plain(), "data": name}, answer)
+            self._answers[question] = answer
+            self.measured += 1
+        return [self._answers[question] for question in questions]
 
     def best(self) -> Candidate:
         """The best so far; of equal ones the one that was judged first."""

@@ -106,7 +106,8 @@ def coefficients(bench: Bench, per_layer: bool = False) -> Candidate:
     return bench.best()
 
 
-def _strategy(start: Sequence[float], seed: int) -> Any:
+def require_cma() -> Any:
+    """The package that has the strategy. Raises MergeError: it is not installed."""
     try:
         with warnings.catch_warnings():  # of packages that it would draw pictures with
             warnings.simplefilter("ignore")
@@ -116,6 +117,10 @@ def _strategy(start: Sequence[float], seed: int) -> Any:
             "--search coefficients needs the package cma, which is not installed; next: "
             'pip install "allfuse[search]", or --search greedy'
         ) from error
+    return cma
+
+
+def _strategy(start: Sequence[float], seed: int) -> Any:
     chance = np.random.default_rng(seed)
     if len(start) == 1:  # it needs two numbers; the second one means nothing
         start = [*start, 0.5]
@@ -126,4 +131,4 @@ def _strategy(start: Sequence[float], seed: int) -> Any:
         "verbose": -9,
         "verb_log": 0,
     }
-    return cma.CMAEvolutionStrategy(list(start), WIDTH, options)
+    return require_cma().CMAEvolutionStrategy(list(start), WIDTH, options)
