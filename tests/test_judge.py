@@ -211,7 +211,7 @@ def test_candidates_are_told_as_they_are_judged(tmp_path: Path) -> None:
     report = find(
         subject(models), tmp_path / "out", tell=lambda name, **data: events.append((name, data))
     )
-    assert events[0] == ("searching", {"search": "greedy", "models": 3, "limit": None})
+    assert events[0] == ("searching", {"search": "greedy", "models": 3, "total": 6})
     judged = [data for name, data in events if name == "judged"]
     assert [data["number"] for data in judged] == list(range(1, report["candidates"] + 1))
     assert judged[0]["candidate"] == str(models[0])

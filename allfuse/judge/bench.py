@@ -132,7 +132,6 @@ class Bench:
         self._tell(
             "judged",
             number=len(self.scores),
-            limit=self.limit,
             candidate=describe(candidate, self.subject),
             metric=job.monitor_name,
             figure=figure,

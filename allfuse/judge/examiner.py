@@ -64,7 +64,7 @@ class Examiner:
     def _take(self, candidate: Candidate) -> Source:
         """Have the module take a candidate's weights; the candidate on disk."""
         shutil.rmtree(self._folder, ignore_errors=True)
-        merge(self.subject.recipe(candidate), self._folder, workers=torch.get_num_threads())
+        merge(self.subject.recipe(candidate), self._folder, threads=torch.get_num_threads())
         made = open_source(self._folder)
         load(self.model, made)
         if self.calibrates and not candidate.is_single:

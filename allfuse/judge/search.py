@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from shlex import join
 from typing import Any
@@ -20,13 +20,13 @@ from allfuse.judge.data import fingerprint, read_data
 from allfuse.judge.examiner import Examiner
 from allfuse.judge.greedy import greedy
 from allfuse.judge.jury import Jury, Question
-from allfuse.judge.methods import methods
+from allfuse.judge.methods import legal_rules, methods
 from allfuse.judge.report import NAME, finite, make_report
 from allfuse.judge.scores import NAME as SCORES
 from allfuse.judge.scores import Scores
 from allfuse.judge.scratch import scratch
 from allfuse.judge.subject import Subject
-from allfuse.judge.wish import Wish, check
+from allfuse.judge.wish import EVALUATIONS, Wish, check
 from allfuse.merge.folder import held, put_in_place
 from allfuse.merge.outline import outline
 from allfuse.plan import Plan
@@ -62,24 +62,31 @@ def search(
             job = subject.job.load()
             data, note = read_data(job)
             size = outline(subject.recipe(single(0))).written_bytes * place.plan.workers
-            folder = stack.enter_context(scratch(size, wish.out.resolve().parent))
+            with _told(wish.out):
+                folder = stack.enter_context(scratch(size, wish.out.resolve().parent))
             examiner = Examiner(subject, job, data, place.device, folder)
             jury = Jury(examiner, place.everyone, place.device)
             if place.rank != 0:
                 jury.serve()
                 return None
             stage = wish.out.with_name(f"{PARTIAL}search-{wish.out.name}")
-            stack.enter_context(held(stage))
+            with _told(wish.out):
+                stack.enter_context(held(stage))
             stack.callback(shutil.rmtree, stage, ignore_errors=True)
-            report = _lead(subject, wish, jury, [] if note is None else [note], tell, stage)
-            jury.dismiss()
-            return report
+            return _lead(subject, wish, jury, [] if note is None else [note], tell, stage)
     except KeyboardInterrupt:
         raise Interrupted(
             "the search was interrupted; the same command goes on with what was measured"
         ) from None
+
+
+@contextlib.contextmanager
+def _told(out: Path) -> Iterator[None]:
+    """Say in one line why something cannot be written. Raises MergeError."""
+    try:
+        yield
     except OSError as error:
-        raise MergeError(explain(error, wish.out)) from error
+        raise MergeError(explain(error, out)) from error
 
 
 def _lead(
@@ -89,7 +96,7 @@ def _lead(
     keys = _keys(subject, jury)
     kept = Scores(wish.out.parent / SCORES)
     bench = Bench(subject, jury, kept, keys, wish.limit, tell)
-    tell("searching", search=wish.search, models=bench.count, limit=wish.limit)
+    tell("searching", search=wish.search, models=bench.count, total=_total(wish, bench))
     uniform = bench.uniform()
     bench.ask([*map(single, range(bench.count)), *([] if uniform is None else [uniform])])
     if bench.scores[bench.best_single()].value == -math.inf:
@@ -100,12 +107,24 @@ def _lead(
         )
     chosen = _run(wish, bench)
     report = make_report(bench, wish.search, chosen, [*notes, *_how(jury, chosen)])
+    jury.dismiss()
     result = stage / "result"
     shutil.rmtree(result, ignore_errors=True)
     jury.examiner.write(chosen, result)
-    _describe(result, subject, report)
-    put_in_place(result, wish.out)
+    with _told(wish.out):
+        _describe(result, subject, report)
+        put_in_place(result, wish.out)
     return {**report, "out": str(wish.out)}
+
+
+def _total(wish: Wish, bench: Bench) -> int:
+    """How many candidates there will be, at most; a few more where several are judged at once."""
+    own = {
+        "greedy": bench.count - 1,
+        "methods": len(legal_rules(bench.count, bench.subject.base is not None)),
+        "coefficients": EVALUATIONS,
+    }
+    return wish.limit or bench.count + 1 + own[wish.search]
 
 
 def _run(wish: Wish, bench: Bench) -> Candidate:

@@ -35,7 +35,7 @@ class SearchProgress:
     def __call__(self, event: Event) -> None:
         data, is_live = event.data, self._bar.console.is_terminal
         if event.name == "searching":
-            self._bar.update(self._task, total=data["limit"], visible=True)
+            self._bar.update(self._task, total=data["total"], visible=True)
             if not is_live:
                 self._say(f"searching: {data['search']} over {data['models']} models")
         elif event.name == "judged":
