@@ -48,8 +48,8 @@ def adapt_config(source: Source, changes: Changes) -> tuple[bytes | None, list[s
     Numbers are exchanged where they are the model's own: `num_hidden_layers` and its like, lists
     with an entry for each layer, `vocab_size`, and the type of numbers.
     """
-    path = source.path / CONFIG
-    if changes == Changes() or not source.path.is_dir() or not path.is_file():
+    path = next((file for file in source.side_files() if file.name == CONFIG), None)
+    if changes == Changes() or path is None:
         return None, []
     try:
         said = parse_json(path.read_bytes())
