@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from allfuse.plan import shard as shard
     from allfuse.plan import site as site
     from allfuse.plan import tensor as tensor
+    from allfuse.sync.averaging import EMA as EMA
+    from allfuse.sync.averaging import SWA as SWA
     from allfuse.training.loop import Result as Result
     from allfuse.training.measure import accuracy as accuracy
     from allfuse.training.session import Session as Session
@@ -53,6 +55,8 @@ _HOMES = {
     "shard": "allfuse.plan",
     "site": "allfuse.plan",
     "tensor": "allfuse.plan",
+    "EMA": "allfuse.sync.averaging",
+    "SWA": "allfuse.sync.averaging",
     "Result": "allfuse.training.loop",
     "Session": "allfuse.training.session",
     "accuracy": "allfuse.training.measure",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from allfuse.base.errors import JobError, nearest
 from allfuse.split.request import Request, make_request
+from allfuse.sync.averaging import Averaging
 
 Loss = Callable[[Any, Any], Any]
 
@@ -156,6 +157,10 @@ class Job:
         batch_size: samples of one optimizer step, over all workers. Plans do not change it. By
             default the DataLoader's that is `train`, else 32; None where its sampler decides.
         evaluate_every, save_every: steps, or "epoch", or None.
+        snapshots: how often the weights as they are go to `snapshots/` in the run folder, as files
+            that can be fused later: steps, or "epoch"; None: never.
+        average: how the weights are averaged along the steps, `af.EMA(...)` or `af.SWA(...)`; None:
+            not at all. The average is measured beside the weights, and written beside the model.
         clip: largest global norm of the gradient, or None.
         accumulate: parts into which each worker cuts its share, to save memory.
         precision: "fp32", or autocast to "bf16" or "fp16".
@@ -189,6 +194,8 @@ class Job:
     stop: Stop = field(default_factory=lambda: Stop(epochs=1))
     evaluate_every: int | str | None = "epoch"
     save_every: int | str | None = "epoch"
+    snapshots: int | str | None = None
+    average: Averaging | None = None
     clip: float | None = None
     accumulate: int = 1
     precision: str = "fp32"
@@ -212,7 +219,7 @@ class Job:
         check_training("Job", self, whole=whole)
         check_whole("Job", "loaders", self.loaders, least=0)
         self._check_kinds()
-        for name in ("evaluate_every", "save_every"):
+        for name in ("evaluate_every", "save_every", "snapshots"):
             value = getattr(self, name)
             if value not in (None, "epoch") and (type(value) is not int or value < 1):
                 raise JobError(
@@ -240,6 +247,11 @@ class Job:
         if not isinstance(self.stop, Stop):
             raise JobError(
                 f"Job(stop=...): received {self.stop!r}; allowed: af.Stop(epochs=3), for one"
+            )
+        if not isinstance(self.average, Averaging | None):
+            raise JobError(
+                f"Job(average=...): received {self.average!r}; allowed: af.EMA(decay=0.999), or "
+                "af.SWA(start=1000), for two"
             )
         if not isinstance(self.metrics, Mapping):
             raise JobError(

@@ -214,7 +214,7 @@ def test_train_evaluate_predict_and_resume(tmp_path: Path, job: Path) -> None:
     assert json.loads(more.stdout.splitlines()[-1])["steps"] == 24
     assert json.loads(more.stdout.splitlines()[-1])["plan"] == "data(2)"
 
-    best = allfuse("evaluate", "out", "--best", cwd=tmp_path, ok=True)
+    best = allfuse("evaluate", "out", "--weights", "best", cwd=tmp_path, ok=True)
     assert "the best of the run" in best.stdout
     one = allfuse("evaluate", "out", "--json", cwd=tmp_path, ok=True)
     two = allfuse("evaluate", "out", "--workers", 2, "--json", cwd=tmp_path, ok=True)
@@ -228,7 +228,7 @@ def test_train_evaluate_predict_and_resume(tmp_path: Path, job: Path) -> None:
     assert len((tmp_path / "answers.csv").read_text().splitlines()) == 21
     onto_itself = ("--input", rows, "--output", rows, "--overwrite")
     refused(allfuse("predict", "out", *onto_itself, cwd=tmp_path), "is the input")
-    allfuse("predict", "out", *options, "--overwrite", "--best", cwd=tmp_path, ok=True)
+    allfuse("predict", "out", *options, "--overwrite", "--weights", "best", cwd=tmp_path, ok=True)
 
     job.write_text(JOB.replace("lr=0.1", "lr=0.2"))
     refused(allfuse("train", job, "--resume", "out", cwd=tmp_path), "fingerprint of the job")

@@ -286,7 +286,7 @@ def test_the_best_checkpoint_holds_the_weights_that_its_score_is_of(tmp_path: Pa
         with torch.no_grad():
             loss = torch.nn.functional.cross_entropy(model(made.validation[0]), made.validation[1])
         assert abs(made.score({"loss": float(loss)}) - score) < 1e-6
-    best = evaluate_run(out, data="validation", best=True)
+    best = evaluate_run(out, data="validation", weights="best")
     assert abs(best.figures["loss"] + max(scored.values())) < 1e-6
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "clone_store",
     "fake_tensors",
     "foreach_copy",
+    "foreach_lerp",
     "foreach_multiply",
     "gloo_group",
     "is_fake",
@@ -142,6 +143,11 @@ def reduce_scatter(group: Any, target: Tensor, parts: Tensor) -> Any:
     2.13 the method had another name."""
     start = getattr(group, "reduce_scatter_single", None) or group._reduce_scatter_base
     return start(target, parts, dist.ReduceScatterOptions())
+
+
+def foreach_lerp(targets: Sequence[Tensor], ends: Sequence[Tensor], share: float) -> None:
+    """Move many tensors in place by a share of the way to others of their types, in one call."""
+    torch._foreach_lerp_(list(targets), list(ends), share)
 
 
 def foreach_multiply(tensors: Sequence[Tensor], factor: float) -> None:

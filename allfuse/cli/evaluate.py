@@ -9,13 +9,13 @@ from typing import Annotated
 import typer
 
 from allfuse.cli.options import (
-    BestOption,
     DebugOption,
     DeviceOption,
     JsonOption,
     PlanOption,
     ThreadsOption,
     TimeoutOption,
+    WeightsOption,
     WorkersOption,
     choose_plan,
     is_first,
@@ -29,7 +29,7 @@ def evaluate(
     plan: PlanOption = None,
     workers: WorkersOption = None,
     data: Annotated[str, typer.Option(metavar="NAME", help="test, validation or train.")] = "test",
-    best: BestOption = False,
+    weights: WeightsOption = "last",
     device: DeviceOption = None,
     threads: ThreadsOption = None,
     timeout: TimeoutOption = 300.0,
@@ -41,7 +41,7 @@ def evaluate(
     allfuse evaluate runs/digits --workers 2
     """
     chosen = choose_plan(plan, workers)
-    work = functools.partial(evaluate_here, str(run), data, best, device)
+    work = functools.partial(evaluate_here, str(run), data, weights, device)
     found = run_under(chosen, work, threads=threads, timeout_s=timeout)
     if as_json:
         print_json({"ok": True, "command": "evaluate", "run": str(run), **found})
@@ -53,10 +53,10 @@ def evaluate(
             print(f"  note: {note}")
 
 
-def evaluate_here(run: str, data: str, best: bool, device: str | None) -> dict[str, object]:
+def evaluate_here(run: str, data: str, weights: str, device: str | None) -> dict[str, object]:
     from dataclasses import asdict
 
     from allfuse.prediction import evaluate_run
 
-    found = asdict(evaluate_run(run, data=data, best=best, device=device))
+    found = asdict(evaluate_run(run, data=data, weights=weights, device=device))
     return {"metrics": found.pop("figures"), **found}

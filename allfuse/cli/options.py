@@ -16,8 +16,13 @@ from allfuse.plan import Plan, as_plan, check_workers
 from allfuse.plan.loss import loss_policy
 
 MOST_THREADS = 1024  # OpenMP dies without a word where the system has no more
-BestOption = Annotated[
-    bool, typer.Option("--best", help="Take the best checkpoint's weights, not the last ones.")
+WeightsOption = Annotated[
+    str,
+    typer.Option(
+        "--weights",
+        metavar="NAME",
+        help="Those of the last step (last), of the best checkpoint (best), or the average.",
+    ),
 ]
 PlanOption = Annotated[
     str | None,

@@ -9,13 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from allfuse.cli.options import (
-    BestOption,
     DebugOption,
     DeviceOption,
     JsonOption,
     PlanOption,
     QuietOption,
     TimeoutOption,
+    WeightsOption,
     WorkersOption,
     choose_plan,
     is_first,
@@ -37,7 +37,7 @@ def predict(
     batch_size: Annotated[
         int | None, typer.Option(metavar="N", help="Rows that the model sees at once.")
     ] = None,
-    best: BestOption = False,
+    weights: WeightsOption = "last",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output file if it exists.")
     ] = False,
@@ -55,7 +55,7 @@ def predict(
     options = {
         "keep": tuple(keep or ()),
         "batch_size": batch_size,
-        "best": best,
+        "weights": weights,
         "overwrite": overwrite,
         "device": device,
     }

@@ -39,7 +39,7 @@ def evaluate_run(
     *,
     plan: Plan | str | None = None,
     data: str = "test",
-    best: bool = False,
+    weights: str = "last",
     device: str | None = None,
 ) -> Evaluation:
     """Measure a trained run in the ranks that are here already; every rank of the plan calls it.
@@ -51,7 +51,7 @@ def evaluate_run(
         path: a run folder.
         data: "test", "validation" or "train". Without test data the validation data is taken, and
             a note says so.
-        best: take the weights of the best checkpoint instead of the last ones.
+        weights: the "last" ones, those of the "best" checkpoint, or the "average".
 
     Raises:
         RunError, JobError, CheckpointError: as `open_run`; JobError without data to measure on.
@@ -62,7 +62,7 @@ def evaluate_run(
     begin = time.perf_counter()
     try:
         with contextlib.closing(Place(plan, device)) as place:
-            restored = open_run(path, best=best, later=True)
+            restored = open_run(path, weights=weights, later=True)
             name, samples = choose_data(restored.job, data)
             figures, count = _measure_here(restored, samples, place)
     except KeyboardInterrupt:

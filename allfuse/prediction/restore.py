@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from allfuse.base.errors import RunError
+from allfuse.base.errors import RunError, UserError
 from allfuse.job import Job
 from allfuse.jobfile import load_job
 from allfuse.split.base import Run, Split
@@ -20,7 +20,7 @@ from allfuse.store.checkpoint import Checkpoints
 from allfuse.store.run import RunFolder
 from allfuse.store.weights import HeldWeights, WeightFiles, Weights, list_differences
 from allfuse.training.building import build_pending, differences, take_weights
-from allfuse.training.merged import mean_of_sites
+from allfuse.training.served import read_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,20 +64,23 @@ class Restored:
         self.pending.fill(split.pieces())
 
 
-def open_run(path: str | Path, *, best: bool = False, later: bool = False) -> Restored:
+def open_run(path: str | Path, *, weights: str = "last", later: bool = False) -> Restored:
     """The job of a run and its model with the trained weights; with `later` these stay in their
     file until it is known which of them are needed.
 
-    The weights are those of model.safetensors, which are the last ones, or of the newest whole
-    checkpoint where training was interrupted before it wrote that file; with `best` those of the
-    checkpoint with the best monitored value.
+    The weights are those of model.safetensors, which are the "last" ones, or of the newest whole
+    checkpoint where training was interrupted before it wrote that file; the "best" those of the
+    checkpoint with the best monitored value; the "average" what a job averaged along its steps.
 
     Raises:
+        UserError: other weights are asked for.
         RunError: no run, a run of a script (no job file), no weights yet, or weights of another
             model than the job builds.
         JobError: the job file cannot be used any more.
         CheckpointError: the file with the weights is damaged.
     """
+    if weights not in READERS:
+        raise UserError(f"--weights {weights}: allowed: {', '.join(READERS)}")
     folder = RunFolder.open(path)
     if not folder.job_path.is_file():
         raise RunError(
@@ -88,8 +91,8 @@ def open_run(path: str | Path, *, best: bool = False, later: bool = False) -> Re
     record = folder.record
     job = load_job(folder.job_path, record.get("arguments", {}), record.get("job_file"))
     model, pending = build_pending(job.model, job.seed)
-    weights, notes = read_best(folder) if best else read_weights(folder)
-    load_weights(model, weights, pending)
+    found, notes = READERS[weights](folder)
+    load_weights(model, found, pending)
     if not later:
         pending.fill()
     return Restored(
@@ -131,15 +134,41 @@ def read_best(folder: RunFolder) -> tuple[Weights, list[str]]:
     step = Checkpoints(folder.checkpoints).best()
     if step is None:
         raise RunError(
-            f"--best: no checkpoint in {folder.path} has a score; allowed: runs of jobs with "
-            "validation data; next: leave --best out for the last weights"
+            f"--weights best: no checkpoint in {folder.path} has a score; allowed: runs of jobs "
+            "with validation data; next: leave it out for the last weights"
         )
     weights = _only_model(folder, step)
     return weights, [f"the weights are those of {weights.source}, the best of the run"]
 
 
+def read_average(folder: RunFolder) -> tuple[Weights, list[str]]:
+    """The weights that were averaged along the steps, and notes on where they are from.
+
+    Raises:
+        RunError: the run has none. CheckpointError: average.safetensors is damaged.
+    """
+    path = folder.average_path
+    if path.is_file():
+        return WeightFiles([path], str(path)), []
+    notes: list[str] = []
+    step = Checkpoints(folder.checkpoints).newest(notes.append)
+    average = None if step is None else _state(folder, step).get("average")
+    if not average or not average["models"]:
+        raise RunError(
+            f"--weights average: run folder {folder.path} holds no {path.name}, and no checkpoint "
+            "with an average; allowed: runs of jobs with Job(average=af.EMA()), or another, whose "
+            "start was reached; next: leave it out for the last weights"
+        )
+    source = f"the average in the checkpoint of step {step}"
+    notes.append(f"training was interrupted before it wrote {path.name}: the weights are {source}")
+    return HeldWeights(next(iter(average["models"].values())), source), notes
+
+
+READERS = {"last": read_weights, "best": read_best, "average": read_average}
+
+
 def _only_model(folder: RunFolder, step: int) -> Weights:
-    models, source = _checkpoint_models(folder, step), f"the checkpoint of step {step}"
+    models, source = _state(folder, step)["models"], f"the checkpoint of step {step}"
     if len(models) != 1:
         raise RunError(
             f"{source} in {folder.path} holds {len(models)} models ({', '.join(models)}); allowed: "
@@ -148,15 +177,9 @@ def _only_model(folder: RunFolder, step: int) -> Weights:
     return HeldWeights(next(iter(models.values())), source)
 
 
-def _checkpoint_models(folder: RunFolder, step: int) -> dict[str, dict[str, Any]]:
-    """The models of a checkpoint; where sites differ, their mean as a resume would take it."""
-    checkpoints = Checkpoints(folder.checkpoints)
-    states = [
-        checkpoints.read(step, rank=writer, mapped=True)[0] for writer in checkpoints.writers(step)
-    ]
-    whole = [state for state in states if "models" in state]  # others hold what codecs keep
-    merged: dict[str, dict[str, Any]] = mean_of_sites(whole)["models"]
-    return merged
+def _state(folder: RunFolder, step: int) -> dict[str, Any]:
+    """What is in a checkpoint, as one worker would go on from it; tensors lie in files still."""
+    return read_state(Checkpoints(folder.checkpoints), step, mapped=True)[0]
 
 
 def load_weights(model: nn.Module, weights: Weights, pending: Pending) -> None:

@@ -49,7 +49,7 @@ def predict_file(
     device: str | None = None,
     batch_size: int | None = None,
     keep: Sequence[str] = (),
-    best: bool = False,
+    weights: str = "last",
     overwrite: bool = False,
     on_event: OnEvent | None = None,
 ) -> Summary:
@@ -65,7 +65,7 @@ def predict_file(
     Args:
         batch_size: rows of one forward pass; by default the job's, at least 256.
         keep: columns of the input that the output repeats.
-        best: take the weights of the best checkpoint instead of the last ones.
+        weights: the "last" ones, those of the "best" checkpoint, or the "average".
         overwrite: replace an existing output file, instead of refusing it.
         on_event: `on_event("scored", rows, total_rows, rows_per_s, seconds_left, shares)`, called
             on rank 0 at most twice a second and at the end.
@@ -95,7 +95,7 @@ def predict_file(
                 output = OutputFile(target, overwrite=overwrite) if place.rank == 0 else None
                 if output is not None:
                     stack.callback(output.close)
-                restored = open_run(run_path, best=best, later=True)
+                restored = open_run(run_path, weights=weights, later=True)
                 table = Table(source, require_inputs(restored.job), keep)
                 stack.callback(table.close)
                 return Scoring(

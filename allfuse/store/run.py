@@ -19,6 +19,7 @@ from allfuse.base.errors import JobError, RunError
 from allfuse.store.durable import PARTIAL, explain, parse_json, replace_bytes
 
 RECORD, LOCK = "run.json", ".lock"
+MODEL, AVERAGE, SNAPSHOTS = "model", "average", "snapshots"
 FORMAT = 1
 
 
@@ -31,6 +32,8 @@ class RunFolder:
         shares.jsonl        what was decided on shares of batches, under balance=speed
         checkpoints/        see `Checkpoints`
         model.safetensors   the trained model
+        average.safetensors its weights averaged along the steps, where a job asks for that
+        snapshots/          its weights at some steps, likewise
 
     `create` and `open(..., lock=True)` hold the folder, so that no other run writes to it, until
     `close` or the end of the process, however it ends.
@@ -113,7 +116,11 @@ class RunFolder:
 
     @property
     def model_path(self) -> Path:
-        return self.path / "model.safetensors"
+        return self.path / f"{MODEL}.safetensors"
+
+    @property
+    def average_path(self) -> Path:
+        return self.path / f"{AVERAGE}.safetensors"
 
     @property
     def job_path(self) -> Path:
@@ -168,10 +175,19 @@ class RunFolder:
 
     def _write(self, record: dict[str, Any]) -> None:
         try:
-            replace_bytes(self.path / RECORD, _format(record))
+            write_record(self.path, record)
         except OSError as error:
             raise RunError(explain(error, self.path / RECORD)) from error
         self._record = record
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Make a folder that of a run by its record, which is plain data.
+
+    Raises:
+        RunError: it is not. OSError: it cannot be written; what was there stays.
+    """
+    replace_bytes(path / RECORD, _format(record))
 
 
 def versions() -> dict[str, str]:

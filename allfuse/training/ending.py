@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
+from allfuse.store.run import AVERAGE
+from allfuse.training.averaging import complete
+from allfuse.training.snapshot import export_models
+
 if TYPE_CHECKING:
-    from allfuse.store.run import RunFolder
     from allfuse.training.session import Session
 
 
@@ -38,25 +41,22 @@ def finish(s: Session) -> None:
     s.course.close_learned_step()
     if s.teller.began is None:
         return
+    complete(s)
     if s.apart is not None:
         if s.apart.finishes:
-            _export(s, s.apart.folder)
+            export_models(s, s.apart.folder)
             s.apart.save()
         return
 
     def export() -> None:
         with s.rounds.fused_for_a_moment(s.models.values()):
             if s.keeper.path is not None:
-                _export(s, s.keeper.folder)
+                export_models(s, s.keeper.folder)
+        if s.averages and s.keeper.path is not None:
+            with s.averaged():
+                export_models(s, s.keeper.folder, AVERAGE)
 
     s.survival.leave_together(export)
     s.save(block=True)
 
 
-def _export(s: Session, folder: RunFolder | None) -> None:
-    if not s.split.cuts:
-        s.keeper.export(s.weights(), folder)
-        return
-    from allfuse.training.exporting import export_shared
-
-    export_shared(s, folder)

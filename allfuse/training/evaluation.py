@@ -30,10 +30,12 @@ def measure_together(
 
     Sites measure the mean of their weights. After a loss it is done again by those that are left.
     """
+    is_average = s.averages is not None and s.averages.is_shown  # which sites have in common
+    measured = contextlib.nullcontext if is_average else s.course.measured
 
     def attempt() -> tuple[dict[str, float], int]:
         loader = make_loader(source, order_of_all(source, batch_size, s.place), s.place)
-        with contextlib.closing(loader), s.course.measured():
+        with contextlib.closing(loader), measured():
             return measure(
                 model,
                 loader,

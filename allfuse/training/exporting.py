@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from allfuse.training.session import Session
 
 
-def export_shared(s: Session, folder: RunFolder | None) -> None:
+def export_shared(s: Session, folder: RunFolder | None, stem: str) -> None:
     """Write the model that the ranks of a session share to a run folder, which the first rank may
-    have. All call it."""
+    have, as `Keeper.export` does. All call it."""
     assert isinstance(s.split, Parted)
     if s.place.mates.members[0] != 0:
         return  # another replica writes
     ((name, model),) = s.models.items()
     in_turn = InTurn(s.split, model.state_dict())
-    s.keeper.export({name: in_turn.state_dict()}, folder, fill=in_turn.fill)
+    s.keeper.export({name: in_turn.state_dict()}, folder, fill=in_turn.fill, stem=stem)
     in_turn.finish()
 
 

@@ -118,6 +118,8 @@ def tied(state: State) -> Iterator[tuple[Path, str, Tensor]]:
     """What is kept of parameters and buffers: its path in the state, and their names."""
     for model, values in state.get("models", {}).items():
         yield from _named(("models", model), values)
+    for model, values in ((state.get("average") or {}).get("models", {})).items():
+        yield from _named(("average", "models", model), values)
     for number, names in enumerate(state.get("optimized", ())):
         slots = state["optimizers"][number]["state"]
         for index, kept in slots.items():

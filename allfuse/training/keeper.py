@@ -18,7 +18,8 @@ from allfuse.launcher.base import BEGAN
 from allfuse.plan import Plan, as_plan
 from allfuse.split.piece import Piece
 from allfuse.store.checkpoint import Checkpoints, NotSaved
-from allfuse.store.run import RunFolder, is_run, versions
+from allfuse.store.durable import explain
+from allfuse.store.run import MODEL, RunFolder, is_run, versions
 from allfuse.store.tensorfile import write_model
 from allfuse.training.merged import is_lead, read_merged, writers_of
 
@@ -277,8 +278,10 @@ class Keeper:
         models: Mapping[str, Mapping[str, Any]],
         folder: RunFolder | None = None,
         fill: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+        stem: str = MODEL,
     ) -> None:
-        """Write model.safetensors (or <name>.safetensors, of several) with the plain names.
+        """Write model.safetensors (or <name>.safetensors, of several) with the plain names; under
+        another stem <stem>.safetensors (or <stem>-<name>.safetensors).
 
         Args:
             models: state dicts of whole models.
@@ -288,11 +291,15 @@ class Keeper:
         if folder is None or self.place.rank != 0:
             return
         for name, values in models.items():
-            path = folder.model_path if len(models) == 1 else folder.path / f"{name}.safetensors"
+            own = [stem] if len(models) == 1 else [name] if stem == MODEL else [stem, name]
+            path = folder.path / f"{'-'.join(own)}.safetensors"
             try:
+                path.parent.mkdir(exist_ok=True)
                 write_model(path, values, fill)
-            except CheckpointError as error:
-                self.bus.emit("warning", text=f"the model was not exported: {error}")
+            except (CheckpointError, OSError) as error:
+                said = explain(error, path) if isinstance(error, OSError) else error
+                what = "the model" if stem == MODEL else path.name
+                self.bus.emit("warning", text=f"{what} was not exported: {said}")
 
     def how_to_go_on(self, diverged: bool = False) -> str:
         """Words for an error: what is safe on disk.

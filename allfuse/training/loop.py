@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from allfuse.base.errors import DataError, JobError
 from allfuse.job import Job
 from allfuse.plan import Plan
+from allfuse.training.averaging import complete
 from allfuse.training.keeper import Resume
 from allfuse.training.schedule import make_scheduler
 from allfuse.training.session import Session
 from allfuse.training.settings import Settings
+from allfuse.training.snapshot import refuse_snapshots
 from allfuse.training.stopping import Stopping
 
 
@@ -24,7 +26,8 @@ from allfuse.training.stopping import Stopping
 class Result:
     """What a run came to.
 
-    loss: of the last step. metrics: of the last validation. test: of the test data, measured once
+    loss: of the last step. metrics: of the last validation. average: the same of the weights
+    averaged along the steps, where the job asks for that. test: of the test data, measured once
     at the end. reason: why it stopped. weights: the model's state dict on the CPU, names of the
     plain model; where ranks share a model on the first of them. out: the run folder. elsewhere:
     another group of workers measured the end.
@@ -34,6 +37,7 @@ class Result:
     loss: float
     reason: str
     metrics: dict[str, float] = field(default_factory=dict)
+    average: dict[str, float] = field(default_factory=dict)
     test: dict[str, float] = field(default_factory=dict)
     out: str | None = None
     elsewhere: bool = False
@@ -58,6 +62,10 @@ def train_job(
     if job.train is None:
         raise DataError("Job(train=None): there is nothing to train on; allowed: samples")
     with Session(plan, out=out, resume=resume, settings=settings_of(job, device)) as s:
+        if job.snapshots is not None:
+            refuse_snapshots(s.plan)
+        if job.average is not None:
+            s.average(job.average)
         if prepare is not None:
             prepare(s)
         s.add_hooks(job.hooks)
@@ -90,17 +98,21 @@ def train_job(
                 better = validate(s, job, stopping)
             if job.save_every is not None and (better or s.due(job.save_every)):
                 s.save(score=stopping.score_at(s.steps))
+            if s.due(job.snapshots):
+                s.snapshot()
             if stopping.time_is_up():
                 s.stop(f"{job.stop.seconds:g} seconds have passed")
 
         measures = s.apart is None or s.apart.finishes  # else another group does
         if s.apart is not None and measures:
             finish_apart(s, job, stopping)
+        complete(s)
         return Result(
             steps=s.steps,
             loss=s.loss,
             reason=s.stop_reason or "",
             metrics=last_figures(s, job, stopping) if measures else stopping.figures,
+            average=measure_average(s, job),
             test=measure_on(s, job, job.test, "test") if job.test is not None and measures else {},
             weights={
                 name: value.detach().cpu().clone()
@@ -131,6 +143,7 @@ def validate(s: Session, job: Job, stopping: Stopping) -> bool:
         return better
 
     figures = measure_on(s, job, job.validation, "validation", note)
+    measure_average(s, job)
     s.evaluated(figures[job.monitor_name])
     stop_where_due(s, stopping)
     return better
@@ -154,6 +167,19 @@ def last_figures(s: Session, job: Job, stopping: Stopping) -> dict[str, float]:
     if job.validation is None or stopping.measured_step == s.steps:
         return stopping.figures
     return measure_on(s, job, job.validation, "validation", stopping.is_best)
+
+
+def measure_average(s: Session, job: Job) -> dict[str, float]:
+    """The figures of the weights averaged along the steps, as they are now; none without any."""
+    averages = s.averages
+    if not averages or job.validation is None:
+        return {}
+    if averages.measured_step != s.steps:
+        with s.averaged():
+            name = f"validation ({averages.rule.name})"
+            averages.figures = measure_on(s, job, job.validation, name)
+        averages.measured_step = s.steps
+    return averages.figures
 
 
 def stop_where_due(s: Session, stopping: Stopping) -> None:

@@ -206,19 +206,24 @@ class Binder:
 
 
 def read_state(
-    checkpoints: Checkpoints, step: int, pieces: Mapping[str, Piece | None] | None = None
+    checkpoints: Checkpoints,
+    step: int,
+    pieces: Mapping[str, Piece | None] | None = None,
+    *,
+    mapped: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The state of a checkpoint as one worker would go on from it, whatever wrote it; its note.
 
-    pieces: what this rank has of tensors that it has not whole.
+    pieces: what this rank has of tensors that it has not whole. mapped: tensors may lie in their
+        files still.
     """
     written = checkpoints.writers(step)
-    note = checkpoints.read(step, rank=written[0])[1]
+    note = checkpoints.read(step, rank=written[0], mapped=True)[1]
     if "plan" not in note:
         raise CheckpointError(f"the checkpoint of step {step} does not say what its plan was")
 
     def read(writer: int) -> dict[str, Any]:
-        state: dict[str, Any] = checkpoints.read(step, rank=writer)[0]
+        state: dict[str, Any] = checkpoints.read(step, rank=writer, mapped=mapped)[0]
         return state
 
     old = as_plan(note["plan"])

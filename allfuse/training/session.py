@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ from allfuse.plan import Plan
 from allfuse.split.data import IterableLoader, Loader, Portion, as_source
 from allfuse.split.pending import Pending
 from allfuse.split.request import Request, make_request
+from allfuse.sync.averaging import Averaging
+from allfuse.training import averaging
 from allfuse.training.balance import Balance, make_balance
 from allfuse.training.beginning import begin
 from allfuse.training.course import Course
@@ -36,6 +39,7 @@ from allfuse.training.parting import make_split
 from allfuse.training.place import Place
 from allfuse.training.rounds import Rounds
 from allfuse.training.settings import Settings
+from allfuse.training.snapshot import write_snapshot
 from allfuse.training.state import Scheduler, State
 from allfuse.training.step import Step
 from allfuse.training.stepper import Stepper
@@ -115,6 +119,8 @@ class Session:
         self.survival = Survival(self)
         self.when_main: list[Callable[[Bus], None]] = []
         self.make_loader: Callable[[bool], Any] | None = None
+        self.loader_again: Callable[[], Loader | IterableLoader] | None = None  # of the last loop
+        self.averages: averaging.Averages | None = None
         about = (self.place, self.bus, self.state, self.stepper, self.rounds, self.settings.seed)
         self.course = Course(*about) if self.apart is None else self.apart.course(*about)
         if self.apart is not None:
@@ -240,6 +246,25 @@ class Session:
         self.state.add_scheduler(Scheduler(scheduler, every))
         return scheduler
 
+    def average(self, rule: Averaging) -> None:
+        """Average the weights along the steps: `af.EMA(decay=0.999)`, or `af.SWA(start=1000)`.
+
+        The average is written beside the model at the end, is in checkpoints, and is what the
+        models hold inside `with s.averaged():`. Under `site` rounds are what counts.
+
+        Raises:
+            PlanError: no rank has weights that all agree on. UserError: training has begun.
+        """
+        self.averages = averaging.make_averages(self, rule)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """For a moment the models hold the average. All ranks ask.
+
+        Raises:
+            UserError: there is none yet.
+        """
+        return averaging.show(self)
+
     def remember(self, name: str, part: Any) -> Any:
         """Save and restore `part`, which has state_dict and load_state_dict, with checkpoints."""
         self.state.add_part(name, part)
@@ -315,6 +340,7 @@ class Session:
 
             loader = make() if self.balance is None else self.survival.together("all", make)
             self.make_loader = make
+            self.loader_again = lambda: make_loader(source, order, self.place)
             begin(self, source, loader, order, epochs, steps)
             if self.course.was_done(number):
                 return
@@ -423,6 +449,8 @@ class Session:
         if not self.rounds.active:
             self._check_weights()
         self._note_weights()
+        if self.averages is not None:
+            averaging.after_step(self, step.portion is not None and step.portion.last)
         if self.balance is not None:
             others = step.portion is not None and len(step.portion.shares) != self.place.parts
             self.balance.hear(*((None, None) if others else (step.portion, step.figures)))
@@ -446,6 +474,7 @@ class Session:
         state, sooner = self.state.capture()
         own = {**self.course.capture(), "loss": self.loss}
         own["pieces"] = plain_pieces(self.split.pieces())
+        own["average"] = None if self.averages is None else self.averages.capture()
         return {**state, **own}, sooner
 
     def _restore(self, step: int) -> None:
@@ -455,6 +484,8 @@ class Session:
         reached = self.course.is_in(state)
         self.state.restore(state, complete=reached)
         self.course.restore(state)
+        if self.averages is not None:
+            self.averages.restore(state.get("average"))
         self.teller.loss = state["loss"]
         self._resume_at = None if reached else step
 
@@ -517,6 +548,14 @@ class Session:
         self.keeper.save(self.steps, self._capture, score=score, note=note)
         if block:
             self.keeper.wait()
+
+    def snapshot(self) -> None:
+        """Write the weights as they are to `snapshots/step-000100.safetensors` in the run folder,
+        to be fused later; sites write the mean of theirs. Without a run folder nothing is written.
+
+        A disk that is full is told by a warning. All ranks ask.
+        """
+        write_snapshot(self)
 
     def weights(self) -> dict[str, dict[str, Any]]:
         """The state dicts of the models, whole: under a plan that cuts a model on the first rank of
