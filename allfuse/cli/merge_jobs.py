@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from allfuse.base.errors import UserError
 from allfuse.base.units import format_bytes
 from allfuse.cli.options import parse_settings, print_json
 
@@ -68,6 +69,16 @@ def find_learned(rule: str) -> Learned | None:
     return made
 
 
+def refuse_beside(method: Learned, **given: object) -> None:
+    """Refuse options that mean nothing for a rule which looks at data. Raises UserError."""
+    for name, value in given.items():
+        if value:
+            raise UserError(
+                f"--{name.replace('_', '-')} beside --rule {method}: it is for rules that stream "
+                "from disk; next: leave it out, or another rule"
+            )
+
+
 def merge_by_data(
     method: Learned,
     models: Sequence[Path],
@@ -89,6 +100,8 @@ def merge_by_data(
     from allfuse.cli.options import set_threads
     from allfuse.merge.learned.learn import LearnedMerge, check, merge_learned
 
+    if threads is not None and threads < 1:
+        raise UserError(f"--threads {threads}: allowed: 1 or more")
     set_threads(threads, 1)
     given = LearnedMerge(method=method, models=models, jobs=jobs, **about)
     if dry_run:

@@ -20,9 +20,9 @@ LEAST, MOST = 0.0, 1.0
 
 @dataclass(frozen=True)
 class AdaMerging(Learned):
-    """AdaMerging (Yang et al. 2024, arXiv:2310.02575): base + sum(c_il tau_il), where the coefficient
-    c_il of model i and parameter l (by=layer), or of the model (by=task), is learned by Adam so that
-    the predictions on each model's data have little entropy. No labels are looked at.
+    """AdaMerging (Yang et al. 2024, arXiv:2310.02575): base + sum(c_il tau_il), where the
+    coefficient c_il of model i and parameter l (by=layer), or of the model (by=task), is learned by
+    Adam so that predictions on each model's data have little entropy. No labels are looked at.
 
     Coefficients begin at `start` times the model's weight over the mean weight, and stay within 0
     and 1. Each step takes one batch of each model's data. `data` says which (train, validation or
@@ -74,7 +74,7 @@ class AdaMerging(Learned):
             list(mix.batches(number, "data without labels", self._which(mix, number)))
             for number in range(len(mix.jobs))
         ]
-        shares = torch.tensor(mix.shares) * len(mix.shares)
+        shares = torch.tensor(mix.shares, dtype=torch.float64) * len(mix.shares)
         begin = (self.start * shares).clamp(LEAST, MOST)[:, None]
         columns = 1 if self.by == "task" else len(blend.names)
         chosen = begin.repeat(1, columns).requires_grad_(True)
@@ -108,7 +108,7 @@ class AdaMerging(Learned):
         total = 0.0
         for number, batch in enumerate(batches):
             scores = find_scores(mix.forward(number, module, batch), self.name)
-            loss = entropy(scores.float())
+            loss = entropy(scores)
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss)
         gradient = blend.take_gradient()
@@ -152,7 +152,7 @@ class Blend:
     def take_gradient(self) -> Tensor:
         """By coefficients (models, parameters), on the CPU: <gradient of the parameter, tau>. The
         parameters have none afterwards."""
-        found = torch.zeros(len(self._changes), len(self.names))
+        found = torch.zeros(len(self._changes), len(self.names), dtype=torch.float64)
         for place, (name, parameter) in enumerate(self._own.items()):
             if parameter.grad is not None:
                 for row, values in enumerate(self._changes):

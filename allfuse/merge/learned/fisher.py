@@ -21,7 +21,7 @@ EXACT = 16
 
 @dataclass(frozen=True)
 class Fisher(Learned):
-    """Fisher-weighted averaging (Matena & Raffel 2022, arXiv:2111.09832, equation 3): each number is
+    """Fisher-weighted averaging (Matena & Raffel 2022, arXiv:2111.09832): each number is
     sum(w F x) / sum(w F), F being the diagonal of the model's Fisher information on its own data.
 
     F is the mean over samples of E[(d log p(y) / d x)^2], y drawn from the model's own prediction

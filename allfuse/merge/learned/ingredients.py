@@ -51,7 +51,7 @@ class Ingredients:
         return self.base or self.sources[0]
 
     def model(self, number: int) -> nn.Module:
-        """One of the models in a module of its own, in float32 (float64 stays) and evaluation mode."""
+        """One of the models in a module of its own, in float32 (float64 stays), to be evaluated."""
         return self._loaded(self.jobs[number], self.sources[number])
 
     def start(self) -> nn.Module:

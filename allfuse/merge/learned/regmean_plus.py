@@ -23,8 +23,8 @@ MOST_PASSES = 1024
 
 @dataclass(frozen=True)
 class RegMeanPlus(RegMean):
-    """RegMean++ (Nguyen et al. 2025, arXiv:2508.03121): as `RegMean`, but what comes into a layer is
-    what the layers before it give that were merged already, on each model's data.
+    """RegMean++ (Nguyen et al. 2025, arXiv:2508.03121): as `RegMean`, but what comes into a layer
+    is what the layers before it give that were merged already, on each model's data.
 
     The paper goes on from one block of a transformer to the next, and takes what is within a block
     from each model; here each linear layer is one to go on from, so that it works on any module.
