@@ -585,6 +585,7 @@ GOOD = "merge_method: ties\nbase_model: base\nmodels:\n  - model: a\n  - model: 
         ("!!python/object/apply:os.system [ls]\n", "could not determine a constructor"),
         ("\x00", "is no YAML|special characters"),
         (GOOD.replace("- model: b", "- model: base"), None),
+        (GOOD.replace("model: a", "model: base").replace("model: b\n", "model: base\n"), "none beside"),
         (
             "merge_method: dare_linear\nbase_model: base\nmodels: [{model: a}]\n"
             "parameters: {rescale: false}\n",

@@ -83,6 +83,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         n, name = len(self.models), self.rule.name
+        if not n:
+            raise MergeError(f"{name} fuses models, and there is none beside the base")
         if len(self.weights) != n:
             raise MergeError(f"{len(self.weights)} weights for {n} models; allowed: one for each")
         if self.rule.of_changes and self.base is None:
@@ -117,8 +119,9 @@ class Recipe:
                     f"slice {number} has {based} ranges of layers of the base; allowed: one, in "
                     "each slice, where there is a base; next: list the base among its sources"
                 )
-            if len({len(part.layers) for part in said.parts if part.layers is not None}) > 1:
-                ranges = ", ".join(str(len(part.layers or ())) for part in said.parts)
+            counts = [None if part.layers is None else len(part.layers) for part in said.parts]
+            if (len(self.slices) > 1 and None in counts) or len(set(counts)) > 1:
+                ranges = ", ".join("all" if count is None else str(count) for count in counts)
                 raise MergeError(f"slice {number} takes {ranges} layers; allowed: as many of each")
 
     def _check_settings(self, settings: Settings, of_a_model: bool = False) -> None:
@@ -197,17 +200,20 @@ def names_of_models(rule: Rule) -> tuple[str, ...]:
 
 
 def _check_weights(rule: Rule, tensor: str, weights: Sequence[float]) -> None:
-    said = ", ".join(f"{weight:g}" for weight in weights)
-    if not all(math.isfinite(weight) for weight in weights):
-        raise MergeError(f"the weights of {tensor} are {said}; allowed: finite numbers")
+    if not all(map(math.isfinite, weights)):
+        raise MergeError(f"the weights of {tensor} are {_said(weights)}; allowed: finite numbers")
     divides = getattr(rule, "normalize", True) and (
         isinstance(rule, SumRule) or not rule.of_changes
     )
     if rule.weighted and divides and not sum(weights):
         raise MergeError(
-            f"the weights of {tensor} are {said}, and {rule.name} divides by their sum, 0; next: "
-            "give one of them more"
+            f"the weights of {tensor} are {_said(weights)}, and {rule.name} divides by their sum, "
+            "0; next: give one of them more"
         )
+
+
+def _said(weights: Sequence[float]) -> str:
+    return ", ".join(f"{weight:g}" for weight in weights)
 
 
 def _values(

@@ -77,6 +77,18 @@ def read_recipe(path: Path, **ours: Any) -> Said:
     return _File(path, said).read({name: own for name, own in ours.items() if own is not None})
 
 
+@dataclass(frozen=True)
+class Taken:
+    """What a slice takes of a model: layers, or None for all of it."""
+
+    model: Path
+    layers: range | None
+    settings: Settings
+
+
+Piece = tuple[list[Taken], Settings]
+
+
 class _File:
     """One file, while it is read."""
 
@@ -88,7 +100,6 @@ class _File:
         self.check_keys(said, KEYS, "")
         self.rule = self.read_rule()
         self.parameters = Parameters(str(path), self.rule)
-        self.models: list[Path] = []
 
     def refuse(self, where: str, why: str) -> MergeError:
         return MergeError(f"{self.path}: {where} {why}")
@@ -121,19 +132,24 @@ class _File:
             raise self.refuse("models, slices:", "allowed: one of them")
         named = self.model(said["base_model"], "base_model") if said.get("base_model") else None
         base = named if rule.of_changes or rule.base_optional else None
-        slices = self.read_slices(base) if "slices" in said else [self.read_models(base, named)]
-        if named is not None and base is None and named not in self.models:
+        pieces = self.read_slices() if "slices" in said else [self.read_models(named, base)]
+        if named is not None and rule.models == 2 and base is None:  # it is the first of the two
+            pieces = [(sorted(own, key=lambda t: t.model != named), s) for own, s in pieces]
+        models = list(dict.fromkeys(t.model for own, _ in pieces for t in own if t.model != base))
+        if named in models:
+            models.sort(key=lambda model: model != named)
+        elif named is not None and base is None:
             self.parameters.notes.append(f"base_model has no effect on {rule.name}")
         for key, (name, _) in OURS.items():
             if key in said:
                 ours.setdefault(name, self.own(key))
         ours.setdefault("dtype", self.read_dtype())
-        ours.setdefault("tokenizer", self.read_tokenizer(named))
+        ours.setdefault("tokenizer", self.read_tokenizer(named, models))
         ours.setdefault("pad_vocabulary", self.tokenizer_source() == "union")
         settings = self.parameters.read(said.get("parameters"), "parameters")
         recipe = Recipe(
-            models=self.models, rule=rule, weights=[1.0] * len(self.models), base=base,
-            slices=slices, settings=settings, **ours,
+            models=models, rule=rule, weights=[1.0] * len(models), base=base,
+            slices=_slices(pieces, models), settings=settings, **ours,
         )  # fmt: skip
         return Said(recipe, tuple(self.parameters.notes))
 
@@ -148,58 +164,36 @@ class _File:
         except ValueError as error:
             raise self.refuse(key, f"is {error}") from error
 
-    def read_models(self, base: Path | None, first: Path | None) -> Slice:
-        """One slice of all models. Where the first one counts, that is the one called base."""
-        parts = self.parts(self.said["models"], "models", base, ("model", "parameters"))
-        if first is not None and base is None and self.rule.models == 2:
-            if first not in self.models:
-                self.models.append(first)
-                parts.append(Part(len(self.models) - 1))
-            parts = self.in_order(parts, first)
-        if base is not None and not any(part.model is None for part in parts):
-            parts.append(Part(None))
-        return Slice(tuple(parts))
+    def read_models(self, named: Path | None, base: Path | None) -> Piece:
+        """One slice of all models, and of the base where the rule needs it and the list has not."""
+        taken = self.taken(self.said["models"], "models", ("model", "parameters"))
+        needed = base if base is not None else named if self.rule.models == 2 else None
+        if needed is not None and needed not in [each.model for each in taken]:
+            taken.append(Taken(needed, None, {}))
+        return taken, {}
 
-    def in_order(self, parts: Sequence[Part], first: Path) -> list[Part]:
-        own = self.models.index(first)
-        return sorted(parts, key=lambda part: part.model != own)
-
-    def read_slices(self, base: Path | None) -> list[Slice]:
-        slices = []
+    def read_slices(self) -> list[Piece]:
+        pieces = []
         for number, said in enumerate(self.items(self.said["slices"], "slices")):
             where = f"slices[{number}]"
             self.check_keys(said, ("sources", "parameters"), where)
             allowed = ("model", "layer_range", "parameters")
-            parts = self.parts(said.get("sources"), f"{where}.sources", base, allowed)
+            taken = self.taken(said.get("sources"), f"{where}.sources", allowed)
             settings = self.parameters.read(said.get("parameters"), f"{where}.parameters")
-            slices.append(Slice(tuple(parts), settings))
-        named = self.said.get("base_model")
-        if named and base is None and self.rule.models == 2:
-            first = self.model(named, "base_model")
-            if first in self.models:
-                slices = [Slice(tuple(self.in_order(s.parts, first)), s.settings) for s in slices]
-        return slices
+            pieces.append((taken, settings))
+        return pieces
 
-    def parts(
-        self, said: Any, where: str, base: Path | None, allowed: Sequence[str]
-    ) -> list[Part]:
-        """What is taken of each model in a list, which is remembered among the models."""
-        parts = []
+    def taken(self, said: Any, where: str, allowed: Sequence[str]) -> list[Taken]:
+        """What is taken of each model in a list."""
+        found = []
         for number, each in enumerate(self.items(said, where)):
             place = f"{where}[{number}]"
             self.check_keys(each, allowed, place)
-            model = self.model(each.get("model"), f"{place}.model")
-            if model != base and model not in self.models:
-                self.models.append(model)
             layers = self.layers(each, place) if "layer_range" in allowed else None
-            settings: Settings = self.parameters.read(
-                each.get("parameters"), f"{place}.parameters", of_a_model=True
-            )
-            if model == base:
-                parts.append(Part(None, layers))
-            else:
-                parts.append(Part(self.models.index(model), layers, settings))
-        return parts
+            parameters = each.get("parameters")
+            settings = self.parameters.read(parameters, f"{place}.parameters", of_a_model=True)
+            found.append(Taken(self.model(each.get("model"), f"{place}.model"), layers, settings))
+        return found
 
     def items(self, said: Any, where: str) -> list[Any]:
         if not isinstance(said, list) or not said:
@@ -264,14 +258,14 @@ class _File:
                 )
         return full.get("source", "union")
 
-    def read_tokenizer(self, named: Path | None) -> Path | None:
+    def read_tokenizer(self, named: Path | None, models: Sequence[Path]) -> Path | None:
         """The model whose tokenizer is carried over."""
         said, where = self.tokenizer_source(), "tokenizer_source"
         if said is None:
             return None
         if not isinstance(said, str):
             raise self.refuse(where, f"is {shown(said)}; allowed: base, union, or a model")
-        every = list(dict.fromkeys([*([] if named is None else [named]), *self.models]))
+        every = list(dict.fromkeys([*([] if named is None else [named]), *models]))
         if said == "union":
             return find_union(every)
         chosen = every[0]
@@ -280,6 +274,22 @@ class _File:
         for model in refuse_other_tokens(list(dict.fromkeys([*every, chosen]))):
             self.parameters.notes.append(f"the tokenizer of {model} could not be compared")
         return chosen
+
+
+def _slices(pieces: Sequence[Piece], models: Sequence[Path]) -> list[Slice]:
+    """Slices with each model's place among the models; what is not among them is the base."""
+    return [
+        Slice(
+            tuple(
+                Part(models.index(each.model), each.layers, each.settings)
+                if each.model in models
+                else Part(None, each.layers)
+                for each in taken
+            ),
+            settings,
+        )
+        for taken, settings in pieces
+    ]
 
 
 def read_rule(text: str) -> Rule:
