@@ -14,8 +14,8 @@ from allfuse.base.errors import UserError
 from allfuse.cli.options import choose_plan, is_first, parse_settings, print_json, run_under
 
 if TYPE_CHECKING:
-    from allfuse.judge.search import Wish
     from allfuse.judge.subject import Subject
+    from allfuse.judge.wish import Wish
     from allfuse.rule import Rule
 
 SearchOption = Annotated[
@@ -61,8 +61,8 @@ def merge_by_search(
         models: several, or one folder with several.
         about: base, dtype, seed, allow_nan and calibrate of a `Subject`.
     """
-    from allfuse.judge.search import Wish, check
     from allfuse.judge.subject import Subject, find_job
+    from allfuse.judge.wish import Wish, check
     from allfuse.store.model_files import find_ingredients
 
     found = find_ingredients(models[0]) if len(models) == 1 else list(models)
