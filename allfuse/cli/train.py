@@ -134,6 +134,7 @@ def train(
                 "loss": result.loss if result else None,
                 "reason": result.reason if result else "others have ended the job",
                 "validation": result.metrics if result else {},
+                "average": result.average if result else {},
                 "test": result.test if result else {},
                 "out": result.out if result else str(out or resume),
             }

@@ -6,7 +6,7 @@ becomes of them: here one replica's with its own earlier ones, which training ne
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,7 +14,7 @@ from allfuse.base.errors import JobError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Averaging:
+class Averaging(ABC):
     """An average of weights along the steps: avg + share * (weights - avg) now and then.
 
     The first time it is a copy.
