@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 SPREAD = "interquartile range over the rounds"
+QUICK = "a smoke run: the shortest, its figures mean nothing"
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -172,9 +173,7 @@ class Options:
 def parse_options(description: str | None) -> Options:
     """What was asked for on the command line."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument(
-        "--quick", action="store_true", help="a smoke run: the shortest, its figures mean nothing"
-    )
+    parser.add_argument("--quick", action="store_true", help=QUICK)
     return Options(quick=parser.parse_args().quick)
 
 

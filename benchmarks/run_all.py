@@ -3,6 +3,7 @@
 python benchmarks/run_all.py            all of them, some minutes
 python benchmarks/run_all.py step       some of them; the others keep their entries
 python benchmarks/run_all.py --quick    a smoke run that writes nothing
+python benchmarks/run_all.py merge --mergekit PYTHON    an option of one of them
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ BENCHMARKS = (
     "quality",
     "split",
     "loading",
+    "merge",
 )
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.md"
@@ -46,9 +49,9 @@ that was missed says so.
 """
 
 
-def run(name: str, quick: bool) -> dict[str, Any] | None:
+def run(name: str, quick: bool, more: Sequence[str] = ()) -> dict[str, Any] | None:
     """One benchmark in a process of its own; what its JSON line says, None when it failed."""
-    command = [sys.executable, str(HERE / f"{name}.py"), *(["--quick"] if quick else [])]
+    command = [sys.executable, str(HERE / f"{name}.py"), *(["--quick"] if quick else []), *more]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=harness.ROOT)
     print(done.stdout, end="", flush=True)
     lines = done.stdout.splitlines()
@@ -104,7 +107,9 @@ def main() -> int:
         "names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)}; none: all of them"
     )
     parser.add_argument("--quick", action="store_true", help="a smoke run that writes nothing")
-    options = parser.parse_args()
+    options, more = parser.parse_known_args()
+    if more and len(options.names) != 1:
+        parser.error(f"{' '.join(more)}: options are handed on to a single benchmark")
     for name in options.names:
         if name not in BENCHMARKS:
             parser.error(f"there is no benchmark {name!r}; allowed: {', '.join(BENCHMARKS)}")
@@ -112,7 +117,7 @@ def main() -> int:
     failed = []
     for name in chosen:
         print(f"\n{name}", flush=True)
-        found = run(name, options.quick)
+        found = run(name, options.quick, more)
         if found is None:
             failed.append(name)
         elif not options.quick:

@@ -27,6 +27,7 @@ SCRIPTS = (
     "quality",
     "split",
     "loading",
+    "merge",
 )
 KEYS = {"benchmark", "commit", "machine", "figures"}
 FIGURE_KEYS = {"name", "value", "spread", "target", "better", "ok"}

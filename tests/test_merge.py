@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -16,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from allfuse.base.errors import MergeError
-from allfuse.merge import merge as merging
 from allfuse.merge import outline as outlining
 from allfuse.merge.header import read_header
 from allfuse.merge.merge import Merged, merge
@@ -80,7 +80,7 @@ def test_threads_and_memory_do_not_change_a_bit(
     recipe, found = recipe_of(make_rule(name), models), []
     for workers, memory in ((1, 10**9), (4, 2 * 10**9)):
         out = tmp_path / f"out{workers}"
-        merge(recipe, out, workers=workers, memory_bytes=memory)
+        merge(recipe, out, threads=workers, memory_bytes=memory)
         found.append((out / "model.safetensors").read_bytes())
     assert found[0] == found[1]
 
@@ -116,7 +116,7 @@ def break_off(recipe: Recipe, out: Path, after: int) -> int:
             raise Broken
 
     with pytest.raises(Broken):
-        merge(recipe, out, tell=tell, workers=2)
+        merge(recipe, out, tell=tell, threads=2)
     return seen
 
 
@@ -310,10 +310,34 @@ def test_no_room_on_the_disk_is_said_before_it_begins(
     models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(merging.shutil, "disk_usage", lambda path: usage._replace(free=100))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
     with pytest.raises(MergeError, match=r"needs .* and 100 B are free"):
         fuse(make_rule("mean"), models, tmp_path / "out")
     assert not list(tmp_path.glob(".partial*"))
+
+
+@pytest.mark.parametrize("name", ["linear", "ties"])
+def test_a_disk_that_is_full_meanwhile_is_said_and_the_next_call_goes_on(
+    name: str, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule, write, seen = make_rule(name), os.pwrite, 0
+    whole = fuse(rule, models, tmp_path / "whole")
+
+    def pwrite(*given: Any) -> int:
+        nonlocal seen
+        seen += 1
+        if seen > 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", pwrite)
+        with pytest.raises(MergeError, match=r"the disk is full .*the same command goes on"):
+            merge(recipe_of(rule, models), tmp_path / "out", threads=2)
+    assert not (tmp_path / "out").exists()
+    done = merge(recipe_of(rule, models), tmp_path / "out")
+    assert done.resumed_blocks == 5
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == whole
 
 
 def test_a_result_is_not_written_over_a_model_or_into_it(
@@ -334,7 +358,7 @@ def test_two_merges_do_not_write_to_one_place(models: list[Path], tmp_path: Path
         with pytest.raises(MergeError, match="another merge is at work"):
             merge(recipe_of(make_rule("mean"), models), tmp_path / "out")
 
-    merge(recipe_of(make_rule("mean"), models), tmp_path / "out", tell=second, workers=1)
+    merge(recipe_of(make_rule("mean"), models), tmp_path / "out", tell=second, threads=1)
 
 
 def test_memory_that_is_not_enough_is_refused_with_what_would_be(

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from allfuse.base.errors import UserError
+from allfuse.cli.merge_align import AlignOption, merge_by_alignment, refuse_beside_alignment
 from allfuse.cli.merge_disk import merge_on_disk
 from allfuse.cli.merge_jobs import (
     EXAMPLES,
@@ -16,6 +17,7 @@ from allfuse.cli.merge_jobs import (
     find_learned,
     merge_by_data,
     read_jobs,
+    refuse_beside,
 )
 from allfuse.cli.merge_recipe import (
     RULE,
@@ -94,6 +96,7 @@ def merge(
             "--calibrate/--no-calibrate", help="Estimate BatchNorm's statistics anew by the jobs."
         ),
     ] = True,
+    align: AlignOption = None,
     search: SearchOption = None,
     evaluations: EvaluationsOption = None,
     per_layer: PerLayerOption = False,
@@ -119,6 +122,8 @@ def merge(
     allfuse merge runs/a runs/b runs/c --rule mean --out runs/soup
     """
     dtype = read_type(dtype)
+    if align is not None:
+        refuse_beside_alignment(search=search, plan=plan, workers=workers)
     if search is not None:
         if weights is not None:
             raise UserError(f"--weights {weights}: a search finds them; next: leave it out")
@@ -146,11 +151,18 @@ def merge(
             calibrate=calibrate,
         )
         return
-    refuse_without_search(
-        evaluations=evaluations, per_layer=per_layer, plan=plan, workers=workers
-    )
+    refuse_without_search(evaluations=evaluations, per_layer=per_layer)
     method = None if rule is None else find_learned(rule)
     if method is not None:
+        refuse_beside(
+            method,
+            pad_vocabulary=pad_vocabulary,
+            shard_size=shard_size,
+            allow_nan=allow_nan,
+            align=align,
+            plan=plan,
+            workers=workers,
+        )
         models = find_models(models)
         merge_by_data(
             method,
@@ -172,21 +184,43 @@ def merge(
         return
     if threads is not None and threads < 1:
         raise UserError(f"--threads {threads}: allowed: 1 or more")
+    said = read_request(
+        models,
+        rule=rule,
+        weights=weights,
+        base=base,
+        dtype=dtype,
+        seed=seed,
+        allow_nan=allow_nan,
+        pad_vocabulary=pad_vocabulary,
+        shard_size=shard_size,
+    )
+    memory_bytes = read_size("--memory", memory)
+    if align is not None:
+        merge_by_alignment(
+            said,
+            align,
+            out,
+            jobs=job,
+            settings=settings,
+            examples=examples,
+            calibrate=calibrate,
+            threads=threads,
+            memory_bytes=memory_bytes,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            quiet=quiet,
+            as_json=as_json,
+        )
+        return
     merge_on_disk(
-        read_request(
-            models,
-            rule=rule,
-            weights=weights,
-            base=base,
-            dtype=dtype,
-            seed=seed,
-            allow_nan=allow_nan,
-            pad_vocabulary=pad_vocabulary,
-            shard_size=shard_size,
-        ),
+        said,
         out,
-        memory_bytes=read_size("--memory", memory),
+        plan=plan,
+        workers=workers,
         threads=threads,
+        timeout=timeout,
+        memory_bytes=memory_bytes,
         overwrite=overwrite,
         dry_run=dry_run,
         quiet=quiet,

@@ -2,83 +2,113 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from allfuse.base.units import format_bytes
-from allfuse.cli.options import print_json
+from allfuse.base.errors import PlanError, WorkerFailed
+from allfuse.base.units import format_bytes, format_seconds
+from allfuse.cli.options import choose_plan, is_first, print_json, run_under
 
 if TYPE_CHECKING:
+    from allfuse.merge.recipe import Recipe
     from allfuse.merge.recipe_file import Said
+    from allfuse.plan import Plan
 
 
 def merge_on_disk(
     said: Said,
     out: Path,
     *,
-    memory_bytes: int,
+    plan: str | None,
+    workers: int | None,
     threads: int | None,
+    timeout: float,
+    memory_bytes: int,
     overwrite: bool,
     dry_run: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Fuse models, or say what would be done, and tell of it."""
-    from allfuse.merge.merge import choose_workers, describe, merge, refuse_place
+    """Check everything before any process starts; then fuse models, or say what would be done, and
+    tell of it."""
+    from allfuse.merge.merge import choose_threads, describe, refuse_place, threads_here
     from allfuse.merge.outline import outline
 
-    recipe = said.recipe
+    recipe, chosen = said.recipe, choose_plan(plan, workers)
+    refuse_other_plans(chosen)
+    if is_first():
+        made = outline(recipe)
+        refuse_place(made, out, overwrite)
+        each = choose_threads(made, memory_bytes, threads or threads_here(chosen.workers))
+        if dry_run:
+            told = describe(made, each, chosen.workers)
+            _tell_plan(told | {"notes": [*said.notes, *told["notes"]]}, out, as_json)
     if dry_run:
-        plan = outline(recipe)
-        refuse_place(plan, out, overwrite)
-        told = describe(plan) | {"threads": choose_workers(plan, memory_bytes, threads)}
-        told["notes"] = [*said.notes, *told["notes"]]
-        if as_json:
-            print_json({"ok": True, "command": "merge", **told})
-        else:
-            _tell_plan(told, out)
         return
-    done = _watched(
-        lambda tell: merge(
-            recipe, out, memory_bytes=memory_bytes, workers=threads, overwrite=overwrite, tell=tell
-        ),
-        quiet,
-        as_json,
-    )
-    told = asdict(done)
-    told["notes"] = [*said.notes, *done.notes]
+    options = {"memory_bytes": memory_bytes, "threads": threads, "overwrite": overwrite}
+    work = functools.partial(merge_here, recipe, out, options, quiet, as_json)
+    try:
+        done = run_under(chosen, work, threads=threads, timeout_s=timeout)
+    except WorkerFailed as error:
+        text = f"{error}\nnext: the same command goes on where they were"
+        raise WorkerFailed(text, error.rank, error.trace, error.exit_code) from error
+    done["notes"] = [*said.notes, *done["notes"]]
     if as_json:
-        print_json({"ok": True, "command": "merge", "rule": str(recipe.rule), **told})
-        return
-    speed = format_bytes((done.read_bytes + done.written_bytes) / max(done.seconds, 1e-9))
-    print(
-        f"{done.out}: {done.parameters:,} parameters in {done.tensors:,} tensors by {recipe.rule}, "
-        f"{done.seconds:.2f} s, {speed}/s read and written"
-    )
-    _tell_notes(told["notes"])
+        print_json({"ok": True, "command": "merge", "rule": str(recipe.rule), **done})
+    elif is_first():
+        speed = (done["read_bytes"] + done["written_bytes"]) / max(done["seconds"], 1e-9)
+        print(
+            f"{done['out']}: {done['parameters']:,} parameters in {done['tensors']:,} tensors by "
+            f"{recipe.rule}, {done['seconds']:.2f} s, {format_bytes(speed)}/s read and written"
+        )
+        _tell_notes(done["notes"])
 
 
-def _watched(work: Callable[[Any], Any], quiet: bool, to_stderr: bool) -> Any:
-    if quiet:
-        return work(lambda name, **data: None)
+def refuse_other_plans(plan: Plan) -> None:
+    """Tensors are spread over workers, and that is all. Raises PlanError."""
+    if str(plan) != f"data({plan.workers})":
+        raise PlanError(
+            f"merge under {plan}",
+            "tensors are spread over workers that share nothing else",
+            f"data({plan.workers})",
+        )
+
+
+def merge_here(
+    recipe: Recipe, out: Path, options: dict[str, Any], quiet: bool, to_stderr: bool
+) -> dict[str, Any]:
+    """What every rank does; rank 0 shows how far all are."""
     from allfuse.base.events import Bus
+    from allfuse.launcher import current_world
+    from allfuse.merge.merge import merge
+
+    world = current_world()
+    if quiet or (world is not None and world.rank > 0):
+        return asdict(merge(recipe, out, world=world, **options))
     from allfuse.observe.merging import MergeProgress
 
     bus = Bus()
     with MergeProgress(sys.stderr if to_stderr else sys.stdout) as progress:
         bus.subscribe(progress)
-        return work(bus.emit)
+        return asdict(merge(recipe, out, world=world, tell=bus.emit, **options))
 
 
-def _tell_plan(told: dict[str, Any], out: Path) -> None:
+def _tell_plan(told: dict[str, Any], out: Path, as_json: bool) -> None:
+    if as_json:
+        print_json({"ok": True, "command": "merge", **told})
+        return
+    workers = f" in each of {told['workers']} workers" if told["workers"] > 1 else ""
     print(
         f"{out}: would be {told['parameters']:,} parameters in {told['tensors']:,} tensors by "
         f"{told['rule']} of {told['models']} models\n"
         f"  read {format_bytes(told['read_bytes'])}, write {format_bytes(told['written_bytes'])} "
         f"in {told['files']} file{'s' if told['files'] > 1 else ''}, {told['threads']} threads"
+        f"{workers}\n"
+        f"  about {format_seconds(told['seconds'])}: an estimate from the speed of this machine's "
+        "memory; from a slow disk longer"
     )
     if told["copied"]:
         print(f"  as in the first model, being whole numbers: {', '.join(told['copied'][:10])}")

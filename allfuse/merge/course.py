@@ -10,6 +10,7 @@ is done, so that neither threads nor their order change a bit.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from allfuse.rule import SumRule
 from allfuse.rule.base import GatherRule, JointRule
 from allfuse.rule.sift import Sift, Stretch
 from allfuse.store.tensorfile import DTYPES
+
+SLICE = 1 << 15
 
 
 class Found:
@@ -103,11 +106,12 @@ class Course:
         name = self.stages[self.stage]
         if name == "write":
             return self._write(block)
+        base = self._base(block)
         if name == "joint":
             assert self.joint is not None
             turn = len(self._of_all.totals)
-            return self.joint.measure(turn, self._together(block), self._known(block))
-        return [self._measured(model, block) for model in range(len(self.task.inputs))]
+            return self.joint.measure(turn, self._together(block, base), self._known(block))
+        return [self._measured(model, block, base) for model in range(len(self.task.inputs))]
 
     def take(self, block: int, result: Any) -> None:
         """What a block of the present stage gave; one at a time."""
@@ -129,51 +133,63 @@ class Course:
                     found.close_turn()
         self.stage += 1
 
-    def _measured(self, model: int, block: int) -> Tensor | None:
+    def _measured(self, model: int, block: int, base: Tensor | None) -> Tensor | None:
         """What the present turn finds out of a block of one model; None: it has no such turn."""
         sift = self.sifts[model]
         if sift is None or self.stage >= sift.turns:
             return None
         known = self._found[model].at(block, sift.running)
-        return sift.measure(self.stage, self._stretch(model, block), known)
+        return sift.measure(self.stage, self._stretch(model, block, base), known)
 
     def _read(self, entry: Entry, block: int) -> Tensor:
-        """A block in float32. Raises MergeError where the last stage meets what is not finite."""
-        begin, count = self.blocks[block]
-        values = self.sources.read(entry, begin, count).float()
-        if self.is_last and not self.recipe.allow_nan and not values.sum().isfinite():
-            bad = (~values.isfinite()).nonzero()
-            if len(bad):
-                at = begin + int(bad[0])
-                raise MergeError(
-                    f"{entry.file}: {entry.name} has {values[int(bad[0])].item()} at index {at:,}; "
-                    "next: take another checkpoint, or --allow-nan"
-                )
-        return values
+        """A block in float32, in memory of its own."""
+        return self.sources.read(entry, *self.blocks[block]).float()
 
-    def _stretch(self, model: int, block: int) -> Stretch:
+    def _base(self, block: int) -> Tensor | None:
+        return None if self.task.base is None else self._read(self.task.base, block)
+
+    def _stretch(self, model: int, block: int, base: Tensor | None) -> Stretch:
         """A block of one model: its values, or what changed since the base."""
-        task = self.task
-        values = self._read(task.inputs[model], block)
-        if task.base is not None:
-            values -= self._read(task.base, block)
-        key = self.recipe.key(task.target.name, model)
-        return Stretch(values, self.blocks[block][0], task.target.shape, key)
+        values, target = self._read(self.task.inputs[model], block), self.task.target
+        if base is not None:
+            values -= base
+        key = self.recipe.key(target.name, model)
+        return Stretch(values, self.blocks[block][0], target.shape, key)
 
-    def _together(self, block: int) -> Stretch:
+    def _sifted(self, model: int, block: int, base: Tensor | None) -> Tensor:
+        """What is left of a block of one model."""
+        stretch, sift = self._stretch(model, block, base), self.sifts[model]
+        if sift is None:
+            return stretch.values
+        if self.is_last:
+            self._refuse_infinite(stretch.values, block)  # before it may be left out
+        return sift.apply(stretch, self._found[model].at(block, sift.running))
+
+    def _together(self, block: int, base: Tensor | None) -> Stretch:
         """A block of all models."""
-        values = [self._sifted_one(model, block) for model in range(len(self.task.inputs))]
-        return Stretch(torch.stack(values), self.blocks[block][0], self.task.target.shape)
+        begin, count = self.blocks[block]
+        values = torch.empty(len(self.task.inputs), count)
+        for model, row in enumerate(values):
+            row.copy_(self._sifted(model, block, base))
+        return Stretch(values, begin, self.task.target.shape)
 
     def _known(self, block: int) -> list[Tensor]:
         assert self.joint is not None
         return self._of_all.at(block, self.joint.running)
 
-    def _sifted_one(self, model: int, block: int) -> Tensor:
-        stretch, sift = self._stretch(model, block), self.sifts[model]
-        if sift is None:
-            return stretch.values
-        return sift.apply(stretch, self._found[model].at(block, sift.running))
+    def _refuse_infinite(self, values: Tensor, block: int) -> None:
+        """Raises MergeError where values are not finite because a number in a file is not."""
+        if self.recipe.allow_nan or math.isfinite(values.sum().item()):
+            return
+        for entry in self.task.sources:
+            read = self._read(entry, block)
+            bad = (~read.isfinite()).nonzero()
+            if len(bad):
+                at = int(bad[0])
+                raise MergeError(
+                    f"{entry.file}: {entry.name} has {read[at].item()} at index "
+                    f"{self.blocks[block][0] + at:,}; next: take another checkpoint, or --allow-nan"
+                )
 
     def _write(self, block: int) -> int:
         target, (begin, count) = self.task.target, self.blocks[block]
@@ -181,20 +197,31 @@ class Course:
             return self.target.write(
                 target, begin, self.sources.read(self.task.inputs[0], begin, count)
             )
-        fused = self._fuse(block)
-        if self.task.base is not None:
-            fused += self._read(self.task.base, block)
+        base = self._base(block)
+        fused = self._fuse(block, base)
+        if base is not None:
+            fused += base
         return self.target.write(target, begin, fused.to(DTYPES[target.dtype]))
 
-    def _fuse(self, block: int) -> Tensor:
+    def _fuse(self, block: int, base: Tensor | None) -> Tensor:
         rule, weights = self.rule, self.task.weights
         if isinstance(rule, SumRule):
-            total = rule.prepare(self._sifted_one(0, block), weights[0])
+            total = rule.prepare(self._sifted(0, block, base), weights[0])
             for model in range(1, len(weights)):
-                total += rule.prepare(self._sifted_one(model, block), weights[model])
-            return rule.finish(total, sum(weights))
-        stretch, shares = self._together(block), torch.tensor(weights, dtype=torch.float64)
+                total += rule.prepare(self._sifted(model, block, base), weights[model])
+            fused = rule.finish(total, sum(weights))
+            self._refuse_infinite(fused, block)
+            return fused
+        stretch, shares = self._together(block, base), torch.tensor(weights, dtype=torch.float64)
+        if not any(self.sifts):
+            self._refuse_infinite(stretch.values, block)
         if isinstance(rule, JointRule):
             return rule.fuse(stretch, shares, self._known(block))
         assert isinstance(rule, GatherRule)
-        return rule.fuse(stretch.values, shares.float())
+        return _gather(rule, stretch.values, shares.float())
+
+
+def _gather(rule: GatherRule, values: Tensor, weights: Tensor) -> Tensor:
+    """The fused numbers, some at a time: what a rule holds meanwhile stays in the cache."""
+    parts = [rule.fuse(part, weights) for part in values.split(SLICE, dim=1)]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
-from allfuse.base.heap import Returns
+from allfuse.base.heap import give_back, keep_freed
 from allfuse.merge.blocks import Files
 from allfuse.merge.course import Course
-from allfuse.merge.header import ITEM_BYTES
 from allfuse.merge.journal import Journal
-from allfuse.merge.outline import Outline, Task
+from allfuse.merge.outline import Task
+from allfuse.merge.recipe import Recipe
 
 Told = Callable[[int], None]
 """Is told the bytes of a block that was written; from any thread, one at a time."""
@@ -29,29 +29,36 @@ class Engine:
     """
 
     def __init__(
-        self, outline: Outline, sources: Files, target: Files, journal: Journal, told: Told
+        self,
+        recipe: Recipe,
+        tasks: Iterable[Task],
+        sources: Files,
+        target: Files,
+        journal: Journal,
+        told: Told,
     ) -> None:
-        self.outline, self.sources, self.target = outline, sources, target
+        self.recipe, self.sources, self.target = recipe, sources, target
         self.journal, self.told = journal, told
-        self._tasks: Iterator[Task] = iter(outline.tasks)
+        self._tasks: Iterator[Task] = iter(tasks)
         self._ready: deque[tuple[Course, int]] = deque()
         self._left: dict[int, int] = {}  # blocks of a tensor's present stage, by its number
         self._under_way = 0
         self._turn = threading.Condition()
         self._error: BaseException | None = None
 
-    def run(self, workers: int) -> None:
+    def run(self, threads: int) -> None:
         """Do all that the journal does not have.
 
         Raises:
             MergeError: a source cannot be read, or has numbers that are not finite. OSError: the
                 result cannot be written.
         """
-        threads = torch.get_num_threads()
+        before = torch.get_num_threads()
         torch.set_num_threads(1)  # each block in one thread, so that its bits do not depend on them
+        keep_freed()
         try:
-            with ThreadPoolExecutor(workers, "allfuse-merge") as pool:
-                ends = [pool.submit(self._work) for _ in range(workers)]
+            with ThreadPoolExecutor(threads, "allfuse-merge") as pool:
+                ends = [pool.submit(self._work) for _ in range(threads)]
                 try:
                     for end in ends:
                         end.result()
@@ -59,12 +66,12 @@ class Engine:
                     self._fail(error)
                     raise
         finally:
-            torch.set_num_threads(threads)
+            torch.set_num_threads(before)
+            give_back()
         if self._error is not None:
             raise self._error
 
     def _work(self) -> None:
-        returns = Returns()  # the C library would keep what blocks leave, in each thread
         while (found := self._next()) is not None:
             course, block = found
             try:
@@ -73,7 +80,6 @@ class Engine:
                 self._fail(error)
                 return
             self._end(course, block, result)
-            returns.freed(course.blocks[block][1] * len(course.task.sources) * ITEM_BYTES["F32"])
 
     def _fail(self, error: BaseException) -> None:
         with self._turn:
@@ -97,7 +103,7 @@ class Engine:
     def _open(self) -> None:
         """Begin with the next tensor that is not written whole."""
         for task in self._tasks:
-            if self._queue(Course(task, self.outline.recipe, self.sources, self.target)):
+            if self._queue(Course(task, self.recipe, self.sources, self.target)):
                 return
 
     def _queue(self, course: Course) -> bool:

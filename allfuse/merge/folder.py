@@ -11,7 +11,7 @@ from pathlib import Path
 
 from allfuse.base.errors import MergeError
 from allfuse.base.units import format_bytes
-from allfuse.merge.journal import NAME as JOURNAL
+from allfuse.merge.journal import is_journal
 from allfuse.merge.layout import Layout
 from allfuse.store.durable import partial_path, sync_folder
 from allfuse.store.model_files import INDEX
@@ -67,7 +67,7 @@ def make_files(layout: Layout, folder: Path, fresh: bool) -> None:
     """Files of their final size, with what they begin with; with `fresh` nothing else is left."""
     if fresh:
         for file in folder.iterdir():
-            if file.name not in (LOCK, JOURNAL):
+            if file.name != LOCK and not is_journal(file.name):
                 file.unlink()
     for name, head in layout.heads.items():
         with open(folder / name, "r+b" if (folder / name).exists() else "w+b") as made:
@@ -83,7 +83,7 @@ def finish(layout: Layout, side_files: Iterable[Path], folder: Path, out: Path) 
     if layout.index is not None:
         (folder / INDEX).write_bytes(layout.index)
     for file in folder.iterdir():
-        if file.name in (LOCK, JOURNAL):
+        if file.name == LOCK or is_journal(file.name):
             file.unlink()
     put_in_place(folder, out)
 
@@ -91,11 +91,17 @@ def finish(layout: Layout, side_files: Iterable[Path], folder: Path, out: Path) 
 def put_in_place(folder: Path, out: Path) -> None:
     """Give a whole folder its name, instead of what has it."""
     sync_folder(folder)
-    old = None
+    old = out.with_name(f".partial-old-{out.name}")
     if out.exists():
-        old = out.with_name(f".partial-old-{out.name}")
+        _remove(old)  # of one that was killed here
         os.replace(out, old)
     os.replace(folder, out)
     sync_folder(out.parent)
-    if old is not None:
-        shutil.rmtree(old)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

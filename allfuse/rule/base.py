@@ -13,6 +13,8 @@ from allfuse.rule.sift import Sift, Stretch
 if TYPE_CHECKING:  # plans are read without loading torch
     from torch import Tensor
 
+SLICE = 1 << 14
+
 
 @dataclass(frozen=True)
 class Rule(Choice, ABC):
@@ -126,12 +128,18 @@ class SpanRule(JointRule):
         """The c, float64 (n,), from gram[i, j] = <x_i, x_j>, float64 (n, n), and weights (n,)."""
 
     def measure(self, turn: int, stretch: Stretch, found: Sequence[Tensor]) -> Tensor:
-        values = stretch.values.double()
-        return values @ values.T
+        import torch
+
+        n = len(stretch.values)
+        gram: Tensor = stretch.values.new_zeros(n, n, dtype=torch.float64)
+        for part in stretch.values.split(SLICE, dim=1):  # so that it stays in the cache
+            wide = part.double()
+            gram.addmm_(wide, wide.T)
+        return gram
 
     def fuse(self, stretch: Stretch, weights: Tensor, found: Sequence[Tensor]) -> Tensor:
         shares = self.coefficients(found[0], weights.double()).tolist()
-        total = stretch.values[0] * shares[0]
+        total: Tensor = stretch.values[0] * shares[0]
         for value, share in zip(stretch.values[1:], shares[1:], strict=True):
             total.add_(value, alpha=share)
         return total

@@ -48,13 +48,13 @@ class Elected(GatherRule):
         parts = weights.to(values.dtype).view(-1, 1)
         if self.preset == "paper":
             parts = torch.ones_like(parts)
-        weighted = values * parts
-        elected = (weighted if self.preset == "mergekit" else values).sum(0) >= 0
-        judged = weighted if self.preset == "mergekit" else values
-        agrees = torch.where(elected, judged > 0, judged < 0)
-        total = (weighted * agrees).sum(0)
+        weighs_first = self.preset == "mergekit"
+        judged = values * parts if weighs_first else values
+        sign = judged.sum(0).sign_().add_(0.5).sign_()  # comparisons take ten times as long
+        sizes = (judged * sign).clamp_(min=0.0)  # of those that have the elected sign; others are 0
+        total = (sizes if weighs_first else sizes * parts).sum(0).mul_(sign)
         if not self.normalize:
             return total.mul_(self.scale)
-        shares = parts if self.preset == "mergekit" else torch.ones_like(parts)
-        divisor = (agrees * shares).sum(0)
-        return total.div_(divisor.masked_fill_(divisor == 0, 1.0)).mul_(self.scale)
+        divisor = (sizes.sign_().mul_(parts) if weighs_first else sizes.sign_()).sum(0)
+        none = divisor.sign().square_().neg_().add_(1.0)  # 1 where nobody agrees
+        return total.div_(divisor.add_(none)).mul_(self.scale)
