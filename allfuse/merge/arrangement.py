@@ -150,8 +150,8 @@ def one_stack(source: Source) -> tuple[str, int]:
     said = ", ".join(f"{len(each)} under {prefix}*" for prefix, each in numbers.items()) or "none"
     raise MergeError(
         f"{source.path}: which tensors are layers cannot be told from their names, for there are "
-        f"{said}; allowed with slices: models whose layers are numbered from 0 under one name; next: "
-        "fuse whole models"
+        f"{said}; allowed with slices: models whose layers are numbered from 0 under one name; "
+        "next: fuse whole models"
     )
 
 

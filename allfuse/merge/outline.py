@@ -184,9 +184,7 @@ class Draft:
         return Task(number, target, self.inputs, self.base, self.rules, self.weights)
 
 
-def _draft(
-    place: Place, recipe: Recipe, sources: Sequence[Source], base: Source | None
-) -> Draft:
+def _draft(place: Place, recipe: Recipe, sources: Sequence[Source], base: Source | None) -> Draft:
     own: list[Entry] = []
     start: Entry | None = None
     for part, name in zip(place.said.parts, place.names, strict=True):
@@ -210,8 +208,7 @@ def _draft(
 def _like(first: Source, drafts: Mapping[str, Draft], is_stacked: bool) -> Source:
     """A model with the names and shapes of the result."""
     entries = {
-        name: Entry(name, draft.dtype, draft.shape, first.path, 0)
-        for name, draft in drafts.items()
+        name: Entry(name, draft.dtype, draft.shape, first.path, 0) for name, draft in drafts.items()
     }
     files = {next(iter(first.files)): list(drafts)} if is_stacked else first.files
     tied = {name: kept for name, kept in first.tied.items() if kept in drafts}
@@ -236,7 +233,7 @@ def _compare_tokens(recipe: Recipe) -> list[str]:
     models = [*recipe.models, *([] if recipe.base is None else [recipe.base])]
     unread = refuse_other_tokens([Path(model) for model in models])
     return [
-        f"{model} has no tokenizer that can be read, so that its rows are the words of others' rows "
-        "of the same number is taken for granted"
+        f"{model} has no tokenizer that can be read: that rows of the same number are the same "
+        "words is taken for granted"
         for model in unread[:1]
     ]

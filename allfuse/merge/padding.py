@@ -56,9 +56,7 @@ def pad(
         if table.shape[0] == rows:
             return table
         shape = (rows, *table.shape[1:])
-        return Padded(
-            table.name, table.dtype, shape, table.file, table.begin, table, base, others
-        )
+        return Padded(table.name, table.dtype, shape, table.file, table.begin, table, base, others)
 
     return None if base is None else padded(base), tuple(padded(table) for table in tables)
 

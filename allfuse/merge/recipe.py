@@ -36,7 +36,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Slice:
-    """Parts that are fused with each other; slices are stacked. `settings` are those of all parts."""
+    """Parts that are fused with each other; slices are stacked. `settings`: of all its parts."""
 
     parts: tuple[Part, ...]
     settings: Settings = field(default_factory=dict)

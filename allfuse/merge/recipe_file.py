@@ -155,7 +155,8 @@ class _File:
 
     def own(self, key: str) -> Any:
         """The value of a key that is only ours."""
-        value, kind = self.said[key], OURS[key][1]
+        value: Any = self.said[key]
+        kind = OURS[key][1]
         if type(value) is not kind:
             word = {int: "a whole number", bool: "true or false", str: "a size such as 2GB"}[kind]
             raise self.refuse(key, f"is {shown(value)}; allowed: {word}")
@@ -173,7 +174,7 @@ class _File:
         return taken, {}
 
     def read_slices(self) -> list[Piece]:
-        pieces = []
+        pieces: list[Piece] = []
         for number, said in enumerate(self.items(self.said["slices"], "slices")):
             where = f"slices[{number}]"
             self.check_keys(said, ("sources", "parameters"), where)
@@ -237,9 +238,8 @@ class _File:
             if name is None or name == "auto":
                 continue
             if not isinstance(name, str) or name not in TYPES:
-                raise self.refuse(
-                    key, f"is {shown(name)}{nearest(shown(name), TYPES)}; allowed: {', '.join(TYPES)}"
-                )
+                hint = nearest(shown(name), TYPES)
+                raise self.refuse(key, f"is {shown(name)}{hint}; allowed: {', '.join(TYPES)}")
             return TYPES[name]
         return None
 
