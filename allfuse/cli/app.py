@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from allfuse.base.errors import AllfuseError, WorkerFailed
-from allfuse.cli import evaluate, join, merge, plan, predict, run, train, verify
+from allfuse.cli import diff, evaluate, join, merge, plan, predict, run, train, verify
 from allfuse.cli.options import print_json
 
 app = typer.Typer(
@@ -55,6 +55,7 @@ app.command("verify", no_args_is_help=True)(verify.verify)
 app.command("evaluate", no_args_is_help=True)(evaluate.evaluate)
 app.command("predict", no_args_is_help=True)(predict.predict)
 app.command("merge", no_args_is_help=True)(merge.merge)
+app.command("diff", no_args_is_help=True)(diff.diff)
 app.command("plan", no_args_is_help=True)(plan.plan)
 
 

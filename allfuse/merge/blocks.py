@@ -13,6 +13,7 @@ from torch import Tensor
 from allfuse.base.errors import MergeError
 from allfuse.base.tensors import tensor_bytes
 from allfuse.merge.header import ITEM_BYTES, Entry
+from allfuse.merge.reading import KINDS
 from allfuse.store.tensorfile import DTYPES
 
 
@@ -24,7 +25,8 @@ class Files:
         self._lock = threading.Lock()
         self._open: dict[Path, int] = {}
 
-    def _descriptor(self, file: Path) -> int:
+    def descriptor(self, file: Path) -> int:
+        """Of an open file, which is closed with all others."""
         with self._lock:
             if file not in self._open:
                 path = file if self.folder is None else self.folder / file
@@ -33,15 +35,20 @@ class Files:
             return self._open[file]
 
     def read(self, entry: Entry, begin: int, count: int) -> Tensor:
-        """Numbers of a tensor as they are, (count,).
+        """Numbers [begin, begin + count) of a flattened tensor, (count,), in memory of their own.
+
+        They are of the entry's type, or in float32 where they are computed.
 
         Raises:
             MergeError: the file has become shorter, or cannot be read.
         """
+        read = KINDS.get(type(entry))
+        if read is not None:
+            return read(self, entry, begin, count)
         item = ITEM_BYTES[entry.dtype]
         raw = torch.empty(count * item, dtype=torch.uint8)
         rest, place = tensor_bytes(raw), entry.begin + begin * item
-        descriptor = self._descriptor(entry.file)
+        descriptor = self.descriptor(entry.file)
         while rest:
             try:
                 got = os.preadv(descriptor, [rest], place)
@@ -56,7 +63,7 @@ class Files:
         """Put numbers at their place; the crc of their bytes."""
         data = tensor_bytes(values)
         rest, place = data, entry.begin + begin * ITEM_BYTES[entry.dtype]
-        descriptor = self._descriptor(entry.file)
+        descriptor = self.descriptor(entry.file)
         while rest:
             done = os.pwrite(descriptor, rest, place)
             rest, place = rest[done:], place + done

@@ -48,6 +48,11 @@ class Entry:
     def is_float(self) -> bool:
         return self.dtype in FLOATS
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Those that its numbers follow from."""
+        return (self.file,)
+
 
 @dataclass(frozen=True)
 class Header:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from allfuse.base.order import natural
 from allfuse.merge.header import ITEM_BYTES, Entry
 from allfuse.merge.source import Source
 
@@ -48,7 +48,7 @@ def lay_out(like: Source, dtypes: Mapping[str, str], shard_bytes: int | None = N
         name = "model.safetensors" if single else file
         own = [like.entries[each] for each in names]
         own.sort(key=lambda entry: -ITEM_BYTES[dtypes[entry.name]])  # each at its own alignment
-        texts = {"format": "pt", **(like.tied if single else {})}
+        texts = {"format": "pt", **{n: kept for n, kept in like.tied.items() if kept in names}}
         placed, heads[name], sizes[name] = _file(name, own, dtypes, texts)
         entries |= placed
     index = None
@@ -64,7 +64,7 @@ def _cut(like: Source, dtypes: Mapping[str, str], shard_bytes: int) -> dict[str,
     """Which names are in which file, 10 after 9, none larger than it may be."""
     groups: list[list[str]] = [[]]
     room = shard_bytes
-    for name in sorted(dtypes, key=_natural):
+    for name in sorted(dtypes, key=natural):
         size = like.entries[name].count * ITEM_BYTES[dtypes[name]]
         if size > room and groups[-1]:
             groups.append([])
@@ -76,11 +76,6 @@ def _cut(like: Source, dtypes: Mapping[str, str], shard_bytes: int) -> dict[str,
         f"model-{number:05d}-of-{count:05d}.safetensors": names
         for number, names in enumerate(groups, start=1)
     }
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    parts = re.split(r"(\d+)", name)
-    return [(int(part) if part.isdecimal() else -1, part) for part in parts]
 
 
 def _file(

@@ -43,7 +43,7 @@ def plan_model(
         if name not in like.tied
     }
     layout = lay_out(like, dtypes)
-    refuse_folder([like.path, *models], layout.bytes, out, overwrite)
+    refuse_folder([*like.places, *models], layout.bytes, out, overwrite)
     return layout
 
 

@@ -7,9 +7,11 @@ import re
 from pathlib import Path
 
 from allfuse.base.errors import CheckpointError, UserError
+from allfuse.base.order import natural
 from allfuse.store.durable import parse_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+TORCH_INDEX, TORCH_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 ALLOWED = (
     f"a safetensors file, or a folder with {SINGLE} or {INDEX}, as a run folder or a model of "
     "Hugging Face has"
@@ -19,8 +21,7 @@ SNAPSHOTS, MEMBERS = "snapshots", "members"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 """How names of files end that torch.save writes."""
 MARKS = (
-    SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_config.json",
-    "run.json", ".metadata",
+    SINGLE, INDEX, TORCH_SINGLE, TORCH_INDEX, "adapter_config.json", "run.json", ".metadata",
 )  # fmt: skip
 """Files that tell that a folder is one model."""
 NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state).*")
@@ -55,18 +56,17 @@ def find_ingredients(path: Path) -> list[Path]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Files in a folder that hold weights by their names, 10 after 9."""
-    return sorted(
-        (
-            file
-            for file in folder.iterdir()
-            if file.suffix in (".safetensors", *TORCH_SUFFIXES)
-            and file.is_file()
-            and not file.name.startswith(".")
-            and not NO_WEIGHTS.fullmatch(file.name)
-        ),
-        key=_numbers,
-    )
+    """Files in a folder that hold weights by their names, 10 after 9: its safetensors files, or
+    else those of torch.save."""
+    found = [
+        file
+        for file in sorted(folder.iterdir(), key=_numbers)
+        if file.suffix in (".safetensors", *TORCH_SUFFIXES)
+        and file.is_file()
+        and not file.name.startswith(".")
+        and not NO_WEIGHTS.fullmatch(file.name)
+    ]
+    return [file for file in found if file.suffix == ".safetensors"] or found
 
 
 def _is_marked(folder: Path) -> bool:
@@ -78,9 +78,7 @@ def _is_model(folder: Path) -> bool:
 
 
 def _numbers(path: Path) -> list[tuple[int, str]]:
-    """What names are ordered by: numbers in them as numbers, so that 10 comes after 9."""
-    parts = re.split(r"(\d+)", path.name)
-    return [(int(part) if part.isdecimal() else -1, part) for part in parts]
+    return natural(path.name)
 
 
 def find_model_files(path: Path) -> list[Path]:
@@ -94,7 +92,7 @@ def find_model_files(path: Path) -> list[Path]:
             raise UserError(f"{path} is no safetensors file by its name; allowed: {ALLOWED}")
         return [path]
     if (path / INDEX).is_file():
-        return _indexed(path / INDEX)
+        return indexed_files(path / INDEX)
     found = [path / SINGLE] if (path / SINGLE).is_file() else sorted(path.glob("*.safetensors"))
     if len(found) != 1:
         what = f"{len(found)} safetensors files and no {INDEX}" if found else "no weights"
@@ -104,7 +102,12 @@ def find_model_files(path: Path) -> list[Path]:
     return found
 
 
-def _indexed(index: Path) -> list[Path]:
+def indexed_files(index: Path) -> list[Path]:
+    """The files that an index of weights names, in its order.
+
+    Raises:
+        CheckpointError: it is none, or names what is not beside it.
+    """
     try:
         content = parse_json(index.read_bytes())
         names = list(dict.fromkeys(content["weight_map"].values()))
