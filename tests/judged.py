@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from allfuse.judge.candidate import Candidate
 from allfuse.judge.search import search
 from allfuse.judge.subject import JobFile, Subject
 from allfuse.judge.wish import Wish
@@ -86,14 +85,21 @@ def write_job(folder: Path) -> Path:
 
 
 def subject(
-    models: list[Path], rule: Rule | None = None, arguments: dict[str, Any] | None = None, **about: Any
+    models: list[Path],
+    rule: Rule | None = None,
+    arguments: dict[str, Any] | None = None,
+    **about: Any,
 ) -> Subject:
     job = JobFile(path=write_job(models[0].parent), arguments=arguments or {})
     return Subject(models=tuple(models), job=job, rule=rule or Mean(), **about)
 
 
 def find(
-    given: Subject, out: Path, how: str = "greedy", tell: Callable[..., None] | None = None, **wish: Any
+    given: Subject,
+    out: Path,
+    how: str = "greedy",
+    tell: Callable[..., None] | None = None,
+    **wish: Any,
 ) -> dict[str, Any]:
     """The report of a search in this process."""
     told = {} if tell is None else {"tell": tell}
@@ -109,6 +115,3 @@ def chosen(report: dict[str, Any]) -> dict[str, Any]:
 
 def weights_of(out: Path) -> Tensor:
     return load_file(out / "model.safetensors")["0.weight"]
-
-
-__all__ = ["Candidate"]

@@ -40,7 +40,7 @@ from allfuse.merge.outline import outline
 from allfuse.plan.parse import read_call
 from allfuse.prediction import evaluate_run
 from allfuse.rule import METHODS, Mean
-from allfuse.rule.passthrough import Passthrough
+from allfuse.rule.model_stock import ModelStock
 from allfuse.rule.slerp import Slerp
 from allfuse.rule.task_arithmetic import TaskArithmetic
 from allfuse.rule.ties import Ties
@@ -94,8 +94,8 @@ def test_coefficients_find_weights_that_the_uniform_soup_has_not(tmp_path: Path)
     pytest.importorskip("cma")
     models = write_models(tmp_path, [near(1), -0.8 * truth(), near(2)])
     given = subject(models)
-    report = find(given, tmp_path / "out", "coefficients", evaluations=60)
-    assert report["candidates"] <= 60
+    report = find(given, tmp_path / "out", "coefficients", evaluations=40)
+    assert report["candidates"] <= 40
     found = chosen(report)
     assert found["validation"]["figure"] > report["rows"]["uniform"]["validation"]["figure"] + 0.1
     assert found["validation"]["figure"] >= report["rows"]["best single"]["validation"]["figure"]
@@ -109,12 +109,13 @@ def test_the_same_seed_finds_the_same_coefficients(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         models = write_models(tmp_path / name, [near(1), near(2)])
-        report = find(subject(models), tmp_path / name / "out", "coefficients", evaluations=20)
+        report = find(subject(models), tmp_path / name / "out", "coefficients", evaluations=15)
         rows.append([(row["weights"], row["validation"]) for row in report["judged"]])
     assert rows[0] == rows[1]
     assert (np.random.get_state()[1] == state).all()
 
 
+@pytest.mark.slow
 def test_a_weight_for_each_layer_finds_what_no_weights_for_all_can(tmp_path: Path) -> None:
     pytest.importorskip("cma")
     job = tmp_path / "job_of_models.py"
@@ -297,7 +298,9 @@ def test_what_has_changed_is_measured_again(change: str, tmp_path: Path) -> None
         save_file({"0.weight": near(9)}, models[0])
     elif change == "job":
         text = given.job.path.read_text()
-        given.job.path.write_text(text.replace("cross_entropy(outputs,", "cross_entropy(2 * outputs,"))
+        given.job.path.write_text(
+            text.replace("cross_entropy(outputs,", "cross_entropy(2 * outputs,")
+        )
     else:
         given = subject(models, arguments={"seed": 77})
     again = find(given, tmp_path / "b")
@@ -345,7 +348,7 @@ def test_a_search_that_was_killed_goes_on_and_leaves_nothing(tmp_path: Path) -> 
     command += ["--job", str(write_job(tmp_path)), "--out", str(tmp_path / "out"), "--json"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until = time.monotonic() + 60
-    while len(list((tmp_path / SCORES).glob("*.json"))) < 5 and process.poll() is None:
+    while len(list((tmp_path / SCORES).glob("[0-9a-f]*"))) < 5 and process.poll() is None:
         assert time.monotonic() < until
         time.sleep(0.002)
     assert process.poll() is None, "it was faster than the test"
@@ -467,7 +470,7 @@ def test_coefficients_name_the_package_that_they_need(
 
 def test_a_model_whose_figure_is_no_number_is_the_worst(tmp_path: Path) -> None:
     models = write_models(tmp_path, [near(1), near(2) / 0, near(3)])
-    with pytest.raises(MergeError, match="m1.safetensors"):
+    with pytest.raises(MergeError, match=r"m1\.safetensors"):
         find(subject(models), tmp_path / "out")
     given = subject(models, arguments={"metric": "loss"}, allow_nan=True)
     report = find(given, tmp_path / "out")
@@ -517,8 +520,8 @@ def test_points_stand_for_weights_and_arguments() -> None:
     assert space.candidate([0.0, 1.0, 2.0, 0.5]).rule == Ties(density=1.0)
     assert Space(Slerp(), 2, ["a", "b"]).size == 1
     assert Space(TaskArithmetic(), 2, ["a", "b"]).size == 5
-    with pytest.raises(MergeError, match="nothing|neither"):
-        Space(Passthrough(), 1, [])
+    with pytest.raises(MergeError, match="neither weights nor"):
+        Space(ModelStock(), 2, [])
 
 
 # The command line.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from allfuse.base.choice import arguments_of
 from allfuse.base.errors import MergeError, PlanError
 from allfuse.judge.bench import Bench
 from allfuse.judge.candidate import Candidate
@@ -33,7 +34,7 @@ class Space:
         self.rule, self.models = rule, models
         self.layers = list(layers) if rule.weighted else []
         self.groups = max(1, len(self.layers)) if rule.weighted and models > 1 else 0
-        self.arguments = [spec.name for spec in fields(rule) if spec.name in RANGES]
+        self.arguments = [spec.name for spec in arguments_of(type(rule)) if spec.name in RANGES]
         if not self.size:
             raise MergeError(
                 f"{rule} has neither weights nor arguments to search: it does not look at weights; "

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 RESAMPLES = 1000
 PERCENT = (2.5, 97.5)
@@ -13,6 +14,7 @@ FEWEST = 10
 """Of fewer parts an interval would say little."""
 
 Figure = Callable[[Any], float]
+Numbers = NDArray[Any]
 
 
 def interval(
@@ -29,20 +31,23 @@ def interval(
     Returns:
         None where there are too few parts to tell, or a figure is no number.
     """
-    own = np.asarray(parts, dtype=np.float64)
-    against = None if other is None else np.asarray(other, dtype=np.float64)
-    count = len(own)
-    if count < FEWEST or (against is not None and against.shape != own.shape):
+    count = len(parts)
+    if count < FEWEST or (other is not None and len(other) != count):
         return None
     chance = np.random.default_rng(0)
-    found = []
-    for _ in range(RESAMPLES):
-        drawn = np.bincount(chance.integers(count, size=count), minlength=count).astype(float)
-        value = figure(np.tensordot(drawn, own, 1))
-        if against is not None:
-            value -= figure(np.tensordot(drawn, against, 1))
-        found.append(value)
+    drawn = [chance.integers(count, size=count) for _ in range(RESAMPLES)]
+    found = _resampled(parts, drawn, figure)
+    if other is not None:
+        found -= _resampled(other, drawn, figure)
     if not np.isfinite(found).all():
         return None
     low, high = np.percentile(found, PERCENT)
     return float(low), float(high)
+
+
+def _resampled(parts: Sequence[Any], drawn: Sequence[Numbers], figure: Figure) -> Numbers:
+    """The figure of each resample."""
+    values = np.asarray(parts, dtype=np.float64)
+    flat, shape = values.reshape(len(values), -1), values.shape[1:]
+    totals = (np.bincount(rows, minlength=len(flat)) @ flat for rows in drawn)
+    return np.array([figure(total.reshape(shape)) for total in totals])

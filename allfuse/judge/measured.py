@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,8 @@ class Measured:
     parts: list[Any]
 
     def plain(self) -> dict[str, Any]:
-        return asdict(self)
+        """As plain data, for JSON."""
+        return dict(vars(self))
 
     @classmethod
     def read(cls, plain: Mapping[str, Any]) -> Measured:

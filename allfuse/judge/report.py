@@ -30,6 +30,7 @@ def make_report(bench: Bench, search: str, chosen: Candidate, notes: list[str]) 
     ways = list(dict.fromkeys(rows.values()))
     questions = [(way, name) for name in (VALIDATION, TEST) for way in ways]
     found = dict(zip(questions, bench.measure(questions), strict=True))
+    figures = {question: _figures(job, measured) for question, measured in found.items()}
     report: dict[str, Any] = {
         "search": search,
         "metric": job.monitor_name,
@@ -38,8 +39,8 @@ def make_report(bench: Bench, search: str, chosen: Candidate, notes: list[str]) 
         "rows": {
             name: {
                 **plain_row(way, bench.subject),
-                VALIDATION: _figures(job, found[way, VALIDATION]),
-                TEST: _figures(job, found[way, TEST]),
+                VALIDATION: figures[way, VALIDATION],
+                TEST: figures[way, TEST],
             }
             for name, way in rows.items()
         },

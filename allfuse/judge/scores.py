@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from allfuse.base.errors import MergeError
 from allfuse.judge.measured import Measured
-from allfuse.store.durable import explain, parse_json, replace_bytes
+from allfuse.store.durable import explain, parse_json, partial_path
 
 NAME = ".allfuse-scores"
 
@@ -43,6 +44,8 @@ class Scores:
         path = self.folder / f"{key}.json"
         try:
             self.folder.mkdir(exist_ok=True)
-            replace_bytes(path, json.dumps({"of": about, "measured": measured.plain()}).encode())
+            partial = partial_path(path)
+            partial.write_text(json.dumps({"of": about, "measured": measured.plain()}))
+            os.replace(partial, path)  # without waiting for the disk: what a crash damages is lost
         except OSError as error:
             raise MergeError(explain(error, path)) from error

@@ -34,6 +34,7 @@ from allfuse.store.durable import PARTIAL, explain, replace_bytes
 from allfuse.store.run import RunFolder, versions
 from allfuse.training.place import Place
 
+
 def search(
     subject: Subject,
     wish: Wish,
@@ -139,7 +140,8 @@ def _keys(subject: Subject, jury: Jury) -> Callable[[Question], str]:
     """What names the file of an answer: a hash of all that it follows from."""
     job, data = jury.examiner.job, jury.examiner.data
     prints = subject.fingerprints()
-    about = {name: f"{subject.job.fingerprint()} {fingerprint(job, data[name])}" for name in data}
+    common = f"{subject.job.fingerprint()} {versions()}"
+    about = {name: f"{common} {fingerprint(job, data[name])}" for name in data}
     return lambda question: subject.key(question[0], prints, about[question[1]])
 
 

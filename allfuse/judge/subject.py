@@ -18,7 +18,7 @@ from allfuse.merge.recipe import Part, Recipe, Slice
 from allfuse.merge.settings import WEIGHT, Setting
 from allfuse.merge.source import Source, open_source
 from allfuse.rule.base import Rule
-from allfuse.store.run import RunFolder, is_run, source_fingerprint, versions
+from allfuse.store.run import RunFolder, is_run, source_fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +49,7 @@ class JobFile:
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def find_job(
-    models: Sequence[Path], files: Sequence[Path], settings: Mapping[str, Any]
-) -> JobFile:
+def find_job(models: Sequence[Path], files: Sequence[Path], settings: Mapping[str, Any]) -> JobFile:
     """The job that judges models: the file given, else that of the first run folder among them.
 
     Args:
@@ -134,7 +132,8 @@ class Subject:
         """A hash of all that a candidate's figures follow from.
 
         Args:
-            prints: what `fingerprints` gave. about: of the job and the data.
+            prints: what `fingerprints` gave. about: of the job, the data, and the versions of what
+                computes.
         """
         recipe = self.recipe(candidate)
         said = {
@@ -145,7 +144,6 @@ class Subject:
             "dtype": self.dtype,
             "calibrate": self.calibrate,
             "about": about,
-            "versions": versions(),
         }
         text = json.dumps(said, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
