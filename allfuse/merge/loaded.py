@@ -1,4 +1,4 @@
-"""Models on disk in the module of a job, and the job's data: for what looks at how models behave."""
+"""Models on disk in the module of a job, and the job's data: for what looks at what models do."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def find_jobs(
                 f"{len(files)} jobs for {len(models)} models; allowed: one for all, or one for each"
             )
         made = {file: load_job(file, settings) for file in dict.fromkeys(files)}
-        return [made[file] for file in (files * len(models) if len(files) == 1 else files)]
+        return [made[files[place % len(files)]] for place in range(len(models))]
     jobs: dict[str, Job] = {}
     found = []
     for model in models:

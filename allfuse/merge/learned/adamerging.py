@@ -109,8 +109,8 @@ class AdaMerging(Learned):
         for number, batch in enumerate(batches):
             scores = find_scores(mix.forward(number, module, batch), self.name)
             loss = entropy(scores)
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss)
+            loss.backward()
+            total += float(loss.detach())
         gradient = blend.take_gradient()
         return total, gradient.sum(1, keepdim=True) if chosen.shape[1] == 1 else gradient
 

@@ -59,8 +59,8 @@ class Fisher(Learned):
             for name, value in module.named_parameters():
                 if name in found:
                     weight = found[name].mul_(scale).clamp_(min=self.floor).mul_(share)
-                    value = value.detach() * weight
-                    above[name] = above[name].add_(value) if number else value
+                    part = value.detach() * weight
+                    above[name] = above[name].add_(part) if number else part
                     below[name] = below[name].add_(weight) if number else weight
         return {name: above[name].div_(below[name]) for name in above}
 

@@ -1,7 +1,7 @@
 """Layers that are linear in their weights, and the rows that these multiply.
 
-    y = x W + b      rows (n, d), matrix (d, out): a linear layer
-                     groups of them for a convolution, whose rows are the patches it sees
+y = x W + b      rows (n, d), matrix (d, out): a linear layer
+                 groups of them for a convolution, whose rows are the patches it sees
 """
 
 from __future__ import annotations
@@ -36,6 +36,11 @@ class Layer:
         weight = self.module.weight
         assert isinstance(weight, Tensor)
         return weight.detach()
+
+    @property
+    def parameter(self) -> str:
+        """The name of its weight."""
+        return f"{self.name}.weight" if self.name else "weight"
 
     @property
     def gram_bytes(self) -> int:

@@ -19,9 +19,9 @@ from allfuse.job import Job
 from allfuse.merge.layout import Layout
 from allfuse.merge.learned.base import Learned
 from allfuse.merge.learned.ingredients import Ingredients, Tell, put
+from allfuse.merge.likeness import refuse_unlike, refuse_untied
 from allfuse.merge.loaded import build
-from allfuse.merge.outline import refuse_unlike, refuse_untied
-from allfuse.merge.source import Source, open_source
+from allfuse.merge.source import open_source
 from allfuse.merge.written import plan_model, write_model
 from allfuse.split.data.generators import isolated
 from allfuse.training.calibrate import estimate_statistics, norms_of
@@ -160,9 +160,8 @@ def _prepare(
         if other is not mix.first:
             refuse_unlike(mix.first, other)
     refuse_untied(mix.first, sources)
-    layout = plan_model(
-        mix.first, out, overwrite, given.dtype, models=[source.path for source in sources]
-    )
+    places = [place for source in sources for place in source.places]
+    layout = plan_model(mix.first, out, overwrite, given.dtype, places)
     module = build(given.jobs[0])
     _refuse_memory(given.method.held_bytes(module, len(sources)), mix)
     return mix, layout, module

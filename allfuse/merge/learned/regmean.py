@@ -61,7 +61,7 @@ class RegMean(Learned):
                 sums[name].add(share, gram, rows, layers[name].weight)
                 met[name] += 1
         solved = {
-            f"{name}.weight": regression.solve()
+            regression.layer.parameter: regression.solve()
             for name, regression in sums.items()
             if met[name] == len(mix.sources)
         }

@@ -63,10 +63,10 @@ class RegMeanPlus(RegMean):
                 regression = Regression(layer, self.alpha, self.ridge)
                 for number, share in enumerate(mix.shares):
                     gram, rows = self._gram(layer, met, [owner == number for owner, _ in given])
-                    weight = files[number].read(f"{layer.name}.weight").to(layer.weight)
+                    weight = files[number].read(layer.parameter).to(layer.weight)
                     regression.add(share, gram, rows, weight)
-                solved[f"{layer.name}.weight"] = regression.solve()
-                layer.weight.copy_(solved[f"{layer.name}.weight"])
+                solved[layer.parameter] = regression.solve()
+                layer.weight.copy_(solved[layer.parameter])
 
             march = March(len(given), choose)
             stack.enter_context(watched(layers, march.meet))

@@ -26,9 +26,10 @@ class Regression:
 
     def __init__(self, layer: Layer, alpha: float, ridge: float) -> None:
         self.layer, self.alpha, self.ridge = layer, alpha, ridge
-        self._gram: Tensor | float = 0.0
-        self._right: Tensor | float = 0.0
-        self._mean: Tensor | float = 0.0
+        size = (layer.groups, layer.size)
+        self._gram = layer.weight.new_zeros(*size, layer.size, dtype=torch.float64)
+        self._right = layer.weight.new_zeros(*size, layer.outputs, dtype=torch.float64)
+        self._mean = torch.zeros_like(self._right)
 
     def add(self, share: float, gram: Tensor, rows: int, weight: Tensor) -> None:
         """A model: its Gram matrix (groups, size, size), a sum over rows, and its weight."""
@@ -36,9 +37,9 @@ class Regression:
         scaled = gram * (self.alpha * share / rows)
         ends = gram.diagonal(dim1=1, dim2=2) * (share / rows)
         scaled.diagonal(dim1=1, dim2=2).copy_(ends)
-        self._gram = scaled + self._gram
-        self._right = scaled @ matrices + self._right
-        self._mean = matrices * share + self._mean
+        self._gram += scaled
+        self._right += scaled @ matrices
+        self._mean.add_(matrices, alpha=share)
 
     def solve(self) -> Tensor:
         """The layer's weight.
@@ -46,18 +47,15 @@ class Regression:
         Raises:
             MergeError: more than one would be the nearest.
         """
-        gram, right, mean = self._gram, self._right, self._mean
-        assert isinstance(gram, Tensor) and isinstance(right, Tensor) and isinstance(mean, Tensor)
-        ends = gram.diagonal(dim1=1, dim2=2)
-        ridge = self.ridge * ends.mean(1)[:, None, None]
+        gram, size = self._gram, self.layer.size
+        ridge = self.ridge * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
         ridge = torch.where(ridge > 0, ridge, float(self.ridge > 0))  # nothing comes in: the mean
-        factor, failed = torch.linalg.cholesky_ex(gram + ridge * torch.eye(gram.shape[-1]).to(gram))
+        factor, failed = torch.linalg.cholesky_ex(gram + ridge * torch.eye(size).to(gram))
         pivots = factor.diagonal(dim1=1, dim2=2)
         if bool(failed.any()) or bool((pivots.amin(1) < SMALLEST * pivots.amax(1)).any()):
             raise MergeError(
-                f"the inputs of {self.layer.name} leave its weights open: their Gram matrix of "
-                f"{self.layer.size} x {self.layer.size} has no inverse (alpha={self.alpha}, "
-                f"ridge={self.ridge}); next: more --examples, alpha below 1, or a ridge such as "
-                "1e-6"
+                f"what comes into {self.layer.parameter} leaves it open: the Gram matrix of "
+                f"{size} x {size} has no inverse (alpha={self.alpha}, ridge={self.ridge}); next: "
+                "more --examples, alpha below 1, or a ridge such as 1e-6"
             )
-        return self.layer.as_weight(torch.cholesky_solve(right + ridge * mean, factor))
+        return self.layer.as_weight(torch.cholesky_solve(self._right + ridge * self._mean, factor))
