@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from allfuse.base.errors import CheckpointError
+from allfuse.base.pages import let_go
 from allfuse.store import tensorfile
 from allfuse.store.tensorfile import (
     NAMES,
@@ -233,3 +234,35 @@ def test_a_model_file_that_cannot_be_written_leaves_the_old_one(
 def test_a_model_with_something_else_in_its_state_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"'norm\._extra_state' of the model is a dict"):
         write_model(tmp_path / "m", {"norm._extra_state": {}})
+
+
+def resident_bytes(tensor: Tensor) -> int:
+    """How much of the memory in which a tensor lies is there, of its file's or its own."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            begin, end = (int(part, 16) for part in first.split("-"))
+            inside = begin < tensor.data_ptr() + tensor.nbytes and tensor.data_ptr() < end
+        elif inside and first == "Rss:":
+            found += int(line.split()[1]) * 1024
+    return found
+
+
+def test_a_tensor_of_a_file_that_is_let_go_leaves_memory_and_keeps_its_numbers(
+    tmp_path: Path,
+) -> None:
+    values = torch.arange(2_000_000.0)
+    write_tensors(tmp_path / "a", {"x": values}, {})
+    mapped = read_tensors(tmp_path / "a", mapped=True)["x"]
+    assert torch.equal(mapped, values)
+    assert resident_bytes(mapped) > 7_000_000
+    let_go(mapped)
+    assert resident_bytes(mapped) < 1_000_000
+    assert torch.equal(mapped, values)
+
+
+def test_numbers_that_lie_in_no_file_are_kept_when_they_are_let_go() -> None:
+    values = torch.arange(2_000_000.0)
+    let_go(values)
+    assert torch.equal(values, torch.arange(2_000_000.0))

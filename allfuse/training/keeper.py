@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from torch import Tensor
 
 from allfuse.base.errors import CheckpointError, RunError, UserError
+from allfuse.base.pages import let_go
 from allfuse.base.tensors import leaves, map_nest
 from allfuse.launcher.base import BEGAN
 from allfuse.plan import Plan, as_plan
@@ -206,7 +207,8 @@ class Keeper:
 
     def read(self, step: int, pieces: Mapping[str, Piece | None]) -> dict[str, Any]:
         """This rank's state of a checkpoint; see `read_merged`. Of the files it reads what it
-        needs, and compares them with what was written, and has one tensor whole at a time."""
+        needs, and compares them with what was written, and has one tensor whole at a time. Weights
+        that are needed as they lie in a file stay there, for those who copy them."""
         checkpoints = self.checkpoints
         assert checkpoints is not None
         written = checkpoints.writers(step)
@@ -220,8 +222,16 @@ class Keeper:
 
         plan, old = self.place.plan, as_plan(note["plan"])
         state = read_merged(plan, self.place.rank, old, written, read, pieces)
-        own: dict[str, Any] = map_nest(lambda x: x.clone() if id(x) in mapped else x, state)
-        return own
+
+        def own(leaf: Any) -> Any:
+            if id(leaf) not in mapped:
+                return leaf
+            copied = leaf.clone()
+            let_go(leaf)
+            return copied
+
+        rest = {name: map_nest(own, part) for name, part in state.items() if name != "models"}
+        return {**state, **rest}
 
     def save(
         self,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from allfuse.base.errors import CheckpointError, UserError
+from allfuse.base.pages import let_go
 from allfuse.base.tensors import leaves
 from allfuse.training.learner import Learner, Precision
 
@@ -213,6 +214,8 @@ class State:
 
 def _load(kind: str, key: Any, part: Any, held: Any, elsewhere: Collection[str]) -> None:
     try:
+        if kind == "models":
+            held = _copied(held, part)
         if kind == "models" and elsewhere:
             missing, strange = part.load_state_dict(held, strict=False)
             if wrong := [*(name for name in missing if name not in elsewhere), *strange]:
@@ -221,6 +224,19 @@ def _load(kind: str, key: Any, part: Any, held: Any, elsewhere: Collection[str])
             part.load_state_dict(held)
     except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise _misfit(kind, key, str(error)) from None
+
+
+def _copied(held: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
+    """The same state dict, whose tensors are those of the module already where they fit: a file in
+    which they lie is in memory one tensor at a time."""
+    own = module.state_dict()
+    found = dict(held)
+    for name, value in held.items():
+        mine = own.get(name)
+        if isinstance(value, Tensor) and isinstance(mine, Tensor) and value.shape == mine.shape:
+            found[name] = mine.copy_(value)
+            let_go(value)
+    return found
 
 
 def _misfit(kind: str, key: Any, reason: str) -> CheckpointError:
