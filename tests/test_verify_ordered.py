@@ -314,7 +314,7 @@ def record(plan: str = ASP, limit: int = 3) -> tuple[History, Any]:
             options=[], fragment=ALL, behind=5.0,
         )  # fmt: skip
         events.append(Event(number + 1, [update], [worker]))
-    return History(events, limit, 0, 0), terms_of(as_plan(plan), 30.0)
+    return History(events, limit, 0), terms_of(as_plan(plan), 30.0)
 
 
 def change(history: History, number: int, **fields: Any) -> History:

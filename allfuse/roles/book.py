@@ -17,6 +17,7 @@ from allfuse.roles.records import (
     Offer,
     Order,
     Presence,
+    Rebirth,
     Result,
     Server,
     State,
@@ -25,14 +26,14 @@ from allfuse.roles.records import (
     split_readers,
 )
 
-FORMAT = 2
+FORMAT = 3
 SCHEMA = """
 CREATE TABLE facts (name TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID;
 CREATE TABLE notes (name TEXT PRIMARY KEY, done INTEGER, state BLOB) WITHOUT ROWID;
 CREATE TABLE workers (name TEXT PRIMARY KEY, number INTEGER, host TEXT, presence TEXT,
     clock INTEGER, held INTEGER) WITHOUT ROWID;
 CREATE TABLE servers (shard INTEGER, birth INTEGER, name TEXT, place TEXT, found INTEGER,
-    PRIMARY KEY (shard, birth));
+    born INTEGER, PRIMARY KEY (shard, birth));
 CREATE TABLE leases (lease INTEGER PRIMARY KEY, worker TEXT, clock INTEGER, block INTEGER,
     part INTEGER, offers BLOB, due BLOB, state TEXT, read INTEGER, births BLOB, loss REAL,
     count REAL, rows INTEGER, seconds REAL, options BLOB, sequence INTEGER, place INTEGER,
@@ -137,23 +138,36 @@ class Book:
 
     def put_server(self, server: Server) -> None:
         self._write(
-            "INSERT OR REPLACE INTO servers VALUES (?, ?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO servers VALUES (?, ?, ?, ?, ?, ?)",
             server.shard,
             server.birth,
             server.name,
             server.place,
             server.found,
+            server.born,
         )
 
     def servers(self) -> list[Server]:
         """All that there ever were, the newest of each shard last."""
         rows = self._db.execute(
-            "SELECT name, shard, birth, place, found FROM servers ORDER BY rowid"
+            "SELECT name, shard, birth, place, found, born FROM servers ORDER BY rowid"
         )
         return [
-            Server(name, shard, birth, place, found, found)
-            for name, shard, birth, place, found in rows
+            Server(name, shard, birth, place, found, found, born=born)
+            for name, shard, birth, place, found, born in rows
         ]
+
+    def put_rebirth(self, rebirth: Rebirth) -> None:
+        self.put("rebirths", [*self.get("rebirths", []), list(rebirth)])
+
+    def rebirths(self) -> list[Rebirth]:
+        """Of all servers, in their order."""
+        return [Rebirth(*each) for each in self.get("rebirths", [])]
+
+    def restarts(self) -> list[int]:
+        """After which orders the job was started again, in their order."""
+        restarts: list[int] = self.get("restarts", [])
+        return restarts
 
     # Leases.
 
@@ -359,6 +373,8 @@ class Book:
         )
         versions = self.get("versions", {})
         self.put("versions", {n: known for n, known in versions.items() if n <= last})
+        self.put("rebirths", [list(each) for each in self.rebirths() if each.born <= last])
+        self.put("restarts", [*(each for each in self.restarts() if each < last), last])
         return lost
 
 

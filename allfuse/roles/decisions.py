@@ -129,9 +129,12 @@ class Found(Message):
     """To a server, in answer to `Serve`: the blueprint, so that it can make its shard.
 
     sequence: what it is to count as being of. Where it is of an earlier one, updates were lost.
+    born: the last order when it came. What workers were sent by orders up to there, and hold, it
+    cannot know.
     """
 
     kind: ClassVar[str] = "found"
     blueprint: dict[str, Any]
     servers: int
     sequence: int
+    born: int = -1

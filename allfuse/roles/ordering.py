@@ -10,7 +10,7 @@ from allfuse.roles import messages as say
 from allfuse.roles.book import Book
 from allfuse.roles.norms import Norms
 from allfuse.roles.outbox import Outbox
-from allfuse.roles.records import Commit, Order, Server
+from allfuse.roles.records import Commit, Order, Rebirth, Server
 from allfuse.roles.terms import Terms
 
 MOST_AT_ONCE = 256  # orders of one message
@@ -171,10 +171,13 @@ class Ordering:
         """Tell a server what it holds, once that is known."""
         if self.blueprint is None:
             return
-        count, found = self._terms.servers, server.found
-        self._outbox.send(
-            server.name, say.Found(blueprint=self.blueprint, servers=count, sequence=found)
+        found = say.Found(
+            blueprint=self.blueprint,
+            servers=self._terms.servers,
+            sequence=server.found,
+            born=server.born,
         )
+        self._outbox.send(server.name, found)
         if server.applied < self.current:
             self._resend(server)
 
@@ -234,11 +237,12 @@ class Ordering:
 
     def _add(self, sender: str, message: say.Serve) -> Arrival:
         shard, place = message.index, message.place
-        found = message.applied if message.whole else self.current
-        server = Server(sender, shard, message.birth, place, found, found, whole=message.whole)
-        is_like = message.whole and (self.blueprint or {}).get("codec") == "identity"
-        if shard in self.servers and not is_like:  # what it knew of its readers is gone, too
-            self._book.put("rebirths", self._book.get("rebirths", 0) + 1)
+        found, born = message.applied if message.whole else self.current, self.current
+        server = Server(
+            sender, shard, message.birth, place, found, found, whole=message.whole, born=born
+        )
+        if shard in self.servers and born >= 0:
+            self._book.put_rebirth(Rebirth(shard, message.applied, born, message.whole))
         self.servers[shard] = server
         self._births.add((shard, server.birth))
         self._book.put_server(server)

@@ -31,10 +31,15 @@ class Readers:
 
     Only what a worker has pushed from is known to be there; else plain weights are sent. Workers
     that hold the same share the memory, and the messages.
+
+    Args:
+        after: encoded weights up to this version were sent by the server before this one. What
+            came of them is not known here, so they are not sent again: whoever lacks some asks for
+            newer ones.
     """
 
-    def __init__(self, codec: MessageCodec | None, index: int) -> None:
-        self.codec, self.index = codec, index
+    def __init__(self, codec: MessageCodec | None, index: int, after: int = -1) -> None:
+        self.codec, self.index, self.after = codec, index, after
         self.sequence = -1
         self._bases: dict[Place, Base] = {}
         self._next: dict[Place, Base] = {}
@@ -49,6 +54,11 @@ class Readers:
     def forget(self, worker: str) -> None:
         for place in [place for place in self._bases if place[0] == worker]:
             del self._bases[place]
+
+    @property
+    def may_send(self) -> bool:
+        """Whether the weights that `begin` named are to be sent."""
+        return self.codec is None or self.sequence > self.after
 
     def begin(self, sequence: int) -> None:
         """Weights of a sequence are sent next, piece by piece, each to all its readers."""

@@ -56,7 +56,7 @@ class Worker:
 class Server:
     """A server. found: the version that it was told to count as. applied: that it is known to be
     of. is_up: its connection stands. asked_s: when it was last sent orders. whole: it was made from
-    a copy of its shard, and is as the one before it."""
+    a copy of its shard, and is as the one before it. born: the last order when it came."""
 
     name: str
     shard: int
@@ -67,6 +67,18 @@ class Server:
     is_up: bool = True
     asked_s: float = 0.0
     whole: bool = False
+    born: int = -1
+
+
+class Rebirth(NamedTuple):
+    """A server that took the place of one that was lost. sequence: of the weights that it came
+    with, -1 for none. born: the last order then, from which on its shard is of those weights.
+    whole: they came from a copy, and so did all that was ordered since."""
+
+    shard: int
+    sequence: int
+    born: int
+    whole: bool
 
 
 class State(StrEnum):

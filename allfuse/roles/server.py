@@ -223,7 +223,7 @@ class Server:
             self.snapshots.load(shard, self.saved)
             self._has_weights, self._takes_weights = True, False
         self.shard, self._sequence, self._stage = shard, message.sequence, stage
-        self._readers = Readers(codec, self.index)
+        self._readers = Readers(codec, self.index, after=message.born)
         self.ring.begin(blueprint)
 
     def _step_back(self, reason: str) -> None:
@@ -359,9 +359,10 @@ class Server:
                     "the weights can go no further: start the job again from its last snapshot"
                 )
         self._readers.begin(sequence)
+        readers = order.to if self._readers.may_send else []
         for piece, spans in enumerate(shard.pieces):
             carry_out(order, piece, shard, stage)
-            to = [worker for worker in order.to if order.gets(worker, spans)]
+            to = [worker for worker in readers if order.gets(worker, spans)]
             if to:
                 weights = shard.read(piece)
             for worker in to:

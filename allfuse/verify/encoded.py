@@ -54,6 +54,11 @@ class Inward:
         self._left: dict[int, Tensor] = {}  # by block
         self._before: dict[int, Tensor] = {}
 
+    def forget(self) -> None:
+        """The worker is a new one."""
+        self._left.clear()
+        self._before.clear()
+
     def undo(self, own: float) -> None:
         """A share of the last update is still in the worker's weights: so much of what was not
         sent stays as it was."""
@@ -85,19 +90,31 @@ class Inward:
 
 
 class Outward:
-    """Weights on their way to workers, as differences to what each of them has."""
+    """Weights on their way to workers, as differences to what each server knows them to have."""
 
     def __init__(self, layout: Layout, servers: int) -> None:
         self.layout, self.blueprint = layout, layout.blueprint
         blueprint, self.codec = layout.blueprint, read_codec(layout.blueprint.codec)
         self.shards = cut(blueprint.blocks, servers)
-        self._sent: dict[tuple[str, int], int] = {}  # the sequence, by worker and fragment
+        self._sent: dict[tuple[str, int, int], int] = {}  # sequences, by worker, fragment, shard
         self._held: dict[str, Named] = {}
         self._worked_from: set[tuple[str, int]] = set()
 
     def confirm(self, worker: str, sequence: int) -> None:
         """A worker has made an update of a version, so that it is known to have it."""
         self._worked_from.add((worker, sequence))
+
+    def forget(self, shard: int) -> None:
+        """A shard's server is a new one, which knows nothing of what workers have."""
+        self._sent = {place: sent for place, sent in self._sent.items() if place[2] != shard}
+
+    def forget_all(self) -> None:
+        self._sent.clear()
+
+    def _knows(self, worker: str, fragment: int, shard: int) -> bool:
+        """Whether a server has sent a worker weights that it is known to have."""
+        sent = self._sent.get((worker, fragment, shard))
+        return sent is not None and (worker, sent) in self._worked_from
 
     @torch.no_grad()
     def send(self, worker: str, sequence: int, weights: Named, fragment: int = ALL) -> Named:
@@ -108,32 +125,34 @@ class Outward:
         for each in range(self.blueprint.fragments):
             if fragment not in (ALL, each):
                 continue
-            own = names_of(self.blueprint, each)
-            base = self._sent.get((worker, each), -1)
-            knows = base >= 0 and (worker, base) in self._worked_from
+            own, servers = names_of(self.blueprint, each), range(len(self.shards))
+            known = {shard for shard in servers if self._knows(worker, each, shard)}
             arrived = {name: weights[name] for name in own}
-            if self.codec is not None and knows and self.codec.encodes(sequence):
+            if self.codec is not None and known and self.codec.encodes(sequence):
                 before = {name: held[name] for name in own}
-                arrived = self._add_difference(sequence, each, before, arrived)
-            self._sent[worker, each] = sequence
+                arrived = self._add_differences(sequence, each, known, before, arrived)
+            self._sent |= dict.fromkeys(((worker, each, shard) for shard in servers), sequence)
             held |= arrived
         self._held[worker] = held
         return self.layout.join(held)
 
-    def _add_difference(self, sequence: int, fragment: int, held: Named, weights: Named) -> Named:
+    def _add_differences(
+        self, sequence: int, fragment: int, known: set[int], held: Named, weights: Named
+    ) -> Named:
+        """What arrives of the weights: those of shards that are not known come whole."""
         assert self.codec is not None
         before, now = flatten(self.blueprint, held), flatten(self.blueprint, weights)
-        for server, pieces in enumerate(self.shards):
-            for number, piece in enumerate(pieces):
+        for server in sorted(known):
+            for number, piece in enumerate(self.shards[server]):
                 for place, span in enumerate(piece if piece.fragment == fragment else ()):
                     part = slice(span.start, span.stop)
                     difference = now[span.block][part] - before[span.block][part]
                     seed = mix(sequence, server, number, place)
                     message = self.codec.encode(difference, seed)
                     self.codec.decode(message, difference)
-                    before[span.block][part] += difference
+                    now[span.block][part] = before[span.block][part] + difference
         blocks = self.blueprint.blocks
-        flats = {number: flat.to(blocks[number].dtype) for number, flat in before.items()}
+        flats = {number: flat.to(blocks[number].dtype) for number, flat in now.items()}
         return name_again(self.blueprint, flats)
 
 

@@ -13,7 +13,7 @@ from allfuse.roles.book import Book
 from allfuse.roles.diary import Entry
 from allfuse.roles.leases import is_last_turn
 from allfuse.roles.ledger import Ledger, Unit
-from allfuse.roles.records import Commit, State, Work
+from allfuse.roles.records import Commit, Rebirth, State, Work
 from allfuse.roles.rotation import Rotation, Turn
 from allfuse.roles.terms import Terms
 from allfuse.verify.layout import Layout
@@ -103,8 +103,8 @@ class History:
     """A run's order of events.
 
     limit: steps that were to be done. taken_back: leases that were handed out and never counted.
-    rebirths: servers that had to be started again, and were not as before, bit for bit. stopped:
-    why before its limit, if it was.
+    rebirths: servers that had to be started again. restarts: after which orders the job was started
+    again. stopped: why before its limit, if it was.
     begin: the step of the checkpoint that it went on from; what was before is not told.
     gossip: where no servers held the weights. layout: how servers held them.
     """
@@ -112,7 +112,8 @@ class History:
     events: list[Event]
     limit: int | None
     taken_back: int
-    rebirths: int
+    rebirths: list[Rebirth] = field(default_factory=list)
+    restarts: list[int] = field(default_factory=list)
     stopped: str = ""
     gossip: Gossip | None = None
     begin: int = 0
@@ -146,7 +147,8 @@ class History:
                 ],
                 ledger.limit,
                 sum(count for state, count in tally.items() if state is not State.COMMITTED),
-                book.get("rebirths", 0),
+                book.rebirths(),
+                book.restarts(),
                 book.get("stop") or "",
                 Gossip.read(book, ledger) if terms.gossips else None,
                 begin=book.get("begin", 0),
@@ -158,6 +160,15 @@ class History:
     @property
     def updates(self) -> list[Update]:
         return [update for event in self.events for update in event.updates]
+
+    @property
+    def untold(self) -> str:
+        """Which servers came again with weights that the book does not tell of; empty for none."""
+        return ", ".join(
+            f"server {each.shard} after order {each.born}"
+            for each in self.rebirths
+            if each.sequence < 0
+        )
 
     def check(self, terms: Terms) -> None:
         """That the events can be those of the plan.

@@ -184,11 +184,11 @@ def _replay(task: Task, reference: Reference) -> Findings:
     terms = terms_of(task.plan, TIMEOUT_S)
     history = History.read(run / BOOK, terms)
     history.check(terms)
-    if history.gossip is None and (history.taken_back or history.rebirths):
+    if history.gossip is None and (history.taken_back or history.untold):
         raise AllfuseError(
-            f"while {task.plan} trained, {history.taken_back} leases were taken back and "
-            f"{history.rebirths} servers started again, which the replay cannot follow; next: look "
-            "for what killed them, or verify again"
+            f"while {task.plan} trained, {history.taken_back} leases were taken back, and servers "
+            f"were given a worker's weights ({history.untold or 'none'}), which the replay cannot "
+            "follow; next: look for what killed them, or verify again"
         )
     seen, tolerance = Seen.read(run), TOLERANCES[reference.precision]
     seen.layout, seen.each = history.layout, task.plan.inner.workers

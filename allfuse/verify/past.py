@@ -181,11 +181,19 @@ def _refuse_gaps(folder: RunFolder, plan: Plan, history: History) -> None:
             f"{history.begin}",
             "a run that was under this plan from its beginning",
         )
-    if history.rebirths:
+    if history.untold:
         raise _not_whole(
             folder.path,
-            f"{history.rebirths} servers were lost and started again from older weights",
-            "a run whose servers lived",
+            f"servers were lost that had no snapshot, and were given weights that a worker had: "
+            f"{history.untold}",
+            "a run whose servers lived, or keep copies: central(servers=2, replicas=1)",
+        )
+    if history.restarts and isinstance(outer, Site) and history.gossip is None:
+        raise _not_whole(
+            folder.path,
+            f"it was started again after order {history.restarts[-1]}, and what each site's "
+            "optimizer kept then is not known",
+            "a run that was trained at once",
         )
     if history.taken_back and keeps:
         raise _not_whole(

@@ -52,7 +52,7 @@ def replay(
         return replay_gossip(job, plan, history, seen, tally, device, tick)
     outer, terms = plan.outer, terms_of(plan, timeout_s=0.0)  # nothing is waited for
     assert outer is not None
-    serial = Serial(job, outer, terms, plan.inner.replicas, device, history.layout)
+    serial = Serial(job, outer, terms, plan.inner.replicas, device, history)
     yardstick = Yardstick(serial.parameters)
     readers: dict[tuple[str, int], list[Update]] = {}
     for update in history.updates:
@@ -72,7 +72,7 @@ def replay(
                     sizes = yardstick.differences(own, expected)
                     tally.add_weights(str(update.first_step), rank, sizes)
 
-    weights = serial.play(history, learned, arrived)
+    weights = serial.play(learned, arrived)
     workers = {
         rank: update.worker
         for update in history.updates

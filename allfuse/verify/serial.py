@@ -26,6 +26,7 @@ from allfuse.verify.encoded import Inward, Outward, names_of
 from allfuse.verify.history import Event, History, Update
 from allfuse.verify.layout import Layout
 from allfuse.verify.pupil import Lesson, Pupil, Samples
+from allfuse.verify.returns import Returns
 
 OWN_SHARE = 0.5
 """What a site keeps of its own weights under a delay (Douillard et al. 2025, arXiv:2501.18512)."""
@@ -38,7 +39,7 @@ class Serial:
 
     Args:
         terms: of the plan. outer: its axis that is out of step. ranks: workers of a group.
-        layout: how servers held the weights; None: whole.
+        history: what happened, and how servers held the weights.
     """
 
     def __init__(
@@ -48,19 +49,22 @@ class Serial:
         terms: Terms,
         ranks: int,
         device: torch.device,
-        layout: Layout | None = None,
+        history: History,
     ) -> None:
-        self.job, self.outer, self.terms = job, outer, terms
+        self.job, self.outer, self.terms, self.history = job, outer, terms, history
         self.model = build_first(job).to(device)
         self.blueprint = make_blueprint(job, self.model, outer, terms)
-        self.central = Central(self.blueprint, self.model, terms.servers)
         self.samples = Samples(job, terms.parts, ranks)
-        self.layout = layout if layout is not None and layout.is_cut else Layout(self.blueprint)
+        whole = Layout(self.blueprint)
+        self.layout = history.layout if history.layout.is_cut else whole
+        is_set_back = any(not each.whole for each in history.rebirths)
+        self.central = Central(
+            self.layout if is_set_back else whole, self.model, terms.servers, by_shard=is_set_back
+        )
         self.outward = Outward(self.layout, terms.servers)
         self.inward: dict[str, Inward] = {}
         self.pupils: dict[str, Pupil] = {}
         self._versions: dict[tuple[str, int], Named] = {}  # by reader and sequence
-        self._limit: int | None = None
         self._brought: dict[str, int] = {}  # the fragment that each worker brought last
         self._read: dict[str, Named] = {}  # to which its updates are
 
@@ -75,7 +79,6 @@ class Serial:
 
     def play(
         self,
-        history: History,
         learned: Callable[[Update, Lesson], None],
         arrived: Callable[[Event, Named, Mapping[str, Named]], None],
     ) -> Named:
@@ -85,15 +88,21 @@ class Serial:
             learned: told of each update. arrived: of each version of the weights, and of what each
                 of its readers then has.
         """
-        self._limit = history.limit
+        history = self.history
+        returns = Returns(
+            history.rebirths, history.restarts, self.central, self.inward, self.outward
+        )
         due: dict[tuple[str, int], int] = {}
         for update in history.updates:
             due[update.worker, update.read] = due.get((update.worker, update.read), 0) + 1
         now = self.central.copy()
         for event in history.events:
+            moved = returns.before(event.sequence)
             if event.updates:
                 self._apply(event, due, learned)
+            if event.updates or moved:
                 now = self.central.copy()
+            returns.after(event.sequence)
             held = {worker: self._send(worker, event, now) for worker in event.readers}
             for worker in held:
                 if (worker, event.sequence) in due:
@@ -167,7 +176,8 @@ class Serial:
         own = pupil.own_share(update, OWN_SHARE if delay else 0.0)
         if own:
             self.inward[update.worker].undo(own)
-        is_last = self._limit is not None and update.first_step + update.steps >= self._limit
+        limit = self.history.limit
+        is_last = limit is not None and update.first_step + update.steps >= limit
         is_last |= update.fragment == ALL and self.terms.fragments > 1
         late = 0 if is_last else min(delay, update.steps - 1)
         takes = self._brought.get(update.worker, ALL)
