@@ -61,8 +61,8 @@ def test_a_rule_equals_mergekits(
     name: str, ours: dict[str, Any], options: dict[str, Any], seed: int
 ) -> None:
     rule = METHODS[name](**ours)
-    base, *models = draw(1 + (rule.models or 3), seed)
-    models = [base + 0.1 * model for model in models]
+    base, shared, *models = draw(2 + (rule.models or 3), seed)
+    models = [base + 0.1 * (shared + model) for model in models]  # as models of one kind are
     weights = [1.0] * len(models) if name in UNWEIGHTED else WEIGHTS[: len(models)]
     if rule.of_changes:
         found = base + fuse(rule, [model - base for model in models], weights)
@@ -70,6 +70,15 @@ def test_a_rule_equals_mergekits(
         found = fuse(rule, models, weights)
     want = theirs(name, models, base if rule.of_changes else None, options)
     torch.testing.assert_close(found, want, rtol=0.0, atol=2e-6)
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-3, 3e-4, 1e-5])
+def test_sce_equals_mergekits_for_small_changes(size: float) -> None:
+    base, *models = draw(4)
+    models = [base + size * number * model for number, model in enumerate(models, start=1)]
+    found = base + fuse(METHODS["sce"](density=0.3), [model - base for model in models])
+    want = theirs("sce", models, base, {"select_topk": 0.3})
+    torch.testing.assert_close(found, want, rtol=0.0, atol=1e-3 * size + 1e-7)
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def arc(first: Tensor, second: Tensor, t: float) -> Tensor:
 def stock(values: Sequence[Tensor]) -> Tensor:
     own = [value.double().flatten() for value in values]
     pairs = [(a, b) for i, a in enumerate(own) for b in own[:i]]
-    mean = sum(float(a @ b / (a.norm() * b.norm())) for a, b in pairs) / len(pairs)
+    mean = max(0.0, sum(float(a @ b / (a.norm() * b.norm())) for a, b in pairs) / len(pairs))
     share = len(own) * mean / (1 + (len(own) - 1) * mean)
     return (share * sum(own) / len(own)).view(values[0].shape)
 
@@ -223,6 +223,20 @@ def test_slerp_of_nearly_parallel_models_is_a_straight_line() -> None:
     torch.testing.assert_close(found, 0.75 * one + 0.25 * two)
 
 
+def test_small_changes_weigh_by_their_size_under_sce_of_the_paper() -> None:
+    values = [torch.tensor([1e-4, 3e-4]), torch.tensor([2e-4, 4e-4])]
+    paper = fuse(METHODS["sce"](preset="paper"), values)
+    torch.testing.assert_close(paper, (values[0] + 2 * values[1]) / 3)  # squares 1 and 2
+    same = fuse(METHODS["sce"](), values)
+    torch.testing.assert_close(same, (values[0] + values[1]) / 2)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_model_stock_of_changes_that_point_apart_is_the_base(n: int) -> None:
+    apart = [torch.tensor([value]) for value in (1.0, -2.0, -0.5)[:n]]
+    assert fuse(METHODS["model_stock"](), apart, [1.0] * n).tolist() == [0.0]
+
+
 def test_nearswap_takes_over_what_is_near() -> None:
     one = torch.tensor([0.0, 1.0, 1.0, -2.0])
     two = torch.tensor([0.0, 1.0005, 2.0, -2.5])
@@ -297,7 +311,7 @@ def test_what_models_differ_on_does_not_depend_on_blocks(values: str, block: int
     whole = fuse_together(rule, flat, weights, SHAPE, 300)
     torch.testing.assert_close(found, whole)
     if values == "alike":
-        assert torch.equal(found.flatten()[:93], flat[0, :93])  # those of lower index
+        torch.testing.assert_close(found.flatten()[:93], flat[0, :93])  # those of lower index
         assert not found.flatten()[93:].any()
 
 
@@ -366,6 +380,7 @@ def test_large_changes_of_a_row_are_kept_more_often_than_small_ones() -> None:
         ("breadcrumbs", {"gamma": 1.0}),
         ("slerp", {"t": -0.1}),
         ("sce", {"density": 0.0}),
+        ("sce", {"preset": "peft"}),
     ],
 )
 def test_arguments_without_meaning_are_refused(name: str, options: dict[str, Any]) -> None:

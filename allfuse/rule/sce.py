@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from allfuse.base.errors import PlanError
 from allfuse.rule.base import JointRule
 from allfuse.rule.ranks import Ranks, top
 from allfuse.rule.sift import Stretch, check_density
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LEAST = 1.1754943508222875e-38  # above 0, so that numbers on which all agree can be selected, too
+LEAST_MEAN = {"mergekit": 1e-6, "paper": 0.0}
+"""Of the models' mean squares together: below it all weigh alike."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class Sce(JointRule):
     2. calculate: a model weighs as much as the mean of its kept tau^2;
     3. erase: of each number those count whose sign is that of sum(tau), divided by their weights.
 
-    Weights are not looked at.
+    With preset=mergekit all weigh alike where the means of step 2 add up to less than 1e-6.
+    Weights that are given are not looked at.
     """
 
     name: ClassVar[str] = "sce"
@@ -33,9 +37,14 @@ class Sce(JointRule):
     weighted: ClassVar[bool] = False
     running: ClassVar[frozenset[int]] = Ranks.running
     density: float = 1.0
+    _: KW_ONLY
+    preset: str = "mergekit"
 
     def __post_init__(self) -> None:
         check_density(self, self.density)
+        if self.preset not in LEAST_MEAN:
+            given, allowed = f"{self.name}(preset={self.preset!r})", ", ".join(LEAST_MEAN)
+            raise PlanError(given, "there is no such preset", allowed=allowed)
 
     def turns(self, count: int) -> int:
         chosen = top(self.density, count)
@@ -52,7 +61,8 @@ class Sce(JointRule):
 
         values, squares = self._select(stretch, found), found[-1]
         total = squares.sum()
-        shares = squares / total if total > 0 else torch.full_like(squares, 1 / len(squares))
+        enough = total / stretch.count >= LEAST_MEAN[self.preset] and total > 0
+        shares = squares / total if enough else torch.full_like(squares, 1 / len(squares))
         own = shares.to(values).view(-1, 1)
         counts = (values.sign() == values.sum(0).sign()) * own
         divisor = counts.sum(0)

@@ -222,7 +222,9 @@ def show(s: Session) -> Iterator[None]:
     """What `Session.averaged` does; see there."""
     s.course.close_learned_step()
     if s.averages is None:
-        raise UserError("averaged(): there is no average; next: s.average(af.EMA()) before the loop")
+        raise UserError(
+            "averaged(): there is no average; next: s.average(af.EMA()) before the loop"
+        )
     s.keeper.settle()  # weights that are being saved
     try:
         with s.averages.shown():

@@ -58,5 +58,3 @@ def finish(s: Session) -> None:
 
     s.survival.leave_together(export)
     s.save(block=True)
-
-
