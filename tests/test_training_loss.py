@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from training_cases import (
 
 from allfuse.base.errors import PeerLost, UserError
 from allfuse.fusion.gradients import GradientFusion
+from allfuse.fusion.weights import WeightFusion
 from allfuse.job import Job, Stop
 from allfuse.launcher.generation import LossPolicy
 from allfuse.launcher.thread import first_failure, launch_threads
@@ -38,6 +40,7 @@ from allfuse.plan.loss import group_size, least_replicas, loss_policy
 from allfuse.split.data import BatchPlan
 from allfuse.store.run import RunFolder
 from allfuse.training.loop import Result, train_job
+from allfuse.training.rounds import Rounds
 
 SET_UP = 0
 
@@ -265,6 +268,47 @@ def test_whenever_a_site_is_lost_the_others_train_to_the_end_and_are_equal(plan:
         assert {each.steps for each in left} == {8}
         for other in left[1:]:
             assert_equal(left[0].weights, other.weights, exact="gossip" not in plan)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "site(3, every=2, codec=topk(0.3))",
+        pytest.param("site(3, every=2, codec=int4, topology=ring)", marks=pytest.mark.slow),
+    ],
+)
+def test_a_site_that_takes_a_round_over_has_sent_what_is_in_it_and_keeps_the_rest(
+    plan: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has missed the end of a round that another one has ended, with all that it sent itself."""
+    meet, revive = Rounds.meet_peers, WeightFusion.revive
+    kept: dict[int, tuple[Any, Any]] = {}
+    taken: list[tuple[Any, Any]] = []
+
+    def residuals_of(fusion: WeightFusion) -> dict[str, torch.Tensor]:
+        state = fusion.capture() or {"residuals": {}}  # before the model is there
+        return {name: value.clone() for name, value in state["residuals"].items()}
+
+    def meet_peers(rounds: Rounds, quiet_until: int) -> None:
+        left = residuals_of(rounds._fusion)
+        meet(rounds, quiet_until)
+        if rounds.place.site.size > 1:
+            kept[id(rounds._fusion)] = left, residuals_of(rounds._fusion)
+
+    def hear(fusion: WeightFusion, *args: Any) -> Any:
+        taken.append(kept[id(fusion)])
+        return revive(fusion, *args)
+
+    monkeypatch.setattr(Rounds, "meet_peers", meet_peers)
+    monkeypatch.setattr(WeightFusion, "revive", hear)
+    run = functools.partial(train_job, replace(site_job(), stop=Stop(steps=4)))
+    for operation in moments(plan, run, 1):
+        left = left_of(plan, run, (1, operation))
+        assert_all_equal([each.weights for each in left])
+    assert taken
+    assert any(value.any() for left, _ in taken for value in left.values())
+    for left, after in taken:
+        assert all(torch.equal(left[name], after[name]) for name in left)
 
 
 # Scripts, folders, what is told.

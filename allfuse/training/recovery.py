@@ -113,8 +113,9 @@ class Recovery:
             kept = self.capture_fusions()
         else:
             kept = undo()
-            if handed is not None:
+            if handed is not None:  # what this rank has sent is in what it came to
                 kept = self.capture_fusions()
+                self.session.rounds.keep_sent()
         first = max(where.steps for where in told)
         self._link_up(kept, [old_sharers.index(each) for each in self._sharers()], first)
         self._take(handed, first, max(where.asked for where in told))

@@ -203,14 +203,14 @@ class Rounds:
 
         return self.survive(
             lambda: self._carry(read, samples, wish, fragment),
-            finish=lambda _: self._is_done(),
+            finish=lambda _: self.keep_sent(),
             tell=lambda made: made[1],
             hear=hear,
             mixes=self.mixes and fragment is not None,
         )
 
-    def _is_done(self) -> None:
-        """What a round did to what codecs keep is not undone any more."""
+    def keep_sent(self) -> None:
+        """A round came to its end, here or elsewhere: what it did to what codecs keep, stays."""
         self._undone = None
 
     def _land(self) -> None:
@@ -258,7 +258,7 @@ class Rounds:
         flight, _ = self._carry(
             lambda: self._fusion.read(exact=self._exact), max(self.samples), NOTHING
         )
-        self._is_done()
+        self.keep_sent()
         self._land_exactly(flight, keep=False)
 
     def _land_exactly(self, flight: Flight, keep: bool) -> None:
