@@ -137,6 +137,7 @@ def test_a_weight_for_each_layer_finds_what_no_weights_for_all_can(tmp_path: Pat
     assert layers["1"][1] > layers["1"][0]
 
 
+@pytest.mark.slow
 def test_methods_try_all_rules_that_the_models_allow(tmp_path: Path) -> None:
     save_file({"0.weight": 0.3 * truth()}, tmp_path / "base.safetensors")
     models = write_models(tmp_path, [near(1), near(2)])
