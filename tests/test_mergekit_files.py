@@ -52,10 +52,15 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to stand in, with a tiny Llama and three that come from it."""
     monkeypatch.chdir(tmp_path)
     chance = torch.Generator().manual_seed(0)
-    base = {name: torch.randn(shape, generator=chance) for name, shape in shapes().items()}
+    base, way = (
+        {name: torch.randn(shape, generator=chance) for name, shape in shapes().items()}
+        for _ in range(2)
+    )
     for name in ("base", "a", "b", "c"):
-        step = 0.0 if name == "base" else 0.1
-        model = {n: v + step * torch.randn(v.shape, generator=chance) for n, v in base.items()}
+        far = 0.0 if name == "base" else 0.1  # all some way in one direction, as training goes
+        model = {
+            n: v + far * (way[n] + torch.randn(v.shape, generator=chance)) for n, v in base.items()
+        }
         Path(name).mkdir()
         save_file(model, Path(name, "model.safetensors"), metadata={"format": "pt"})
         Path(name, "config.json").write_text(json.dumps(LLAMA))
@@ -237,6 +242,12 @@ def source(model: str, first: int, end: int, **parameters: Any) -> dict[str, Any
     }
 
 
+FLAT["a base that linear has none for"] = {
+    "merge_method": "linear",
+    "base_model": "c",
+    "models": [{"model": "a", "parameters": {"weight": 2}}, {"model": "b"}],
+    "parameters": {"weight": 0.5},
+}
 STACKED: dict[str, dict[str, Any]] = {
     "layers of two models": {
         "merge_method": "passthrough",
@@ -284,8 +295,8 @@ STACKED: dict[str, dict[str, Any]] = {
         "merge_method": "ties",
         "base_model": "base",
         "slices": [
-            {"sources": [source("base", 0, 2), source("a", 0, 2, density=[0.2, 0.9])]},
-            {"sources": [source("base", 2, 5), source("a", 2, 5), source("b", 2, 5, weight=2)]},
+            {"sources": [source("base", 0, 3), source("a", 0, 3), source("b", 0, 3, weight=2)]},
+            {"sources": [source("base", 3, 5), source("a", 3, 5, density=[0.2, 0.9])]},
         ],
         "parameters": {"density": 0.5, "weight": 1.0},
     },
@@ -304,7 +315,9 @@ def test_a_file_gives_the_numbers_that_mergekit_makes_of_it(name: str, place: Pa
     Path("recipe.yml").write_text(yaml.safe_dump({**said, "dtype": "float32"}))
     merge(read_recipe(Path("recipe.yml")).recipe, Path("ours"))
     given = config.MergeConfiguration.model_validate(yaml.safe_load(Path("recipe.yml").read_text()))
-    running.run_merge(given, "theirs", running.MergeOptions(copy_tokenizer=False))
+    running.run_merge(
+        given, "theirs", running.MergeOptions(copy_tokenizer=False, write_model_card=False)
+    )
     ours, theirs = load("ours"), load("theirs")
     assert ours.keys() == theirs.keys()
     torch.testing.assert_close(ours, theirs, rtol=0.0, atol=3e-6)

@@ -125,7 +125,7 @@ def numbers(place: Path) -> Path:
 def test_a_gradient_is_drawn_along_the_layers(numbers: Path) -> None:
     found = shares(fuse(linear([0, 1.0, 0.4])))
     assert [found[layer(number, Q)] for number in range(4)] == [0, 0.66667, 0.8, 0.4]
-    assert (found[EMBED], found[NORM], found[HEAD]) == (0, 0.4, 0.4)
+    assert (found[EMBED], found[NORM], found[HEAD]) == (0, 0, 0)
 
 
 def test_the_first_filter_that_fits_counts_and_may_have_a_gradient(numbers: Path) -> None:
@@ -257,7 +257,7 @@ def test_slices_may_be_fused_and_gradients_run_within_each(numbers: Path) -> Non
             "slices": [piece(0, 3), piece(1, 3)]}  # fmt: skip
     found = shares(fuse(said))
     assert [found[layer(n, Q)] for n in range(5)] == [1.25, 1.5, 1.75, 1.25, 1.75]
-    assert (found[EMBED], found[HEAD]) == (1.25, 1.75)
+    assert (found[EMBED], found[HEAD]) == (1.25, 1.25)
 
 
 def test_slices_of_changes_name_the_base_and_one_of_it_alone_is_the_base(place: Path) -> None:
@@ -341,7 +341,8 @@ def test_layers_are_the_outermost_numbers_of_which_there_are_several() -> None:
     assert numbers("m.layers.0.w", "m.norm") == {"m.layers.": (0,)}
     stacks = find_stacks(["0.weight", "2.weight", "4.weight", "emb.weight", "head.weight"])
     assert [stacks.at(name) for name in ("0.weight", "2.weight", "4.weight")] == [0, 0.5, 1]
-    assert (stacks.at("emb.weight"), stacks.at("head.weight")) == (0, 1)
+    assert (stacks.at("emb.weight"), stacks.at("head.weight")) == (0, 0)
+    assert find_stacks(["m.layers.0.w"]).at("m.layers.0.w") == 1
 
 
 def taller(name: str, words: int, seed: int, base: Model | None = None) -> Model:
@@ -475,6 +476,15 @@ def test_the_base_of_slerp_is_the_first_wherever_it_stands(place: Path) -> None:
 
 
 Q_0 = layer(0, Q)
+
+
+def test_a_base_that_a_rule_has_none_for_is_a_model_like_others(numbers: Path) -> None:
+    said = {"merge_method": "linear", "base_model": "ones", "models": [of("zeros", weight=1)],
+            "parameters": {"weight": 0.5, "normalize": False}}  # fmt: skip
+    assert shares(fuse(said))[HEAD] == 0.5
+    assert "ones is fused like the other models" in read_recipe(write(said)).notes[0]
+    said = {**said, "merge_method": "passthrough"}
+    assert "base_model has no effect" in " ".join(read_recipe(write(said)).notes)
 
 
 def test_nuslerp_fuses_changes_where_there_is_a_base(place: Path) -> None:

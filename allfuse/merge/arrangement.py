@@ -25,7 +25,7 @@ class Place:
 
     Attributes:
         said: the slice it belongs to. names: of the tensor in the model of each of its parts.
-        at: how far along the slice's layers it lies, from 0 to 1.
+        at: how far along the slice's layers it lies, from 0 to 1; 0 in no layer.
     """
 
     name: str
@@ -48,12 +48,17 @@ class Stacks:
         return None
 
     def at(self, name: str) -> float:
-        """How far along its layers a tensor lies, from 0 to 1."""
+        """How far along its layers a tensor lies, from 0 to 1; 0 in no layer."""
         found = self.split(name)
         if found is None:
-            return 0.0 if is_before(name) else 1.0
+            return 0.0
         numbers = self.numbers[found[0]]
-        return numbers.index(found[1]) / max(len(numbers) - 1, 1)
+        return along(numbers.index(found[1]), len(numbers))
+
+
+def along(place: int, count: int) -> float:
+    """How far along so many layers one lies; a single one is the last."""
+    return place / (count - 1) if count > 1 else 1.0
 
 
 def find_stacks(names: Iterable[str]) -> Stacks:
@@ -109,8 +114,8 @@ def arrange(recipe: Recipe, sources: Sequence[Source], base: Source | None) -> l
     prefix, _ = one_stack(outer)
     places = []
     for name in outer_names(outer, prefix):
-        said, at = (head, 0.0) if is_before(name) else (tail, 1.0)
-        places.append(Place(name, said, (name,) * len(said.parts), at))
+        said = head if is_before(name) else tail
+        places.append(Place(name, said, (name,) * len(said.parts), 0.0))
     number = 0
     for count, said in enumerate(recipe.slices, start=1):
         for part in said.parts:
@@ -118,7 +123,7 @@ def arrange(recipe: Recipe, sources: Sequence[Source], base: Source | None) -> l
         rests = layer_names(source(said.parts[0]), prefix)
         ranges = [part.layers or range(0) for part in said.parts]
         for step, chosen in enumerate(zip(*ranges, strict=True)):
-            at = step / max(len(ranges[0]) - 1, 1)
+            at = along(step, len(ranges[0]))
             for rest in rests[chosen[0]]:
                 names = tuple(f"{prefix}{layer}{rest}" for layer in chosen)
                 places.append(Place(f"{prefix}{number}{rest}", said, names, at))

@@ -193,7 +193,7 @@ def _draft(place: Place, recipe: Recipe, sources: Sequence[Source], base: Source
             start = base.entries[name]
         else:
             own.append(sources[part.model].entries[name])
-    rules, weights = recipe.settle(place.said, place.name, place.at)
+    rules, weights = recipe.settle(place.said, place.names[0], place.at)
     first = own[0] if start is None else start
     if not first.is_float:
         return Draft((first,), None, (recipe.rule,), (1.0,))

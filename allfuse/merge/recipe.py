@@ -165,6 +165,7 @@ class Recipe:
         """The rule and the weight of each model of a slice, for one tensor.
 
         Args:
+            tensor: its name in the model of the slice's first part.
             place: how far along the slice's layers it lies, from 0 to 1.
 
         Raises:

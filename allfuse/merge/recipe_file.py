@@ -139,7 +139,7 @@ class _File:
         if named in models:
             models.sort(key=lambda model: model != named)
         elif named is not None and base is None:
-            self.parameters.notes.append(f"base_model has no effect on {rule.name}")
+            self.parameters.notes.append(f"base_model has no effect on {rule.name} here")
         for key, (name, _) in OURS.items():
             if key in said:
                 ours.setdefault(name, self.own(key))
@@ -166,11 +166,15 @@ class _File:
             raise self.refuse(key, f"is {error}") from error
 
     def read_models(self, named: Path | None, base: Path | None) -> Piece:
-        """One slice of all models, and of the base where the rule needs it and the list has not."""
+        """One slice of all models. The base is one of them, but for a rule that takes one alone."""
         taken = self.taken(self.said["models"], "models", ("model", "parameters"))
-        needed = base if base is not None else named if self.rule.models == 2 else None
-        if needed is not None and needed not in [each.model for each in taken]:
-            taken.append(Taken(needed, None, {}))
+        listed = named in [each.model for each in taken]
+        if named is not None and self.rule.models != 1 and not listed:
+            taken.append(Taken(named, None, {}))
+            if base is None and self.rule.models is None:
+                self.parameters.notes.append(
+                    f"{self.rule.name} has no base: {named} is fused like the other models"
+                )
         return taken, {}
 
     def read_slices(self) -> list[Piece]:
