@@ -23,6 +23,7 @@ __all__ = [
     "PrefixStore",
     "Store",
     "TCPStore",
+    "arguments_of",
     "assert_soon",
     "below_torch_functions",
     "clone_store",
@@ -82,6 +83,19 @@ def is_written(function: Any, place: int) -> bool:
     """Whether a call of torch changes its argument at a place."""
     taken = function._schema.arguments
     return place < len(taken) and bool(taken[place].alias_info and taken[place].alias_info.is_write)
+
+
+def arguments_of(function: Any, placed: Sequence[Any], named: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of torch by name, with those that were left out."""
+    found = {}
+    for place, taken in enumerate(function._schema.arguments):
+        if place < len(placed):
+            found[taken.name] = placed[place]
+        elif taken.name in named:
+            found[taken.name] = named[taken.name]
+        elif taken.has_default_value():
+            found[taken.name] = taken.default_value
+    return found
 
 
 def assert_soon(condition: Tensor, message: str) -> None:
