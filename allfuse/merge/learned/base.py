@@ -33,7 +33,7 @@ class Learned(Choice, ABC):
 
     @abstractmethod
     def held_bytes(self, module: nn.Module, models: int) -> int:
-        """What it holds in memory at most, beside activations; `module` may be without memory."""
+        """What it holds in memory at most, beside activations."""
 
 
 def float_bytes(module: nn.Module) -> int:

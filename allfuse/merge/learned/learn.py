@@ -84,7 +84,7 @@ def check(given: LearnedMerge, out: Path, overwrite: bool = False) -> dict[str, 
     Raises:
         MergeError: models that cannot be fused, no room for the result or in memory.
     """
-    mix, layout, module = _prepare(given, out, overwrite, lambda name, **data: None)
+    mix, layout, held_bytes = _prepare(given, out, overwrite, lambda name, **data: None)
     return {
         "rule": str(given.method),
         "models": len(mix.sources),
@@ -92,7 +92,7 @@ def check(given: LearnedMerge, out: Path, overwrite: bool = False) -> dict[str, 
         "parameters": sum(entry.count for entry in layout.entries.values()),
         "files": len(layout.sizes),
         "examples": given.examples,
-        "memory_bytes": given.method.held_bytes(module, len(mix.sources)),
+        "memory_bytes": held_bytes,
         "written_bytes": layout.bytes,
     }
 
@@ -114,12 +114,11 @@ def merge_learned(
         JobError, DataError: a job that cannot be used.
     """
     begin = time.monotonic()
-    mix, layout, module = _prepare(given, out, overwrite, tell)
-    held = given.method.held_bytes(module, len(mix.sources))
+    mix, layout, held_bytes = _prepare(given, out, overwrite, tell)
     tell(
         "note",
         text=f"{given.method}: {given.examples} samples of each model's data, about "
-        f"{format_bytes(held)} in memory beside activations",
+        f"{format_bytes(held_bytes)} in memory beside activations",
     )
     found = given.method.fuse(mix)
     module = mix.start()
@@ -142,8 +141,8 @@ def merge_learned(
 
 def _prepare(
     given: LearnedMerge, out: Path, overwrite: bool, tell: Tell
-) -> tuple[Ingredients, Layout, nn.Module]:
-    """All checks that need no numbers; the module is on the CPU, with what its seed gives."""
+) -> tuple[Ingredients, Layout, int]:
+    """All checks that need no numbers; and the bytes that will be held in memory."""
     sources = tuple(open_source(Path(path)) for path in given.models)
     base = None if given.base is None else open_source(Path(given.base))
     mix = Ingredients(
@@ -162,9 +161,9 @@ def _prepare(
     refuse_untied(mix.first, sources)
     places = [place for source in sources for place in source.places]
     layout = plan_model(mix.first, out, overwrite, given.dtype, places)
-    module = build(given.jobs[0])
-    _refuse_memory(given.method.held_bytes(module, len(sources)), mix)
-    return mix, layout, module
+    held_bytes = given.method.held_bytes(build(given.jobs[0]), len(sources))
+    _refuse_memory(held_bytes, mix)
+    return mix, layout, held_bytes
 
 
 def _refuse_memory(needed_bytes: int, mix: Ingredients) -> None:

@@ -29,7 +29,7 @@ class RegMean(Learned):
     more than 8,192 inputs, those whose weight another module uses too, and those that nothing came
     into become their weighted mean.
 
-    Cost: a forward pass of each sample; 3 models and the Gram matrices (8 d^2 bytes for a layer of
+    Cost: a forward pass of each sample; 7 models and the Gram matrices (8 d^2 bytes for a layer of
     d inputs, twice) in memory, whatever the number of models.
     """
 
@@ -45,7 +45,7 @@ class RegMean(Learned):
 
     def held_bytes(self, module: nn.Module, models: int) -> int:
         grams = sum(layer.gram_bytes for layer in find_layers(module).values())
-        return 6 * float_bytes(module) + 2 * grams
+        return 7 * float_bytes(module) + 2 * grams
 
     def fuse(self, mix: Ingredients) -> dict[str, Tensor]:
         sums: dict[str, Regression] = {}

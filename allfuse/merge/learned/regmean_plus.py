@@ -29,7 +29,7 @@ class RegMeanPlus(RegMean):
     The paper goes on from one block of a transformer to the next, and takes what is within a block
     from each model; here each linear layer is one to go on from, so that it works on any module.
 
-    Cost: a forward pass of each sample, all batches side by side; their activations, 3
+    Cost: a forward pass of each sample, all batches side by side; their activations, 5
     models and the Gram matrices of one layer in memory.
     """
 
@@ -37,7 +37,7 @@ class RegMeanPlus(RegMean):
 
     def held_bytes(self, module: nn.Module, models: int) -> int:
         grams = [layer.gram_bytes for layer in find_layers(module).values()]
-        return 3 * float_bytes(module) + 4 * max(grams, default=0)
+        return 5 * float_bytes(module) + 4 * max(grams, default=0)
 
     def fuse(self, mix: Ingredients) -> dict[str, Tensor]:
         module = mix.start()
