@@ -59,7 +59,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("base", "a", "b", "c"):
         far = 0.0 if name == "base" else 0.1  # all some way in one direction, as training goes
         model = {
-            n: v + far * (way[n] + torch.randn(v.shape, generator=chance)) for n, v in base.items()
+            n: v + far * (2 * way[n] + torch.randn(v.shape, generator=chance))
+            for n, v in base.items()
         }
         Path(name).mkdir()
         save_file(model, Path(name, "model.safetensors"), metadata={"format": "pt"})

@@ -155,13 +155,12 @@ class _File:
 
     def own(self, key: str) -> Any:
         """The value of a key that is only ours."""
-        value: Any = self.said[key]
-        kind = OURS[key][1]
+        value, kind = self.said[key], OURS[key][1]
         if type(value) is not kind:
             word = {int: "a whole number", bool: "true or false", str: "a size such as 2GB"}[kind]
             raise self.refuse(key, f"is {shown(value)}; allowed: {word}")
         try:
-            return parse_bytes(value) if kind is str else value
+            return parse_bytes(str(value)) if kind is str else value
         except ValueError as error:
             raise self.refuse(key, f"is {error}") from error
 
