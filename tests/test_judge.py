@@ -33,9 +33,10 @@ from allfuse.judge.report import NAME
 from allfuse.judge.scores import NAME as SCORES
 from allfuse.judge.scratch import scratch
 from allfuse.judge.search import search
-from allfuse.judge.subject import find_job, layer_of
+from allfuse.judge.subject import find_job
 from allfuse.judge.wish import Wish
 from allfuse.launcher.thread import first_failure, launch_threads
+from allfuse.merge.grouping import place_of
 from allfuse.merge.outline import outline
 from allfuse.plan.parse import read_call
 from allfuse.prediction import evaluate_run
@@ -505,7 +506,7 @@ def test_weights_of_layers_reach_their_tensors_alone(tmp_path: Path) -> None:
     for number in range(2):
         save_file({name: torch.ones(2) for name in names}, tmp_path / f"m{number}.safetensors")
     models = [tmp_path / "m0.safetensors", tmp_path / "m1.safetensors"]
-    layers = tuple((layer_of(name), (0.1 * place, 1.0)) for place, name in enumerate(names))
+    layers = tuple((place_of(name)[0], (0.1 * place, 1.0)) for place, name in enumerate(names))
     way = Candidate((0, 1), Mean(), (1.0, 1.0), layers)
     tasks = outline(subject(models).recipe(way)).tasks
     found = {task.target.name: task.weights for task in tasks}

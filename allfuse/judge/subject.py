@@ -14,6 +14,7 @@ from allfuse.base.errors import MergeError
 from allfuse.job import Job
 from allfuse.jobfile import load_job
 from allfuse.judge.candidate import Candidate
+from allfuse.merge.grouping import place_of
 from allfuse.merge.recipe import Part, Recipe, Slice
 from allfuse.merge.settings import WEIGHT, Setting
 from allfuse.merge.source import Source, open_source
@@ -113,7 +114,7 @@ class Subject:
         if not candidate.layers:
             return []
         weights = dict(candidate.layers)
-        groups = {name: layer_of(name) for name in open_source(self.models[0]).entries}
+        groups = {name: place_of(name)[0] for name in open_source(self.models[0]).entries}
         named = sorted(groups, key=lambda name: (-len(name), name))  # a name may end like another
         parts = []
         for place in range(len(candidate.models)):
@@ -149,23 +150,10 @@ class Subject:
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def layer_of(tensor: str) -> str:
-    """The layer that a tensor is in, by its name: up to the first number, else its module.
-
-    >>> layer_of("model.layers.3.mlp.weight"), layer_of("head.weight"), layer_of("scale")
-    ('model.layers.3', 'head', 'scale')
-    """
-    parts = tensor.split(".")
-    for place, part in enumerate(parts):
-        if part.isdecimal():
-            return ".".join(parts[: place + 1])
-    return ".".join(parts[:-1]) or tensor
-
-
 def layers_of(source: Source) -> list[str]:
     """All layers with floating-point numbers, in the order of the file."""
     return list(
-        dict.fromkeys(layer_of(name) for name, entry in source.entries.items() if entry.is_float)
+        dict.fromkeys(place_of(name)[0] for name, entry in source.entries.items() if entry.is_float)
     )
 
 
