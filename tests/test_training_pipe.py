@@ -29,7 +29,8 @@ from allfuse.job import Job, Stop
 from allfuse.launcher.local import launch_local
 from allfuse.launcher.thread import launch_threads
 from allfuse.link.thread import Script
-from allfuse.split.pipe.courier import Courier, Parcel
+from allfuse.split.pipe.courier import Courier
+from allfuse.split.pipe.itinerary import Parcel
 from allfuse.store.tensorfile import read_tensors
 from allfuse.training.loop import Result, train_job
 

@@ -45,6 +45,9 @@ class Link(ABC):
     timeout_s: float
     step: int | None = None
     sent_bytes: int = 0
+    holds_back: bool = False
+    """Whether transfers from one to one are held back until somebody waits, and start as one then:
+    those that cross, one each way, must."""
 
     @property
     def size(self) -> int:
@@ -84,6 +87,10 @@ class Link(ABC):
     @abstractmethod
     def receive(self, tensor: Tensor, peer: int, operation: str) -> Work:
         """Start to receive into a contiguous tensor of the size that the peer sends."""
+
+    def start_held(self) -> None:
+        """Start what is held back, on links that do that."""
+        assert not self.holds_back
 
     @abstractmethod
     def alive(self) -> tuple[int, ...]:

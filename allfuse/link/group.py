@@ -133,6 +133,7 @@ class GroupLink(Link):
         self.rank = members.index(lookout.rank)
         self.device, self.lookout = device, lookout
         self.kind = "nccl" if device.type == "cuda" else "gloo"
+        self.holds_back = device.type == "cuda"
         self._under_way: deque[Any] = deque()
         self._held: list[tuple[Callable[[], Any], GroupWork]] = []
         prefix = f"link/{name}/{'-'.join(map(str, members))}"
@@ -239,14 +240,13 @@ class GroupLink(Link):
 
     def _start_one_to_one(self, operation: str, peer: int, begin: Callable[[], Any]) -> Work:
         """On CUDA it is held back, and goes with all that is started before somebody waits."""
-        if self.device.type != "cuda":
+        if not self.holds_back:
             return self._start(operation, begin, peer)
         work = GroupWork(self, None, operation, peer=peer)
         self._held.append((begin, work))
         return work
 
     def start_held(self) -> None:
-        """Start the transfers that were held back."""
         held, self._held = self._held, []
         if held:
             starts, works = [begin for begin, _ in held], [work for _, work in held]

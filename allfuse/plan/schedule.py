@@ -271,6 +271,14 @@ def charge_clock(orders: list[Order], stages: int, costs: Mapping[Kind, float] =
     Raises:
         ValueError: ranks wait for each other for ever.
     """
+    return max(time_actions(orders, stages, costs).values())
+
+
+def time_actions(
+    orders: list[Order], stages: int, costs: Mapping[Kind, float] = COSTS
+) -> dict[Action, float]:
+    """When each action ends; arguments as of `charge_clock`."""
+    times: dict[Action, float] = {}
     ended: dict[tuple[str, int, int], float] = {}
     places, clocks = [0] * len(orders), [0.0] * len(orders)
     left = sum(map(len, orders))
@@ -284,13 +292,13 @@ def charge_clock(orders: list[Order], stages: int, costs: Mapping[Kind, float] =
                     break
                 begin = max([clocks[rank], *(ended[key] for key in needs)])
                 end = clocks[rank] = begin + costs[action.kind]
-                ended[_done(action)] = end
+                ended[_done(action)] = times[action] = end
                 places[rank] += 1
                 left, moved = left - 1, True
         if not moved:
             stuck = [str(o[p]) for o, p in zip(orders, places, strict=True) if p < len(o)]
             raise ValueError(f"ranks wait for each other: {', '.join(stuck)}")
-    return max(clocks)
+    return times
 
 
 def count_held(orders: list[Order]) -> dict[int, int]:

@@ -9,47 +9,20 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from allfuse.base.errors import UserError
 from allfuse.link import Link, Work
-from allfuse.plan.schedule import Action, Order
-
-
-class Parcel(NamedTuple):
-    """What crosses between stage `crossing` and the next: for it, or the gradient back."""
-
-    back: bool
-    crossing: int
-    microbatch: int
-
-    @property
-    def operation(self) -> str:
-        what = "gradients" if self.back else "activations"
-        return f"pass {what} between stages {self.crossing} and {self.crossing + 1}"
-
-
-def taken_by(action: Action, stages: int) -> Parcel | None:
-    """What an action takes from another stage; None where it takes nothing."""
-    kind, stage, microbatch = action
-    if kind == "forward":
-        return Parcel(False, stage - 1, microbatch) if stage else None
-    if kind == "weight" or stage + 1 == stages:
-        return None
-    return Parcel(True, stage, microbatch)
-
-
-def parcel_of(action: Action, stages: int) -> Parcel | None:
-    """What an action gives to another stage; None where it gives nothing."""
-    kind, stage, microbatch = action
-    if kind == "forward":
-        return Parcel(False, stage, microbatch) if stage + 1 < stages else None
-    if kind == "weight" or stage == 0:
-        return None
-    return Parcel(True, stage - 1, microbatch)
+from allfuse.plan.schedule import Order
+from allfuse.split.pipe.itinerary import (
+    Exchange,
+    Parcel,
+    order_exchanges,
+    parcel_of,
+    taken_by,
+)
 
 
 class Courier:
@@ -58,6 +31,9 @@ class Courier:
     Between one rank and another they come in the order in which the schedule of the sender makes
     them; those that come before they are asked for are kept. What was sent is held until something
     comes that its taker did later, so that no more is held than a schedule needs.
+
+    Where transfers wait in a queue (NCCL) all ranks begin with them in the order of an itinerary,
+    so that none wait for each other for ever.
 
     Args:
         link: to the ranks of the pipeline.
@@ -84,6 +60,11 @@ class Courier:
         for peer in range(len(orders)):
             if peer != link.rank:
                 self._sent[peer], self._coming[peer] = deque(), deque(self._expect(peer))
+        self._ahead: deque[Exchange] = deque()
+        if link.holds_back:
+            self._ahead.extend(order_exchanges(orders, stages, owner)[link.rank])
+        self._made: dict[Parcel, Tensor] = {}  # to leave with what comes at the same time
+        self._under_way: dict[Parcel, tuple[Work, Tensor]] = {}
 
     def _expect(self, peer: int) -> Iterator[tuple[Parcel, int]]:
         """What a peer sends here, in order; with each how many from here it had by then."""
@@ -98,15 +79,15 @@ class Courier:
                 yield parcel, had
 
     def _taker(self, parcel: Parcel) -> int:
-        return self.owner(parcel.crossing + (0 if parcel.back else 1))
+        return self.owner(parcel.taker)
 
     def _giver(self, parcel: Parcel) -> int:
-        return self.owner(parcel.crossing + (1 if parcel.back else 0))
+        return self.owner(parcel.giver)
 
     @property
     def held(self) -> int:
         """How many tensors are held that were sent."""
-        return sum(map(len, self._sent.values()))
+        return sum(map(len, self._sent.values())) + len(self._made)
 
     def give(self, parcel: Parcel, tensor: Tensor) -> None:
         """Send a tensor on its way.
@@ -122,13 +103,40 @@ class Courier:
         expected = self.empty(parcel.crossing, parcel.microbatch)
         if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
             raise UserError(
-                f"stage {parcel.crossing + parcel.back} passes on {_kind(tensor)} in microbatch "
+                f"stage {parcel.giver} passes on {_kind(tensor)} in microbatch "
                 f"{parcel.microbatch}, and by the first samples it is {_kind(expected)}; allowed: "
                 "a forward pass that goes the same way for all batches, whatever it counts or "
                 "draws; next: such a model, or a plan without pipe"
             )
         sent = tensor.contiguous()
+        if not self.link.holds_back:
+            self._send(parcel, sent)
+            return
+        self._made[parcel] = sent
+        self._begin_before(parcel)
+        if self._ahead[0][-1] == parcel:  # else another one goes with it
+            self._begin_next()
+
+    def _send(self, parcel: Parcel, sent: Tensor) -> None:
+        peer = self._taker(parcel)
         self._sent[peer].append((self.link.send(sent, peer, parcel.operation), sent))
+
+    def _begin_before(self, parcel: Parcel) -> None:
+        """Begin with all that is before a parcel in the itinerary."""
+        while parcel not in self._ahead[0]:
+            self._begin_next()
+
+    def _begin_next(self) -> None:
+        for parcel in self._ahead.popleft():
+            if parcel in self._made:
+                self._send(parcel, self._made.pop(parcel))
+            else:
+                self._begin_receiving(parcel, self._giver(parcel))
+        self.link.start_held()
+
+    def _begin_receiving(self, parcel: Parcel, peer: int) -> None:
+        tensor = self.empty(parcel.crossing, parcel.microbatch)
+        self._under_way[parcel] = self.link.receive(tensor, peer, parcel.operation), tensor
 
     def take(self, parcel: Parcel) -> Tensor:
         """What another stage gave. Waits for it. Raises PeerLost."""
@@ -141,8 +149,13 @@ class Courier:
         return self._here.pop(parcel)
 
     def _receive(self, parcel: Parcel, had: int, peer: int) -> None:
-        tensor = self.empty(parcel.crossing, parcel.microbatch)
-        self.link.receive(tensor, peer, parcel.operation).wait()
+        if not self.link.holds_back:
+            self._begin_receiving(parcel, peer)
+        elif parcel not in self._under_way:
+            self._begin_before(parcel)
+            self._begin_next()
+        work, tensor = self._under_way.pop(parcel)
+        work.wait()
         self._here[parcel] = tensor
         while self._gone[peer] < had:
             self._sent[peer].popleft()[0].wait()

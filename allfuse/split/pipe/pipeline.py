@@ -18,9 +18,10 @@ from allfuse.link import Link
 from allfuse.plan import Pipe
 from allfuse.plan.schedule import Action, Order, count_microbatches
 from allfuse.split.elsewhere import ELSEWHERE
-from allfuse.split.pipe.courier import Courier, Parcel
+from allfuse.split.pipe.courier import Courier
 from allfuse.split.pipe.deferred import Deferring, Later
 from allfuse.split.pipe.finality import Finality, find_closing
+from allfuse.split.pipe.itinerary import Parcel
 from allfuse.split.pipe.sizes import Ended, Followed, Scaled, Seen, Sizes
 from allfuse.split.pipe.stage import Stage
 from allfuse.split.record import Recording, record, tensors_in
