@@ -72,6 +72,19 @@ def test_stages_take_as_long_where_shapes_say_something_else() -> None:
     assert found.how.endswith("ms for a microbatch, as timed")
 
 
+def test_the_loss_is_in_the_time_of_the_last_stage() -> None:
+    def lose(outputs: Tensor) -> Tensor:
+        assert outputs.shape == (4, 6)
+        Clock.now_s += 0.008
+        return outputs.sum()
+
+    found = chosen(slow(4, 4, 4, 4), Pipe(2, microbatches=2), lose=lambda rows: lose)
+    assert found.begins == [("3", 0)]
+    assert found.seconds == pytest.approx([0.012, 0.012])
+    without = chosen(slow(4, 4, 4, 4), Pipe(2, microbatches=2))
+    assert without.begins == [("2", 0)]
+
+
 def test_a_model_that_takes_no_time_is_cut_by_its_shapes() -> None:
     found = chosen(slow(0.6, 0, 0, 0), Pipe(2))
     assert found.begins == [("2", 0)]
@@ -226,6 +239,26 @@ def test_all_ranks_cut_where_the_first_one_says(monkeypatch: pytest.MonkeyPatch)
             return list(s.split.begins)
 
     assert under("data(2) * pipe(2)", work) == [[("1", 0)]] * 4
+
+
+def test_a_job_s_loss_is_timed_on_its_own_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow_loss(outputs: Tensor, batch: Any) -> Tensor:
+        if len(outputs) == 4:  # of a microbatch, and not of an accumulated one
+            Clock.now_s += 0.018
+        return (outputs - batch[1]).square().mean()
+
+    recorded: list[list[float]] = []
+    time_parts = choice.time_parts
+
+    def note(*args: Any, **options: Any) -> list[Cost]:
+        found = time_parts(*args, **options)
+        recorded.append([each.pass_s for each in found])
+        return found
+
+    monkeypatch.setattr(choice, "time_parts", note)
+    train(timed(loss=slow_loss, stop=Stop(steps=1)), "pipe(2, microbatches=2)")
+    (seconds,) = recorded
+    assert seconds == pytest.approx([0.009, 0.003, 0.003, 0.021])
 
 
 def test_a_run_goes_on_with_the_stages_that_were_timed_when_it_began(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -22,6 +23,8 @@ class Request:
         cut_also: those that it cuts however small they are.
         recompute: whether blocks run again in the backward pass; see `recompute_blocks`.
         compile: whether blocks go through torch.compile; see `compile_blocks`.
+        loss: of outputs and a batch, which the last stage of a pipeline computes, so that its time
+            is the last one's; None where it is not known.
 
     Example:
         Request(keep_whole=("lm_head", "layers.*.attention"))
@@ -31,6 +34,7 @@ class Request:
     cut_also: tuple[str, ...] = ()
     recompute: bool = False
     compile: bool = False
+    loss: Callable[[Any, Any], Any] | None = None
 
     def kept(self, model: nn.Module) -> dict[str, str]:
         """The parameters of a model that stay whole, by their first names, with the reason."""

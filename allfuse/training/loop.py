@@ -75,6 +75,7 @@ def train_job(
             keep_whole=job.keep_whole,
             cut_also=job.cut_also,
             weights=job.weights,
+            loss=job.loss,
         )
         optimizer = s.optimizer(make_optimizer(job, model))
         if job.scheduler is not None:

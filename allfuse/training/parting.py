@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from allfuse.plan import Pipe, Plan, Shard
 from allfuse.split.base import Run, Split
 from allfuse.split.data import Source, Stream
 from allfuse.split.whole import Whole
-from allfuse.training.measure import to_device
+from allfuse.training.measure import sum_and_count, to_device
 
 if TYPE_CHECKING:
     from allfuse.split.pipe.choice import Trial
@@ -94,7 +95,7 @@ def cut_model(s: Session, source: Source | Stream, batch_size: int | None) -> No
     request = replace(request, recompute=settings.recompute, compile=settings.compile)
     if s.pending is not None:
         s.pending.stop_guarding()
-    trial = make_trial(s, source, forward, batch_size)
+    trial = make_trial(s, source, forward, batch_size, request.loss)
     s.choices |= s.split.cut(model, runs, request, s.precision.autocast, trial)
     if s.pending is not None:
         s.pending.fill(s.split.pieces())
@@ -112,6 +113,7 @@ def make_trial(
     source: Source | Stream,
     forward: Callable[[nn.Module, Any], Any],
     batch_size: int | None,
+    loss: Callable[[Any, Any], Any] | None,
 ) -> Trial | None:
     """How parts of the model are timed, where it is to be cut into stages.
 
@@ -144,6 +146,7 @@ def make_trial(
         device=s.device,
         room_bytes=room_bytes(s.device, hosts.count(hosts[place.rank])),
         kept=s.keeper.recorded("stages").get(stages_key(s.plan)),
+        lose=None if loss is None else functools.partial(lose_on, source, loss, s.device),
         agree=agree,
     )
 
@@ -163,6 +166,19 @@ def run_on(
     assert isinstance(source, Source)
     batch = to_device(source.fetch(np.arange(min(rows, source.size))), device)
     return lambda made: forward(made, batch)
+
+
+def lose_on(
+    source: Source | Stream,
+    loss: Callable[[Any, Any], Any],
+    device: torch.device,
+    rows: int,
+) -> Callable[[Any], torch.Tensor]:
+    """The loss of what a model makes of the batch of `run_on`."""
+    assert isinstance(source, Source)
+    rows = min(rows, source.size)
+    batch = to_device(source.fetch(np.arange(rows)), device)
+    return lambda outputs: sum_and_count(loss(outputs, batch), rows, "the loss")[0]
 
 
 def refuse_few(plan: Plan, batch_size: int, accumulate: int) -> None:

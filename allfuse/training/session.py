@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -211,6 +212,7 @@ class Session:
         keep_whole: Sequence[str] = (),
         cut_also: Sequence[str] = (),
         weights: str | Path | None = None,
+        loss: Callable[[Any, Any], Any] | None = None,
     ) -> nn.Module:
         """The model, on this rank's device, with the same weights on every rank.
 
@@ -223,13 +225,15 @@ class Session:
         a function, they have no numbers before, so that no rank needs memory for the whole: a model
         that is run or loaded before gets all. `tensor(n)` does
         not cut modules named in `keep_whole`, and cuts those in `cut_also` however small they are
-        (names as in `model.named_modules()`, with * for any part).
+        (names as in `model.named_modules()`, with * for any part). `loss` is what steps will be
+        given: `pipe(n)` counts its time as the last stage's, where it is to find stages that take
+        as long.
 
         A function is called under the session's seed, that of a second model under seed + 1, and
         so on. With several workers BatchNorm uses the statistics of the global batch, unless the
         session was made with batch_statistics="local".
         """
-        request = make_request("model", keep_whole, cut_also)
+        request = replace(make_request("model", keep_whole, cut_also), loss=loss)
         return take_model(self, build, name, forward, request, weights)
 
     def optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

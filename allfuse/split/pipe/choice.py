@@ -25,7 +25,7 @@ from allfuse.split.pipe.boundary import (
     split_at,
 )
 from allfuse.split.pipe.cost import weigh_calls
-from allfuse.split.pipe.timing import Autocast, Cost, time_parts
+from allfuse.split.pipe.timing import Autocast, Cost, Lose, time_parts
 from allfuse.split.record import Recording, record
 
 SMALL_S = 4e-3
@@ -45,7 +45,8 @@ class Trial:
 
     Attributes:
         rows: of a replica's share of a batch that go through the stages at once.
-        run: gives a forward pass over so many of the first samples.
+        run: gives a forward pass over so many of the first samples. lose: the loss of those, None
+            where nobody knows it.
         device: that computes.
         room_bytes: what a rank may take for its stages. None: nobody knows.
         kept: where stages began when the run was begun, if it is gone on with.
@@ -57,6 +58,7 @@ class Trial:
     device: torch.device
     room_bytes: int | None = None
     kept: Begins | None = None
+    lose: Callable[[int], Lose] | None = None
     agree: Callable[[int, Callable[[], list[int]]], list[int]] = lambda count, find: find()
 
 
@@ -160,8 +162,9 @@ def _weigh(
     no better."""
     m = count_microbatches(trial.rows, axis.n, axis.schedule, axis.microbatches, least_rows(model))
     try:
-        run = trial.run(-(-trial.rows // m))
-        parts = _time(model, run, names, trial.device, autocast, recompute)
+        rows = -(-trial.rows // m)
+        lose = None if trial.lose is None else trial.lose(rows)
+        parts = _time(model, trial.run(rows), names, trial.device, autocast, recompute, lose)
     except Exception as error:  # the model's own code, on numbers that it may refuse
         told = str(error).splitlines()[0] if str(error) else ""
         return _Weighed(usual, f", by their shapes, since none could be timed: "
@@ -181,6 +184,7 @@ def _time(
     device: torch.device,
     autocast: Autocast,
     recompute: bool,
+    lose: Lose | None,
 ) -> list[Cost]:
     def under(made: nn.Module) -> object:
         with autocast():
@@ -189,8 +193,16 @@ def _time(
     recording = record(model, under)
     places = {_name(place): place for place in find_boundaries(recording)}
     parts = split_at(recording, [places[name] for name in names])
-    options = {"device": device, "autocast": autocast, "recompute": recompute}
-    return time_parts(model, run, recording, parts, **options)  # type: ignore[arg-type]
+    return time_parts(
+        model,
+        run,
+        recording,
+        parts,
+        device=device,
+        autocast=autocast,
+        recompute=recompute,
+        lose=lose,
+    )
 
 
 class _Table:

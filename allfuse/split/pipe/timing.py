@@ -31,6 +31,9 @@ MOST = 9
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
+Lose = Callable[[Any], Tensor]
+"""The loss, of what the model came to."""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -57,15 +60,16 @@ def time_parts(
     device: torch.device,
     autocast: Autocast,
     recompute: bool = False,
+    lose: Lose | None = None,
 ) -> list[Cost]:
     """What each part costs; of those that are alike one is timed, for all about `BUDGET_S`.
 
-    The fastest of some passes counts: whatever else the machine does can only add. The loss, which
-    nobody knows here, is not in the last part's.
+    The fastest of some passes counts: whatever else the machine does can only add.
 
     Args:
         recording: of this run, under the same autocast.
         recompute: blocks will run again in the backward pass.
+        lose: the loss of this run's outputs, which is in the last part's cost; None: nobody knows.
     """
     keys = [_likeness(model, recording, part) for part in parts]
     budget_s = BUDGET_S / len(set(keys))
@@ -73,7 +77,8 @@ def time_parts(
     with left_as_it_was(model), isolated(0), torch.enable_grad():
         for key, part in zip(keys, parts, strict=True):
             if key not in found:
-                timer = _Timer(model, run, recording, part, device, autocast)
+                ends = lose if part.last is None else None
+                timer = _Timer(model, run, recording, part, device, autocast, ends)
                 found[key] = timer.measure(budget_s, recompute)
     return [found[key] for key in keys]
 
@@ -109,8 +114,9 @@ class _Timer:
         part: StagePlan,
         device: torch.device,
         autocast: Autocast,
+        lose: Lose | None,
     ) -> None:
-        self.model, self.run, self.part = model, run, part
+        self.model, self.run, self.part, self.lose = model, run, part, lose
         self.device, self.autocast = device, autocast
         self.recording, self.sizes = recording, Followed(recording)
         inside = (_begin(part), _end(part, recording))
@@ -157,6 +163,8 @@ class _Timer:
             received.requires_grad_(received.is_floating_point())
         with self.autocast():
             found = stage.run(received, self.sizes, functools.partial(self.run, self.model))
+            if self.lose is not None:
+                found = self.lose(found)
         times = [stage.began_s, self._now()]
         ends = [tensor for tensor in tensors_in(found) if tensor.requires_grad]
         gradients = [torch.ones_like(tensor) for tensor in ends]
