@@ -162,6 +162,12 @@ FLAT: dict[str, dict[str, Any]] = {
         ],
         "parameters": {"normalize": True},
     },
+    "della without a density keeps all": {
+        "merge_method": "della",
+        "base_model": "base",
+        "models": [{"model": "a"}, {"model": "b"}],
+        "parameters": {"weight": 0.6, "epsilon": 0.1},
+    },
     "slerp by filter and layer": {
         "merge_method": "slerp",
         "base_model": "b",

@@ -602,6 +602,7 @@ GOOD = "merge_method: ties\nbase_model: base\nmodels:\n  - model: a\n  - model: 
             "parameters: {rescale: false}\n",
             "rescale is False; dare_linear allows true alone",
         ),
+        (GOOD + "parameters: {rescale: true}\n", "rescale is True; ties allows false alone"),
         (
             "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 0}\n",
             "weights of lm_head.weight are 0, 0, and linear divides by their sum",

@@ -14,14 +14,17 @@ from allfuse.merge.recipe import names_of_models
 from allfuse.merge.settings import WEIGHT, Setting, Value
 from allfuse.rule import Rule
 
-FIXED: dict[str, tuple[Value, tuple[str, ...]]] = {
-    "rescale": (True, ("dare_linear", "dare_ties", "della", "della_linear")),
-    "normalize_weights": (True, ("multislerp",)),
-    "nuslerp_flatten": (True, ("nuslerp",)),
-    "nuslerp_row_wise": (False, ("nuslerp",)),
-    "filter_wise": (False, ("model_stock",)),
+FIXED: dict[str, dict[str, Value]] = {
+    "rescale": {
+        **dict.fromkeys(("dare_linear", "dare_ties", "della", "della_linear"), True),
+        **dict.fromkeys(("ties", "breadcrumbs", "breadcrumbs_ties"), False),
+    },
+    "normalize_weights": {"multislerp": True},
+    "nuslerp_flatten": {"nuslerp": True},
+    "nuslerp_row_wise": {"nuslerp": False},
+    "filter_wise": {"model_stock": False},
 }
-"""Parameters of mergekit that can be one value alone here, and the rules that have them."""
+"""Parameters of mergekit that can be one value alone here, by the rules that have them."""
 IDLE = {"int8_mask": "saves memory in mergekit, and changes no number"}
 KNOWN = (
     WEIGHT, "density", "gamma", "epsilon", "normalize", "lambda", "t", "eps", "max_iter", "tol",
@@ -85,8 +88,8 @@ class Parameters:
     def _read_foreign(self, name: object, value: Any, where: str) -> None:
         if name in IDLE:
             self._note(f"{name} {IDLE[str(name)]}")
-        elif name in FIXED and self.rule.name in FIXED[str(name)][1]:
-            only = FIXED[str(name)][0]
+        elif self.rule.name in FIXED.get(str(name), {}):
+            only = FIXED[str(name)][self.rule.name]
             if value != only:
                 raise self.refuse(
                     where, f"is {shown(value)}; {self.rule.name} allows {write(only)} alone"

@@ -127,8 +127,8 @@ PRESETS = {"mergekit": "norm", "paper": "density", "peft": "density"}
 
 
 def drop(density: float, preset: str, tilt: float = 0.0) -> Chance | None:
-    """What keeps each change with that probability; None: all."""
-    if density == 1 and not tilt:
+    """What keeps each change with that probability; None: all, at density 1."""
+    if density == 1:
         return None
     return Chance(density, tilt, PRESETS[preset])
 
@@ -142,11 +142,11 @@ def check_preset(rule: Choice, preset: str) -> None:
 
 
 def check_tilt(rule: Choice, density: float, tilt: float) -> None:
-    """Refuse probabilities beyond 0 and 1. Raises PlanError."""
-    if not (density - tilt > 0 and density + tilt <= 1 and tilt >= 0):
+    """Refuse probabilities beyond 0 and 1; at density 1 all is kept. Raises PlanError."""
+    if density != 1 and not (density - tilt > 0 and density + tilt <= 1 and tilt >= 0):
         raise PlanError(
             str(rule),
             f"probabilities to be kept go from density - epsilon to density + epsilon, "
-            f"{density - tilt:g} to {density + tilt:g}; they lie between 0 and 1",
+            f"{density - tilt:g} to {density + tilt:g}; they lie between 0 and 1, or density is 1",
             f"{rule.name}(density={max(min(density, 1 - tilt), tilt + 0.05):g})",
         )

@@ -19,7 +19,7 @@ class Della(Elected):
     """
 
     name: ClassVar[str] = "della"
-    density: float = 0.5
+    density: float = 1.0
     epsilon: float = 0.15
 
     def __post_init__(self) -> None:

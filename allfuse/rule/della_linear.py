@@ -15,7 +15,7 @@ class DellaLinear(TaskArithmetic):
     """DELLA (Deep et al. 2024, arXiv:2406.11617), as `della` without the election of signs."""
 
     name: ClassVar[str] = "della_linear"
-    density: float = 0.5
+    density: float = 1.0
     epsilon: float = 0.15
     _: KW_ONLY
     preset: str = "mergekit"
