@@ -36,19 +36,20 @@ class Found:
 
     Attributes:
         totals: the sum over all blocks, by turn.
-        before: of turns that run, the sums over earlier blocks.
+        before: of turns that run, the sums over earlier blocks, a row for each block.
     """
 
     def __init__(self) -> None:
         self.totals: list[Tensor] = []
-        self.before: dict[int, list[Tensor]] = {}
+        self.before: dict[int, Tensor] = {}
         self._sum: Tensor | None = None
-        self._parts: dict[int, Tensor] = {}
+        self._parts: dict[int, Any] = {}
 
     def take(self, block: int, part: Tensor, running: bool) -> None:
         """What the present turn found out of a block."""
         if running or part.is_floating_point():
-            self._parts[block] = part
+            # as plain numbers: small tensors that stay would keep the memory around them in pieces
+            self._parts[block], self._dtype = part.tolist(), part.dtype
         else:
             self._sum = part if self._sum is None else self._sum.add_(part)
 
@@ -58,11 +59,9 @@ class Found:
             self.totals.append(self._sum)
         else:
             parts = [self._parts[block] for block in range(len(self._parts))]
-            earlier = [torch.zeros_like(parts[0])]
-            for part in parts:
-                earlier.append(earlier[-1] + part)
-            self.before[len(self.totals)] = earlier
-            self.totals.append(earlier[-1])
+            sums = torch.tensor(parts, dtype=self._dtype).cumsum(0)  # one after the other
+            self.before[len(self.totals)] = torch.cat([torch.zeros_like(sums[:1]), sums[:-1]])
+            self.totals.append(sums[-1])
         self._sum, self._parts = None, {}
 
     def at(self, block: int, running: frozenset[int]) -> list[Tensor]:

@@ -45,16 +45,22 @@ class Elected(GatherRule):
     def fuse(self, values: Tensor, weights: Tensor) -> Tensor:
         import torch
 
-        parts = weights.to(values.dtype).view(-1, 1)
+        parts, one = weights.to(values.dtype), torch.ones_like(weights, dtype=values.dtype)
         if self.preset == "paper":
-            parts = torch.ones_like(parts)
+            parts = one
         weighs_first = self.preset == "mergekit"
-        judged = values * parts if weighs_first else values
-        sign = judged.sum(0).sign_().add_(0.5).sign_()  # comparisons take ten times as long
+        signs = parts.sign() if weighs_first else one
+        judged = values * signs.view(-1, 1) if bool((signs < 0).any()) else values
+        sign = _add_up(parts.abs() if weighs_first else one, judged).sign_().add_(0.5).sign_()
         sizes = (judged * sign).clamp_(min=0.0)  # of those that have the elected sign; others are 0
-        total = (sizes if weighs_first else sizes * parts).sum(0).mul_(sign)
+        total = _add_up(parts * signs, sizes).mul_(sign)
         if not self.normalize:
             return total.mul_(self.scale)
-        divisor = (sizes.sign_().mul_(parts) if weighs_first else sizes.sign_()).sum(0)
+        divisor = _add_up(parts if weighs_first else one, sizes.sign_())
         none = divisor.sign().square_().neg_().add_(1.0)  # 1 where nobody agrees
         return total.div_(divisor.add_(none)).mul_(self.scale)
+
+
+def _add_up(weights: Tensor, values: Tensor) -> Tensor:
+    """sum(w x) of each number, (k,): weights (n,), values (n, k)."""
+    return (weights.view(1, -1) @ values).view(-1)
