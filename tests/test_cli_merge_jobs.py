@@ -66,7 +66,7 @@ def test_a_rule_that_learns_says_what_it_did(
     out, job = str(tmp_path / "out"), str(tmp_path / "job.py")
     said = merge(*models[:2], *base, "--rule", rule, "--job", job, "--out", out)
     assert f"66 parameters in 4 tensors by {name} of 2 models" in said
-    assert "256 samples of each model's data" in said
+    assert "at most 256 samples of each model's data" in said
     assert set(load_file(tmp_path / "out" / "model.safetensors")) == {
         "0.weight", "0.bias", "2.weight", "2.bias",
     }  # fmt: skip
@@ -77,7 +77,7 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(models: list[str], tmp_
     said = merge(*models, "--rule", "fisher", "--job", str(tmp_path / "job.py"), "--examples", "9",
                  "--out", str(tmp_path / "out"), "--dry-run")  # fmt: skip
     assert "66 parameters in 4 tensors by fisher of 3 models" in said
-    assert "9 samples of each model's data" in said
+    assert "at most 9 samples of each model's data" in said
     assert sorted(set(os.listdir(tmp_path)) - {"__pycache__"}) == before
 
 

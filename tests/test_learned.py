@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ import allfuse as af
 from allfuse.base.errors import MergeError, PlanError
 from allfuse.merge.learned import LEARNED, Learned
 from allfuse.merge.learned import fisher as fishing
+from allfuse.merge.learned import learn as learning
 from allfuse.merge.learned.adamerging import AdaMerging, Blend
 from allfuse.merge.learned.fisher import Fisher
 from allfuse.merge.learned.learn import LearnedMerge, merge_learned
@@ -421,6 +423,46 @@ def test_statistics_of_batchnorm_are_those_of_the_fused_model(name: str, tmp_pat
     assert near(found["1.running_mean"], seen.mean(0))
     kept = fuse(make_method(name), paths, jobs, tmp_path / "out", calibrate=False)
     assert torch.equal(kept["1.running_mean"], torch.zeros(7))
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_batches_by_name_and_outputs_with_logits_give_the_same(name: str, tmp_path: Path) -> None:
+    class Named(nn.Sequential):
+        def forward(self, inputs: Tensor) -> Any:
+            return SimpleNamespace(logits=super().forward(inputs))
+
+    paths = save_all(make_modules(small, 2), tmp_path)
+    inputs, labels = classes(1)
+    plain = make_job(train=(inputs, labels))
+    named = make_job(
+        lambda: Named(*small().children()),  # type: ignore[arg-type]
+        {"inputs": inputs, "labels": labels},
+        loss=lambda outputs, batch: F.cross_entropy(outputs.logits, batch["labels"]),
+    )
+    found = [fuse(make_method(name), paths, [job] * 2, tmp_path / "out") for job in (plain, named)]
+    assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_gpu_gives_the_same_to_rounding(name: str, tmp_path: Path) -> None:
+    paths = save_all(make_modules(small, 2), tmp_path)
+    jobs = [make_job(train=classes(seed)) for seed in (1, 2)]
+    found = [
+        fuse(make_method(name), paths, jobs, tmp_path / "out", device=device)
+        for device in ("cpu", "cuda")
+    ]
+    assert all(near(found[1][n], value, 1e-4) for n, value in found[0].items())
+
+
+def test_what_has_no_room_in_memory_is_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learning, "room_bytes", lambda device, sharing: 1000)
+    paths = save_all(make_modules(small, 2), tmp_path)
+    with pytest.raises(MergeError, match=r"about 1\.3. kB in memory .* and 1 kB are free on cpu"):
+        fuse(Fisher(), paths, [make_job()] * 2, tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", LEARNED)

@@ -111,9 +111,10 @@ def merge_by_data(
         else:
             print(
                 f"{out}: would be {told['parameters']:,} parameters in {told['tensors']:,} tensors "
-                f"by {told['rule']} of {told['models']} models\n  {told['examples']} samples of "
-                f"each model's data, about {format_bytes(told['memory_bytes'])} in memory beside "
-                f"activations, write {format_bytes(told['written_bytes'])}"
+                f"by {told['rule']} of {told['models']} models\n"
+                f"  at most {told['examples']} samples of each model's data, about "
+                f"{format_bytes(told['memory_bytes'])} in memory beside activations, write "
+                f"{format_bytes(told['written_bytes'])}"
             )
         return
     if quiet:

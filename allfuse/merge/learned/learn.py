@@ -117,7 +117,7 @@ def merge_learned(
     mix, layout, held_bytes = _prepare(given, out, overwrite, tell)
     tell(
         "note",
-        text=f"{given.method}: {given.examples} samples of each model's data, about "
+        text=f"{given.method}: at most {given.examples} samples of each model's data, about "
         f"{format_bytes(held_bytes)} in memory beside activations",
     )
     found = given.method.fuse(mix)
