@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,7 @@ from allfuse.split.pipe.stage import Stage
 from allfuse.split.record import Recording, left_as_it_was, tensors_in
 
 BUDGET_S = 2.0
+GROUP_BYTES = 8 << 20
 MOST = 9
 """How often a part is timed, if the budget allows it; at least once."""
 
@@ -134,16 +135,15 @@ class _Timer:
             own = closing.enter_context(
                 _stand_ins(self.model, self.part.parameters, self.modules, self.device)
             )
-            learning = [tensor for tensor in own if tensor.requires_grad]
-            optimizer = torch.optim.AdamW(learning) if learning else None
             weights = {tensor.untyped_storage().data_ptr() for tensor in own}
             with _noting(kept, weights):
-                self._once(stage, optimizer)  # makes the optimizer's state, too
+                self._pass(stage, own)
             begin = time.perf_counter()
-            times = [self._once(stage, optimizer)]
+            times = [self._pass(stage, own)]
             while len(times) < MOST and time.perf_counter() - begin < budget_s:
-                times.append(self._once(stage, optimizer))
-        forward_s, backward_s, update_s = map(min, zip(*times, strict=True))
+                times.append(self._pass(stage, own))
+            update_s = sum(map(self._update, _some_at_a_time(own)))
+        forward_s, backward_s = map(min, zip(*times, strict=True))
         first = self.part.first
         taken = 0 if first is None else self.sizes.crossing(first, torch.device("meta")).nbytes
         return Cost(
@@ -153,10 +153,10 @@ class _Timer:
             kept_bytes=taken if recompute else sum(kept.values()),
         )
 
-    def _once(
-        self, stage: Stage, optimizer: torch.optim.Optimizer | None
-    ) -> tuple[float, float, float]:
-        """Seconds of one pass forward, one backward, and one step of an optimizer."""
+    def _pass(self, stage: Stage, own: Iterable[Tensor]) -> tuple[float, float]:
+        """Seconds of one pass forward, and one backward, which leaves gradients of its own."""
+        for tensor in own:
+            tensor.grad = None
         received = None
         if self.part.first is not None:
             received = _fill(self.sizes.crossing(self.part.first, self.device))
@@ -172,17 +172,36 @@ class _Timer:
         if ends:
             torch.autograd.backward(ends, gradients)
         times.append(self._now())
-        if optimizer is not None:
+        return times[1] - times[0], times[3] - times[2]
+
+    def _update(self, parameters: Sequence[Tensor]) -> float:
+        """Seconds of an optimizer's step of parameters whose gradients are there, the faster of
+        two."""
+        optimizer = torch.optim.AdamW(parameters)
+        optimizer.step()  # makes its state
+        times = [self._now()]
+        for _ in range(2):
             optimizer.step()
-        times.append(self._now())
-        if optimizer is not None:
-            optimizer.zero_grad()
-        return times[1] - times[0], times[3] - times[2], times[4] - times[3]
+            times.append(self._now())
+        return min(times[1] - times[0], times[2] - times[1])
 
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+def _some_at_a_time(own: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Those that learn, in groups, so that there is little of an optimizer's state at a time."""
+    group: list[Tensor] = []
+    for tensor in own:
+        if tensor.grad is not None:
+            group.append(tensor)
+        if sum(each.nbytes for each in group) >= GROUP_BYTES:
+            yield group
+            group = []
+    if group:
+        yield group
 
 
 @contextmanager
