@@ -29,12 +29,14 @@ from allfuse.cli.merge_recipe import (
     read_size,
     read_type,
     read_weights,
+    refuse_recipes,
 )
 from allfuse.cli.merge_search import (
     EvaluationsOption,
     PerLayerOption,
     SearchOption,
     merge_by_search,
+    refuse_beside_search,
     refuse_without_search,
 )
 from allfuse.cli.options import (
@@ -125,13 +127,20 @@ def merge(
     if align is not None:
         refuse_beside_alignment(search=search, plan=plan, workers=workers)
     if search is not None:
+        refuse_recipes(models, f"--search {search}")
         if weights is not None:
             raise UserError(f"--weights {weights}: a search finds them; next: leave it out")
+        if pad_vocabulary or shard_size is not None:
+            raise UserError(
+                "--pad-vocabulary and --shard-size do not go with --search; next: leave them out"
+            )
+        refuse_beside_search(rule, pad_vocabulary=pad_vocabulary, shard_size=shard_size)
         merge_by_search(
             models,
             out,
             search=search,
             rule=read_rule(rule or RULE),
+            memory_bytes=read_size("--memory", memory),
             jobs=job,
             settings=settings,
             plan=plan,
@@ -163,6 +172,7 @@ def merge(
             plan=plan,
             workers=workers,
         )
+        refuse_recipes(models, f"--rule {rule}")
         models = find_models(models)
         merge_by_data(
             method,

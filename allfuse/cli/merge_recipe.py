@@ -87,6 +87,15 @@ def read_request(
     )
 
 
+def refuse_recipes(models: Sequence[Path], what: str) -> None:
+    """Refuse a recipe where models themselves are asked for. Raises UserError."""
+    from allfuse.merge.recipe_file import is_recipe
+
+    for model in models:
+        if is_recipe(model):
+            raise UserError(f"{what} takes models, and {model} is a recipe; next: name its models")
+
+
 def find_models(models: Sequence[Path]) -> list[Path]:
     """The models that are named; those in a folder, where it is the only one."""
     from allfuse.store.model_files import find_ingredients
