@@ -667,7 +667,7 @@ def test_a_recipe_is_merged_by_the_command(place: Path) -> None:
         with pytest.raises(UserError, match=rf"{option[0]} .* recipe.yml says it"):
             command("recipe.yml", *option, "--out", "x")
     for option in (["--search", "greedy"], ["--rule", "fisher"]):
-        with pytest.raises(UserError, match="recipe.yml is a recipe; next: name its models"):
+        with pytest.raises(UserError, match=r"recipe\.yml is a recipe; next: name its models"):
             command("recipe.yml", *option, "--out", "x")
     with pytest.raises(UserError, match="it alone"):
         command("recipe.yml", "a", "--out", "x")
