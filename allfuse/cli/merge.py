@@ -128,13 +128,9 @@ def merge(
         refuse_beside_alignment(search=search, plan=plan, workers=workers)
     if search is not None:
         refuse_recipes(models, f"--search {search}")
-        if weights is not None:
-            raise UserError(f"--weights {weights}: a search finds them; next: leave it out")
-        if pad_vocabulary or shard_size is not None:
-            raise UserError(
-                "--pad-vocabulary and --shard-size do not go with --search; next: leave them out"
-            )
-        refuse_beside_search(rule, pad_vocabulary=pad_vocabulary, shard_size=shard_size)
+        refuse_beside_search(
+            rule, weights=weights, pad_vocabulary=pad_vocabulary, shard_size=shard_size
+        )
         merge_by_search(
             models,
             out,

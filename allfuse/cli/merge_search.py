@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from allfuse.base.errors import UserError
+from allfuse.cli.merge_jobs import find_learned
 from allfuse.cli.options import choose_plan, is_first, parse_settings, print_json, run_under
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def merge_by_search(
 
     Args:
         models: several, or one folder with several.
-        about: base, dtype, seed, allow_nan and calibrate of a `Subject`.
+        about: base, dtype, seed, allow_nan, calibrate and memory_bytes of a `Subject`.
     """
     from allfuse.judge.subject import Subject, find_job
     from allfuse.judge.wish import Wish, check
@@ -99,6 +100,22 @@ def merge_by_search(
         from allfuse.observe.judging import print_report
 
         print_report(report)
+
+
+def refuse_beside_search(rule: str | None, weights: str | None, **given: object) -> None:
+    """Refuse what a search does not do. Raises UserError."""
+    if rule is not None and find_learned(rule) is not None:
+        raise UserError(
+            f"--rule {rule}: it looks at data, and a search fuses by rules of weights alone; next: "
+            "another rule, or no --search"
+        )
+    if weights is not None:
+        raise UserError(f"--weights {weights}: a search finds them; next: leave it out")
+    for name, value in given.items():
+        if value:
+            raise UserError(
+                f"--{name.replace('_', '-')} beside --search is not possible; next: leave it out"
+            )
 
 
 def refuse_without_search(**given: object) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from allfuse.judge.candidate import Candidate, single, together
 from allfuse.judge.data import VALIDATION
@@ -43,7 +42,8 @@ class Bench:
 
     Attributes:
         scores: of all candidates so far, in the order in which they were asked for.
-        measured, known: how many questions were answered by measuring, and by an earlier search.
+        known: the questions that an earlier search has answered.
+        measured: how many were answered by measuring.
     """
 
     def __init__(
@@ -53,7 +53,8 @@ class Bench:
         self.subject, self.jury, self.limit = subject, jury, limit
         self.scores: dict[Candidate, Score] = {}
         self._answers: dict[Question, Measured] = {}
-        self.measured = self.known = 0
+        self.known: set[Question] = set()
+        self.measured = 0
         self._kept, self._key, self._tell = kept, key, tell
 
     @property
@@ -78,10 +79,9 @@ class Bench:
         new = new[: int(min(self.left, len(new)))]
         for place in range(0, len(new), self.workers):
             some = new[place : place + self.workers]
-            before = self.measured
             found = self.measure([(candidate, VALIDATION) for candidate in some])
             for candidate, each in zip(some, found, strict=True):
-                self._note(candidate, each, self.measured == before)
+                self._note(candidate, each)
         scores = []
         for candidate in candidates:
             if candidate not in self.scores:
@@ -100,7 +100,7 @@ class Bench:
                 open_ones.append(question)
             else:
                 self._answers[question] = found
-                self.known += 1
+                self.known.add(question)
         answers = self.jury.judge(open_ones) if open_ones else []
         for question, answer in zip(open_ones, answers, strict=True):
             candidate, name = question
@@ -122,7 +122,7 @@ class Bench:
         rule = self.subject.rule
         return together(range(self.count), rule) if rule.models in (None, self.count) else None
 
-    def _note(self, candidate: Candidate, measured: Measured, was_known: bool) -> None:
+    def _note(self, candidate: Candidate, measured: Measured) -> None:
         job = self.jury.examiner.job
         figure = measured.figures[job.monitor_name]
         value = job.score(measured.figures)
@@ -132,36 +132,9 @@ class Bench:
         self._tell(
             "judged",
             number=len(self.scores),
-            candidate=describe(candidate, self.subject),
+            candidate=self.subject.describe(candidate),
             metric=job.monitor_name,
             figure=figure,
-            known=was_known,
+            known=(candidate, VALIDATION) in self.known,
             best=self.scores[self.best()].figure,
         )
-
-
-def describe(candidate: Candidate, subject: Subject) -> str:
-    """A candidate in a few words.
-
-    One model by its path; others by their numbers from 1, with weights where they differ.
-    """
-    if candidate.is_single:
-        return str(subject.models[candidate.models[0]])
-    numbers = [str(model + 1) for model in candidate.models]
-    if len(set(candidate.weights)) > 1:
-        parts = zip(candidate.weights, numbers, strict=True)
-        numbers = [f"{weight:.3g}*{number}" for weight, number in parts]
-    layers = f", other weights in {len(candidate.layers)} layers" if candidate.layers else ""
-    return f"{candidate.rule} of {' + '.join(numbers)}{layers}"
-
-
-def plain_row(candidate: Candidate, subject: Subject) -> dict[str, Any]:
-    """What a candidate is, for reports."""
-    said = candidate.plain()
-    return {
-        "what": describe(candidate, subject),
-        "models": [str(subject.models[model]) for model in candidate.models],
-        "rule": "none" if candidate.is_single else said["rule"],
-        "weights": said["weights"],
-        **({"layers": said["layers"]} if candidate.layers else {}),
-    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class Examiner:
     def write(self, candidate: Candidate, out: Path) -> None:
         """Write a candidate as a model on disk, which has the figures that `examine` gives."""
         if not self.calibrates or candidate.is_single:
-            merge(self.subject.recipe(candidate), out)
+            merge(self.subject.recipe(candidate), out, memory_bytes=self.subject.memory_bytes)
             return
         made = self._take(candidate)
         held = self.model.state_dict()
@@ -64,9 +65,14 @@ class Examiner:
     def _take(self, candidate: Candidate) -> Source:
         """Have the module take a candidate's weights; the candidate on disk."""
         shutil.rmtree(self._folder, ignore_errors=True)
-        merge(self.subject.recipe(candidate), self._folder, threads=torch.get_num_threads())
+        merge(
+            self.subject.recipe(candidate),
+            self._folder,
+            memory_bytes=self.subject.memory_bytes,
+            threads=torch.get_num_threads(),
+        )
         made = open_source(self._folder)
-        load(self.model, made)
+        load(self.model, replace(made, path=Path(self.subject.describe(candidate))))  # for errors
         if self.calibrates and not candidate.is_single:
             self._calibrate(made)
         return made

@@ -9,11 +9,12 @@ from typing import Any
 
 from allfuse.base.tensors import map_children
 from allfuse.job import Job
-from allfuse.judge.bench import Bench, describe, plain_row
+from allfuse.judge.bench import Bench
 from allfuse.judge.candidate import Candidate
 from allfuse.judge.data import TEST, VALIDATION
 from allfuse.judge.interval import interval
 from allfuse.judge.measured import Measured, figure_of, monitored
+from allfuse.judge.subject import Subject
 
 NAME = "merge-report.json"
 BEST_SINGLE, UNIFORM, CHOSEN = "best single", "uniform", "chosen"
@@ -38,7 +39,7 @@ def make_report(bench: Bench, search: str, chosen: Candidate, notes: list[str]) 
         "models": [str(path) for path in bench.subject.models],
         "rows": {
             name: {
-                **plain_row(way, bench.subject),
+                **_plain(way, bench.subject),
                 VALIDATION: figures[way, VALIDATION],
                 TEST: figures[way, TEST],
             }
@@ -46,12 +47,12 @@ def make_report(bench: Bench, search: str, chosen: Candidate, notes: list[str]) 
         },
         "units": found[chosen, TEST].units,
         "judged": [
-            {**plain_row(way, bench.subject), VALIDATION: score.figure}
+            {**_plain(way, bench.subject), VALIDATION: score.figure}
             for way, score in sorted(bench.scores.items(), key=lambda item: -item[1].value)
         ],
         "candidates": len(bench.scores),
         "measured": bench.measured,
-        "known_before": bench.known,
+        "known_before": len(bench.known),
     }
     single = bench.best_single()
     pairs = {name: (found[chosen, name], found[single, name]) for name in (VALIDATION, TEST)}
@@ -66,6 +67,18 @@ def _rows(bench: Bench, chosen: Candidate) -> dict[str, Candidate]:
         BEST_SINGLE: bench.best_single(),
         **({} if uniform is None or uniform not in bench.scores else {UNIFORM: uniform}),
         CHOSEN: chosen,
+    }
+
+
+def _plain(candidate: Candidate, subject: Subject) -> dict[str, Any]:
+    """What a candidate is."""
+    said = candidate.plain()
+    return {
+        "what": subject.describe(candidate),
+        "models": [str(subject.models[model]) for model in candidate.models],
+        "rule": "none" if candidate.is_single else said["rule"],
+        "weights": said["weights"],
+        **({"layers": said["layers"]} if candidate.layers else {}),
     }
 
 
@@ -95,14 +108,14 @@ def _warnings(bench: Bench, chosen: Candidate, report: Mapping[str, Any]) -> lis
     if chosen.is_single:
         notes.append(
             f"nothing that was tried is better than the best single model on the validation data: "
-            f"the result is {describe(single, bench.subject)} as it is"
+            f"the result is {bench.subject.describe(single)} as it is"
         )
     gain, about = report["gain"][TEST]["figure"], report["gain"][TEST]["interval"]
     if gain < 0:
         unsure = about is not None and about[0] <= 0 <= about[1]
         notes.append(
             f"on the test data what was chosen is worse than the best single model, "
-            f"{describe(single, bench.subject)}, by {-gain:.4g}"
+            f"{bench.subject.describe(single)}, by {-gain:.4g}"
             + (", which may be chance: the interval of the difference holds 0" if unsure else "")
         )
     return notes

@@ -15,6 +15,7 @@ from allfuse.job import Job
 from allfuse.jobfile import load_job
 from allfuse.judge.candidate import Candidate
 from allfuse.merge.grouping import place_of
+from allfuse.merge.merge import MEMORY_BYTES
 from allfuse.merge.recipe import Part, Recipe, Slice
 from allfuse.merge.settings import WEIGHT, Setting
 from allfuse.merge.source import Source, open_source
@@ -84,6 +85,7 @@ class Subject:
             for that.
         dtype, seed, allow_nan: as of a `Recipe`.
         calibrate: whether the statistics of BatchNorm are estimated anew in what is fused.
+        memory_bytes: that fusing may take, beside the job's model.
     """
 
     models: tuple[Path, ...]
@@ -94,6 +96,7 @@ class Subject:
     seed: int = 0
     allow_nan: bool = False
     calibrate: bool = True
+    memory_bytes: int = MEMORY_BYTES
 
     def recipe(self, candidate: Candidate) -> Recipe:
         """How a candidate is made. Raises MergeError: it has no meaning."""
@@ -123,6 +126,19 @@ class Subject:
         own = candidate.rule
         based = self.base is not None and (own.of_changes or own.base_optional)
         return [Slice((*parts, *([Part(None)] if based else [])))]
+
+    def describe(self, candidate: Candidate) -> str:
+        """A candidate in a few words: one model by its path, others by their numbers from 1, with
+        weights where they differ."""
+        if candidate.is_single:
+            return str(self.models[candidate.models[0]])
+        numbers = [str(model + 1) for model in candidate.models]
+        if len(set(candidate.weights)) > 1:
+            parts = zip(candidate.weights, numbers, strict=True)
+            numbers = [f"{weight:.3g}*{number}" for weight, number in parts]
+        count = len(candidate.layers)
+        layers = f", with weights of their own in {count} layers" if count else ""
+        return f"{candidate.rule} of {' + '.join(numbers)}{layers}"
 
     def fingerprints(self) -> dict[str, str]:
         """Of each model, by its path: a hash of its files. Reads them once."""

@@ -64,6 +64,8 @@ def print_report(report: Mapping[str, Any], file: TextIO | None = None) -> None:
     console = Console(file=file or sys.stdout)
     if not console.is_terminal:
         console.width = WIDTH
+    numbered = (f"{number} {path}" for number, path in enumerate(report["models"], start=1))
+    console.print(Text(f"models: {', '.join(numbered)}"), soft_wrap=True)
     console.print(_rows(report))
     if report["search"] == "methods":
         console.print(_all(report))
@@ -75,7 +77,9 @@ def print_report(report: Mapping[str, Any], file: TextIO | None = None) -> None:
         ),
         soft_wrap=True,
     )
-    console.print(Text(f"  intervals hold 95 % of resamples of {report['units']}"), soft_wrap=True)
+    console.print(
+        Text(f"  intervals hold 95 % of resamples of the {report['units']}"), soft_wrap=True
+    )
     for note in report["notes"]:
         console.print(Text(f"  note: {note}"), soft_wrap=True)
     judged = f"{report['candidates']} candidates, {report['known_before']} answers known before"
