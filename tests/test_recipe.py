@@ -433,6 +433,9 @@ def test_the_tokenizer_is_that_of_the_model_named(place: Path) -> None:
     for source, owner in ((None, "a"), ("base", "a"), ("b", "b"), ("model:b", "b"), ("union", "a")):
         fuse({**said, **({} if source is None else {"tokenizer_source": source})})
         assert json.loads(Path("out/tokenizer_config.json").read_text()) == {"of": owner}
+    save(make(3), place / "c")  # which has none
+    fuse({**said, "models": [of("a"), of("c")], "tokenizer_source": "c"})
+    assert json.loads(Path("out/tokenizer_config.json").read_text()) == {"of": "a"}
     fuse({**said, "tokenizer": {"source": "b"}})
     assert json.loads(Path("out/tokenizer_config.json").read_text()) == {"of": "b"}
 
