@@ -183,6 +183,41 @@ def test_two_names_of_one_tensor_are_tied(save: Callable[..., None], tmp_path: P
     assert source.files == {"model.safetensors": ["embed", "view", "other"]}
 
 
+TIED: dict[str, Callable[[Path, Tensor], None]] = {
+    "both": lambda path, w: torch.save({"embed": w, "head": w}, path.with_suffix(".pt")),
+    "other way": lambda path, w: save_file({"head": w}, path, metadata={"embed": "head"}),
+    "embed": lambda path, w: save_file({"embed": w}, path),
+    "head": lambda path, w: save_file({"head": w}, path),
+}
+
+
+@pytest.mark.parametrize("first", ["both", "other way"])
+@pytest.mark.parametrize("second", TIED)
+def test_tied_weights_are_fused_under_whichever_name_a_model_has_them(
+    first: str, second: str, tmp_path: Path
+) -> None:
+    ones = torch.ones(4, 3)
+    for order in ((first, second), (second, first)):
+        paths = []
+        for number, form in enumerate(order):
+            paths.append(tmp_path / f"{number}.safetensors")
+            TIED[form](paths[-1], ones * number)
+            if form == "both":
+                paths[-1] = paths[-1].with_suffix(".pt")
+        fuse(paths, tmp_path / "out")
+        made = open_source(tmp_path / "out")
+        assert made.entries.keys() == open_source(paths[0]).entries.keys()
+        assert all(torch.equal(value, 0.75 * ones) for value in read(made).values())
+
+
+def test_names_that_are_tied_in_one_model_and_not_in_the_other_are_refused(tmp_path: Path) -> None:
+    TIED["both"](tmp_path / "a.pt", torch.ones(4, 3))
+    save_file({"embed": torch.ones(4, 3), "head": torch.zeros(4, 3)}, tmp_path / "b.safetensors")
+    for paths in (["a.pt", "b.safetensors"], ["b.safetensors", "a.pt"]):
+        with pytest.raises(MergeError, match="tied weights"):
+            fuse([tmp_path / path for path in paths], tmp_path / "out")
+
+
 def fuse(models: list[Path], out: Path) -> bytes:
     recipe = Recipe(models=models, rule=METHODS["linear"](), weights=[1.0, 3.0][: len(models)])
     merge(recipe, out, overwrite=True)

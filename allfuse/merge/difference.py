@@ -26,6 +26,7 @@ from allfuse.merge.header import FLOATS, Entry
 from allfuse.merge.outline import BLOCK
 from allfuse.merge.source import Source, open_source
 from allfuse.merge.sums import Sums
+from allfuse.merge.tying import with_ties_of
 
 TOP = 0.1
 """The part of a tensor whose places are compared as its largest."""
@@ -144,8 +145,9 @@ def compare(
         UserError: a model cannot be read, or the models have no tensor in common.
     """
     begun = time.monotonic()
-    one, two = open_source(first), open_source(second)
-    start = None if base is None else open_source(base)
+    one = open_source(first)
+    two = with_ties_of(one, open_source(second))
+    start = None if base is None else with_ties_of(one, open_source(base))
     pairs = find_pairs(one, two, start)
     tell("comparing", bytes=0, total=sum(pair.bytes for pair in pairs))
     sums = _compare_all(pairs, threads or os.cpu_count() or 1, tell)

@@ -19,6 +19,7 @@ from allfuse.merge.likeness import (
 from allfuse.merge.padding import Padded, pad
 from allfuse.merge.recipe import Recipe
 from allfuse.merge.source import Source, open_source
+from allfuse.merge.tying import with_ties_of
 from allfuse.merge.vocabulary import refuse_other_tokens
 from allfuse.rule import METHODS, Rule
 
@@ -99,11 +100,11 @@ class Outline:
 
     def side_files(self) -> list[Path]:
         """Files beside the weights that are carried over as they are."""
-        files = self.first.side_files()
-        tokenizer = self.recipe.tokenizer
-        if tokenizer is not None and tokenizer.is_dir():
-            files = [file for file in files if file.name not in TOKENIZER]
-            files += [tokenizer / name for name in TOKENIZER if (tokenizer / name).is_file()]
+        files, tokenizer = self.first.side_files(), self.recipe.tokenizer
+        if tokenizer is not None:
+            own = [tokenizer / name for name in TOKENIZER if (tokenizer / name).is_file()]
+            if own:
+                files = [file for file in files if file.name not in TOKENIZER] + own
         return [file for file in files if self.config is None or file.name != CONFIG]
 
     def write_config(self, folder: Path) -> None:
@@ -121,6 +122,7 @@ def outline(recipe: Recipe) -> Outline:
     sources = tuple(open_source(Path(path)) for path in recipe.models)
     base = None if recipe.base is None else open_source(Path(recipe.base))
     first = sources[0] if base is None else base
+    sources = tuple(with_ties_of(first, source) for source in sources)
     refuse_untied(first, sources)
     if recipe.is_stacked:
         refuse_unlike_layers(recipe, sources, base)

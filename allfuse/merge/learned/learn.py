@@ -22,6 +22,7 @@ from allfuse.merge.learned.ingredients import Ingredients, Tell, put
 from allfuse.merge.likeness import refuse_unlike, refuse_untied
 from allfuse.merge.loaded import build
 from allfuse.merge.source import open_source
+from allfuse.merge.tying import with_ties_of
 from allfuse.merge.written import plan_model, write_model
 from allfuse.split.data.generators import isolated
 from allfuse.training.calibrate import estimate_statistics, norms_of
@@ -145,6 +146,7 @@ def _prepare(
     """All checks that need no numbers; and the bytes that will be held in memory."""
     sources = tuple(open_source(Path(path)) for path in given.models)
     base = None if given.base is None else open_source(Path(given.base))
+    sources = tuple(with_ties_of(base or sources[0], source) for source in sources)
     mix = Ingredients(
         sources=sources,
         jobs=tuple(given.jobs),
