@@ -210,6 +210,17 @@ def test_tied_weights_are_fused_under_whichever_name_a_model_has_them(
         assert all(torch.equal(value, 0.75 * ones) for value in read(made).values())
 
 
+def test_tied_weights_stay_tied_in_several_files(tmp_path: Path) -> None:
+    shared = torch.ones(4, 3)
+    torch.save({"a": torch.zeros(9), "embed": shared, "head": shared}, tmp_path / "m.pt")
+    recipe = Recipe(
+        models=[tmp_path / "m.pt"], rule=METHODS["mean"](), weights=[1.0], shard_bytes=40
+    )
+    merge(recipe, tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2
+    assert open_source(tmp_path / "out").tied == {"head": "embed"}
+
+
 def test_names_that_are_tied_in_one_model_and_not_in_the_other_are_refused(tmp_path: Path) -> None:
     TIED["both"](tmp_path / "a.pt", torch.ones(4, 3))
     save_file({"embed": torch.ones(4, 3), "head": torch.zeros(4, 3)}, tmp_path / "b.safetensors")

@@ -54,8 +54,8 @@ def merge(
     models: Annotated[
         list[Path],
         typer.Argument(
-            help="Models: run folders, .safetensors files, folders with one or more; or a recipe, "
-            "a .yml file such as mergekit's."
+            help="Models: run folders, files of weights, folders with them, MODEL+ADAPTER; or one "
+            "folder with several; or a recipe, a .yml file such as mergekit's."
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the result will be.")],

@@ -60,6 +60,10 @@ class Adapted(Entry):
     scale: float
 
     @property
+    def bytes(self) -> int:
+        return self.base.bytes + self.left.bytes + self.right.bytes
+
+    @property
     def files(self) -> tuple[Path, ...]:
         parts = (self.base, self.left, self.right)
         return tuple(dict.fromkeys(file for part in parts for file in part.files))
