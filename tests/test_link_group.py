@@ -118,14 +118,14 @@ def test_transfers_between_processes_give_what_they_promise(workers: int) -> Non
     assert got["total"] == workers
 
 
-def test_parts_are_summed_by_messages_over_gloo() -> None:
-    """Whose own reduce-scatter sums everything, and so sends twice as much."""
+def test_parts_are_summed_by_messages_over_gloo_and_small_ones_as_a_whole() -> None:
+    """Its own reduce-scatter sums everything, and so sends twice as much."""
 
     def work() -> None:
         shared.AVAILABLE = False
         link = open_link()
         assert type(link) is GroupLink
-        sizes = (0, 5, 1009, 300_000)
+        sizes = (0, 5, 1009, 16_384, 300_000)
         makes = [[value(rank, 3 * size, torch.float32).view(3, size) for size in sizes]
                  for rank in range(3)]  # fmt: skip
         targets, before = [torch.zeros(size) for size in sizes], link.sent_bytes
@@ -133,10 +133,16 @@ def test_parts_are_summed_by_messages_over_gloo() -> None:
                  for target, parts in zip(targets, makes[link.rank], strict=True)]  # fmt: skip
         for each in works:
             each.wait()
-        assert link.sent_bytes - before == 2 * sum(target.nbytes for target in targets)
+        *small, by_messages, last = (target.nbytes for target in targets)
+        assert link.sent_bytes - before == 4 * sum(small) + 2 * (by_messages + last)
         for at, target in enumerate(targets):
             first, second, third = (made[at][link.rank] for made in makes)
-            assert torch.equal(target, first + second + third)
+            total = first + second + third
+            assert torch.equal(target, total) or target.nbytes < 65_536
+            torch.testing.assert_close(target, total, rtol=0, atol=1e-5)
+            target.zero_()
+            works[at].wait()
+            assert not target.any()  # it is over, and nothing comes twice
         link.close()
 
     launch_local(work, 3, timeout_s=60)

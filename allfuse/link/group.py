@@ -20,9 +20,14 @@ from allfuse.base.torch_private import PrefixStore, Store
 from allfuse.link.base import Link, Work
 from allfuse.link.check import as_bytes, check_contiguous, check_parts, check_summable
 from allfuse.link.lookout import Lookout, first_line
+from allfuse.link.scatter import Summed
 
 SLICE_S = 1.0  # how long one uninterrupted wait lasts before the lookout is asked
 POLL_S = 0.01
+SMALL_BYTES = 1 << 16
+"""Of a part of a reduce-scatter. Below it messages over gloo took 1.4 to 2.5 times as long as the
+sum of everything, between 2 or 3 processes of a busy machine; from 512 KB on, 0.7 to 0.9."""
+
 LOOK_S = 0.05  # how often whoever forms a link looks for members that are lost
 
 
@@ -262,8 +267,11 @@ class GroupLink(Link):
 
     def reduce_scatter(self, target: Tensor, parts: Tensor, operation: str) -> Work:
         """By messages over gloo, whose own would send twice as much: it sums everything and drops
-        what others get. NCCL adds up in an order of its own."""
+        what others get. So are small parts summed. Such sums, and NCCL's, are added up in an order
+        of their own."""
         if self.device.type != "cuda":
+            if target.nbytes < SMALL_BYTES:
+                return Summed(self, target, parts, operation)
             return super().reduce_scatter(target, parts, operation)
         check_parts(target, parts, self.size, operation)
         self.sent_bytes += (self.size - 1) * target.nbytes
