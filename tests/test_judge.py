@@ -517,7 +517,9 @@ def test_points_stand_for_weights_and_arguments() -> None:
     space = Space(Ties(density=0.5), 2, [])
     assert space.size == 4
     start = space.start([0.5, 0.5])
-    assert space.candidate(start) == Candidate((0, 1), Ties(density=0.5), (0.5, 0.5))
+    assert space.candidate(start) == Candidate((0, 1), Ties(density=0.5), (1.0, 1.0))
+    sums = Space(TaskArithmetic(), 2, [])
+    assert sums.candidate(sums.start([0.5, 0.5])).weights == (0.5, 0.5)
     assert space.candidate([0.0, 0.0, 2.0, -1.0]).weights == (1.0, 1.0)
     assert space.candidate([0.0, 1.0, 2.0, 0.5]).rule == Ties(density=1.0)
     assert Space(Slerp(), 2, ["a", "b"]).size == 1

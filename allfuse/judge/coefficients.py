@@ -32,6 +32,7 @@ class Space:
 
     def __init__(self, rule: Rule, models: int, layers: Sequence[str]) -> None:
         self.rule, self.models = rule, models
+        self.is_scale_free = bool(getattr(rule, "normalize", True))
         self.layers = list(layers) if rule.weighted else []
         self.groups = max(1, len(self.layers)) if rule.weighted and models > 1 else 0
         self.arguments = [spec.name for spec in arguments_of(type(rule)) if spec.name in RANGES]
@@ -54,17 +55,19 @@ class Space:
         return [*list(weights) * self.groups, *(min(max(value, 0.0), 1.0) for value in own)]
 
     def candidate(self, point: Sequence[float]) -> Candidate:
-        """What a point stands for; with weights that are all 0, all are 1."""
+        """What a point stands for. Weights that are all 0 are all 1; so are equal ones where only
+        their ratios count."""
         values = [round(min(max(float(value), 0.0), 1.0), DIGITS) for value in point]
         cut = self.groups * self.models
         rows = [values[at : at + self.models] for at in range(0, cut, self.models)]
-        weights = [tuple(row) if any(row) else (1.0,) * self.models for row in rows]
+        alike = [not any(row) or (self.is_scale_free and len(set(row)) == 1) for row in rows]
+        ones = (1.0,) * self.models
+        weights = [ones if same else tuple(row) for row, same in zip(rows, alike, strict=True)]
         everywhere = tuple(range(self.models))
         rule = self._rule(values[cut : self.size])
         if not self.layers:
-            return Candidate(everywhere, rule, weights[0] if weights else (1.0,) * self.models)
-        layers = tuple(zip(self.layers, weights, strict=True))
-        return Candidate(everywhere, rule, (1.0,) * self.models, layers)
+            return Candidate(everywhere, rule, weights[0] if weights else ones)
+        return Candidate(everywhere, rule, ones, tuple(zip(self.layers, weights, strict=True)))
 
     def _rule(self, values: Sequence[float]) -> Rule:
         changes = {}
@@ -86,9 +89,8 @@ def coefficients(bench: Bench, per_layer: bool = False) -> Candidate:
     layers = layers_of(open_source(bench.subject.models[0])) if per_layer else []
     space = Space(rule, count, layers)
     best = bench.best_single().models[0]
-    alike = 0.5 if getattr(rule, "normalize", True) else 1 / count
     starts = [
-        space.start([alike] * count),
+        space.start([0.5 if space.is_scale_free else 1 / count] * count),
         space.start([float(model == best) for model in range(count)]),
     ]
     begun = bench.ask([space.candidate(point) for point in starts])
