@@ -201,6 +201,31 @@ def test_units_that_are_alike_hide_no_mistake() -> None:
         )
 
 
+class Rounding(nn.Module):
+    """Computes its norm in float32 whatever it is given, as the models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(5, 24), nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.one(x)
+        size = y.float().square().mean(-1, keepdim=True).rsqrt().to(y.dtype)
+        out: Tensor = self.two(y * size)
+        return out
+
+
+def test_a_model_that_rounds_inside_is_checked_as_exactly_as_it_computes() -> None:
+    module = Rounding().eval()
+    found = groups_of(module, [numbers(4, 5)])
+    check_groups(module, [numbers(4, 5)], default_forward, found)
+    cuts = dict(found.cuts) | {"two.weight": (found.cuts["two.weight"][0], ((Part(24, None),),))}
+    with pytest.raises(MergeError, match=r"the 24 units of one.weight\[0\]"):
+        check_groups(
+            module, [numbers(4, 5)], default_forward, dataclasses.replace(found, cuts=cuts)
+        )
+
+
 class Noisy(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -396,6 +421,7 @@ BAD: list[tuple[list[str], type[Exception], str]] = [
     (["--align", "weights", "--rule", "fisher"], UserError, "--align beside --rule fisher"),
     (["--align", "weights", "--workers", "2"], UserError, "--workers 2"),
     (["--align", "weights", "--examples", "1"], UserError, "2 or more"),
+    (["--align", "weights", "--memory", "10MB"], MergeError, "--memory 10 MB is not enough"),
     (["--align", "weights", "--set", "width=17"], MergeError, "does not fit the model"),
 ]
 

@@ -56,7 +56,8 @@ def merge_by_alignment(
         calibrate=calibrate,
     )
     if dry_run:
-        _tell_plan(check_aligned(recipe, alignment, out, overwrite), out, as_json)
+        told = check_aligned(recipe, alignment, out, memory_bytes=memory_bytes, overwrite=overwrite)
+        _tell_plan(told, out, as_json)
         return
     options: dict[str, Any] = {
         "memory_bytes": memory_bytes,

@@ -9,12 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from allfuse.base.errors import MergeError
-from allfuse.base.tensors import leaves, map_nest
+from allfuse.base.tensors import map_nest
 from allfuse.merge.align.groups import Groups
-from allfuse.merge.align.recording import Forward, evaluating, state_of
+from allfuse.merge.align.recording import Forward, Recorded, record, state_of
 
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}
-"""Of the largest output: sums in another order are rounded otherwise."""
+TOLERANCES = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-5,
+    torch.float16: 1e-2,
+    torch.bfloat16: 1e-1,
+}
+"""Of the largest output, by the shortest type that the model computes in: sums in another order are
+rounded otherwise."""
 
 
 def check_groups(
@@ -28,24 +34,22 @@ def check_groups(
     Raises:
         MergeError: the outputs differ, and for which group; or they differ without a permutation.
     """
-    dtype = torch.float64
     try:
-        probe = _Probe(module, batch, forward, dtype, seed)
-    except (RuntimeError, TypeError):  # the model makes tensors of a type of its own
-        dtype = torch.float32
-        probe = _Probe(module, batch, forward, dtype, seed)
-    if probe.difference(groups, groups.identity()) > TOLERANCES[dtype]:
+        probe = _Probe(module, batch, forward, torch.float64, seed)
+    except (MergeError, RuntimeError):  # the model makes tensors of a type of its own
+        probe = _Probe(module, batch, forward, torch.float32, seed)
+    if probe.difference(groups, groups.identity()) > probe.tolerance:
         raise MergeError(
             "the model gives other outputs for the same input the second time, so it cannot be "
             "checked that units in another order change nothing; next: merge without --align"
         )
     orders = groups.random(torch.Generator().manual_seed(seed))
-    if (most := probe.difference(groups, orders)) <= TOLERANCES[dtype]:
+    if (most := probe.difference(groups, orders)) <= probe.tolerance:
         return
     for number, group in enumerate(groups.groups):
         single = groups.identity()
         single[number] = orders[number]
-        if (own := probe.difference(groups, single)) > TOLERANCES[dtype]:
+        if (own := probe.difference(groups, single)) > probe.tolerance:
             raise MergeError(_text(f"the {group.size} units of {group.name}", own))
     raise MergeError(_text("all units together", most))
 
@@ -58,7 +62,7 @@ def _text(what: str, difference: float) -> str:
 
 
 class _Probe:
-    """A copy of a module with random numbers, and what it gives."""
+    """A copy of a module with random numbers, and what it gives: `expected`, to a tolerance."""
 
     def __init__(
         self, module: nn.Module, batch: Any, forward: Forward, dtype: torch.dtype, seed: int
@@ -76,23 +80,24 @@ class _Probe:
                     values += 0.02 * torch.randn(values.shape, generator=generator, dtype=dtype)
             self.state[name] = values
         self._put(self.state)
-        self.expected = self._run()
+        calls, self.expected = self._run()
+        kinds = {each.dtype for call in calls for each in call.results}
+        self.tolerance = max(TOLERANCES.get(kind, 0.0) for kind in kinds | {dtype})
 
     @torch.no_grad()
     def _put(self, state: dict[str, Tensor]) -> None:
         for name, tensor in state_of(self.module).items():
             tensor.copy_(state[name])
 
-    def _run(self) -> list[Tensor]:
-        with evaluating(self.module):
-            outputs = self.forward(self.module, self.batch)
-        return [leaf.to(torch.float64) for leaf in leaves(outputs) if isinstance(leaf, Tensor)]
+    def _run(self) -> tuple[list[Recorded], list[Tensor]]:
+        calls, outputs = record(self.module, self.batch, self.forward)
+        return calls, [each.to(torch.float64) for each in outputs]
 
     def difference(self, groups: Groups, orders: list[Tensor]) -> float:
         """The largest change of an output, relative to the largest output."""
         self._put(groups.permute(self.state, orders))
         worst = 0.0
-        for old, new in zip(self.expected, self._run(), strict=True):
+        for old, new in zip(self.expected, self._run()[1], strict=True):
             same = (old == new) | (old.isnan() & new.isnan())
             if not bool(same.all()):
                 largest = old.nan_to_num(0, 0, 0).abs().max().clamp(min=1e-30)

@@ -22,7 +22,7 @@ from allfuse.merge.align.recording import state_of
 from allfuse.merge.blocks import Files
 from allfuse.merge.folder import LOCK, held, put_in_place, refuse_folder
 from allfuse.merge.loaded import SourceWeights, batches, build, load
-from allfuse.merge.merge import MEMORY_BYTES, merge, refuse_place
+from allfuse.merge.merge import MEMORY_BYTES, choose_threads, merge, refuse_place
 from allfuse.merge.origin import carry_job
 from allfuse.merge.outline import Outline, outline
 from allfuse.merge.recipe import Recipe
@@ -59,7 +59,12 @@ class Alignment:
 
 
 def check_aligned(
-    recipe: Recipe, alignment: Alignment, out: Path, overwrite: bool = False
+    recipe: Recipe,
+    alignment: Alignment,
+    out: Path,
+    *,
+    memory_bytes: int = MEMORY_BYTES,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """What would be aligned, once it is known that it can be. No numbers of the models are read;
     the job's module, as it is built, says which units there are.
@@ -67,7 +72,7 @@ def check_aligned(
     Raises:
         MergeError, JobError, DataError: as `merge_aligned`.
     """
-    plan, aligner = _prepare(recipe, alignment, out, overwrite)
+    plan, aligner = _prepare(recipe, alignment, out, overwrite, memory_bytes)
     groups = aligner.groups.groups
     return {
         "rule": str(recipe.rule),
@@ -106,7 +111,7 @@ def merge_aligned(
         JobError, DataError: a job that cannot be used.
     """
     begin = time.monotonic()
-    plan, aligner = _prepare(recipe, alignment, out, overwrite)
+    plan, aligner = _prepare(recipe, alignment, out, overwrite, memory_bytes)
     try:
         with _room(out) as folder:
             paths = _align(plan, aligner, folder, tell)
@@ -132,12 +137,13 @@ def merge_aligned(
 
 
 def _prepare(
-    recipe: Recipe, alignment: Alignment, out: Path, overwrite: bool
+    recipe: Recipe, alignment: Alignment, out: Path, overwrite: bool, memory_bytes: int
 ) -> tuple[Outline, Aligner]:
     if recipe.is_stacked:
         raise MergeError("layers that are stacked have no common order; next: leave --align out")
     plan = outline(recipe)
     refuse_place(plan, out, overwrite)
+    choose_threads(plan, memory_bytes, 1)
     copies = sum(_bytes(source) for source in plan.sources if source is not plan.first)
     refuse_folder([], plan.written_bytes + copies, out, overwrite)
     job = alignment.job
