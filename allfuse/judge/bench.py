@@ -114,8 +114,8 @@ class Bench:
         return max(self.scores, key=lambda candidate: self.scores[candidate].order)
 
     def best_single(self) -> Candidate:
-        """The best of the models as they are."""
-        return max((single(n) for n in range(self.count)), key=lambda c: self.scores[c].order)
+        """The best of the models as they are; of equal ones the first."""
+        return max((single(n) for n in range(self.count)), key=lambda c: self.scores[c].value)
 
     def uniform(self) -> Candidate | None:
         """All models with the same weight by the search's rule, where it takes so many."""

@@ -108,7 +108,7 @@ def _warnings(bench: Bench, chosen: Candidate, report: Mapping[str, Any]) -> lis
     if chosen.is_single:
         notes.append(
             f"nothing that was tried is better than the best single model on the validation data: "
-            f"the result is {bench.subject.describe(single)} as it is"
+            f"the result is {bench.subject.describe(chosen)} as it is"
         )
     gain, about = report["gain"][TEST]["figure"], report["gain"][TEST]["interval"]
     if gain < 0:

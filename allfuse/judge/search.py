@@ -21,7 +21,7 @@ from allfuse.judge.examiner import Examiner
 from allfuse.judge.greedy import greedy
 from allfuse.judge.jury import Jury, Question
 from allfuse.judge.methods import legal_rules, methods
-from allfuse.judge.report import NAME, finite, make_report
+from allfuse.judge.report import CHOSEN, NAME, finite, make_report
 from allfuse.judge.scores import NAME as SCORES
 from allfuse.judge.scores import Scores
 from allfuse.judge.scratch import scratch
@@ -155,13 +155,14 @@ def _describe(result: Path, subject: Subject, report: Mapping[str, Any]) -> None
     """Put the report and the job beside the model, so that it can be measured and predict."""
     replace_bytes(result / NAME, (json.dumps(finite(report), indent=1) + "\n").encode())
     job = subject.job
-    record = {
+    record: dict[str, Any] = {
         "plan": "data(1)",
         "command": join(sys.argv),
         "versions": versions(),
         "arguments": dict(job.arguments),
         "job_file": job.original or str(job.path.resolve()),
+        "merged": {"search": report["search"], **report["rows"][CHOSEN]},
     }
-    run = RunFolder(result, record, None)
+    run = RunFolder(result, finite(record), None)
     run.copy_job(job.path)
     run.update()
