@@ -392,6 +392,34 @@ def test_the_mean_of_a_model_and_its_permutation_is_the_model(
     assert not list(tmp_path.glob(".partial*"))
 
 
+def test_all_models_come_into_the_order_of_the_base(
+    planted: dict[str, str], tmp_path: Path
+) -> None:
+    left_over = tmp_path / ".partial-aligned-out" / "0"
+    left_over.mkdir(parents=True)  # by one that was killed
+    (left_over / "model.safetensors").write_bytes(b"half")
+    merge(planted["b.safetensors"], planted["b.safetensors"], "--base", planted["a.safetensors"],
+          "--rule", "task_arithmetic", "--job", planted["job.py"], "--align", "weights",
+          "--no-calibrate", "--out", str(tmp_path / "out"))  # fmt: skip
+    first = load_file(planted["a.safetensors"])
+    found = load_file(tmp_path / "out/model.safetensors")
+    assert all(torch.equal(first[name], found[name]) for name in first)
+    assert not list(tmp_path.glob(".partial*"))
+
+
+def test_the_result_of_runs_knows_the_job_and_what_it_is_made_of(tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(JOB)
+    runs = [str(tmp_path / name) for name in "ab"]
+    for run in runs:
+        arguments = ["train", str(tmp_path / "job.py"), "--out", run, "--quiet"]
+        assert CliRunner().invoke(app, arguments).exit_code == 0
+    merge(*runs, "--align", "weights", "--out", str(tmp_path / "out"))
+    record = json.loads((tmp_path / "out/run.json").read_text())
+    assert record["merged"]["models"] == runs
+    assert record["merged"]["align"] == "weights"
+    assert (tmp_path / "out/job.py").read_text() == JOB
+
+
 def test_statistics_are_those_of_the_data_after_it(planted: dict[str, str], tmp_path: Path) -> None:
     said = merge(planted["a.safetensors"], planted["b.safetensors"], "--job", planted["job.py"],
                  "--align", "weights", "--examples", "96",
