@@ -9,6 +9,8 @@ import torch
 from prediction_helpers import make_run, write_rows
 from safetensors.torch import load_file, save_file
 
+from allfuse.api import train
+from allfuse.base.errors import RunError
 from allfuse.merge.merge import merge
 from allfuse.merge.recipe import Recipe
 from allfuse.prediction import evaluate_run, predict_file
@@ -50,6 +52,14 @@ def test_the_record_says_what_it_is_made_of(runs: list[Path], tmp_path: Path) ->
     assert record["merged"]["models"] == [str(run) for run in runs]
     assert record["merged"]["rule"] == "mean"
     assert "plan" not in record  # which is of one run's training
+
+
+def test_a_merge_is_not_trained_over(runs: list[Path], tmp_path: Path) -> None:
+    out = merge_mean(runs, tmp_path / "out")
+    before = (out / "model.safetensors").read_bytes()
+    with pytest.raises(RunError, match="its weights were merged"):
+        train(out / "job.py", out=out, resume=True, quiet=True, settings={"hidden": 7})
+    assert (out / "model.safetensors").read_bytes() == before
 
 
 def test_a_merge_of_merges_and_files_has_the_job_of_the_first_run(

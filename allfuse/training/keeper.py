@@ -372,6 +372,11 @@ def refuse_other(
 ) -> None:
     """Resuming goes on with the same job, data and batches, or not at all."""
     record = folder.record
+    if "merged" in record:
+        raise RunError(
+            f"resume {folder.path}: its weights were merged, and there is no training to go on "
+            "with; next: a new --out, and a job that begins with these weights"
+        )
     was, now = record.get("fingerprints", {}), fingerprints
     pairs = [(f"fingerprint of the {k}", was.get(k), now[k]) for k in now if k in was]
     pairs += [(k, record[k], facts[k]) for k in SAME if k in record and k in facts]
