@@ -11,6 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from allfuse.api import train
 from allfuse.base.errors import RunError
+from allfuse.merge.learned import LEARNED
+from allfuse.merge.learned.learn import LearnedMerge, merge_learned
+from allfuse.merge.loaded import find_jobs
 from allfuse.merge.merge import merge
 from allfuse.merge.recipe import Recipe
 from allfuse.prediction import evaluate_run, predict_file
@@ -52,6 +55,16 @@ def test_the_record_says_what_it_is_made_of(runs: list[Path], tmp_path: Path) ->
     assert record["merged"]["models"] == [str(run) for run in runs]
     assert record["merged"]["rule"] == "mean"
     assert "plan" not in record  # which is of one run's training
+
+
+def test_a_merge_by_data_knows_its_job_too(runs: list[Path], tmp_path: Path) -> None:
+    method, out = LEARNED["fisher"](), tmp_path / "out"
+    jobs = find_jobs(runs, [], {})
+    merge_learned(
+        LearnedMerge(method=method, models=runs, jobs=jobs, weights=[1.0, 1.0], examples=8), out
+    )
+    assert RunFolder.open(out).record["merged"]["rule"] == "fisher"
+    assert evaluate_run(out).samples == 41
 
 
 def test_a_merge_is_not_trained_over(runs: list[Path], tmp_path: Path) -> None:

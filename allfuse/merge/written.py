@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from allfuse.merge.blocks import Files
 from allfuse.merge.folder import finish, held, make_files, refuse_folder
 from allfuse.merge.header import FLOATS
 from allfuse.merge.layout import Layout, lay_out
+from allfuse.merge.origin import carry_job
 from allfuse.merge.source import Source
 from allfuse.store.durable import explain, partial_path
 from allfuse.store.tensorfile import DTYPES
@@ -53,11 +55,16 @@ def write_model(
     out: Path,
     overwrite: bool = False,
     dtype: str | None = None,
+    made_of: tuple[Sequence[Path], Mapping[str, Any]] = ((), {}),
 ) -> int:
     """Write tensors as a model like another one, which appears under its name when it is whole;
     the bytes written.
 
     Names, files, types and side files are those of `like`; numbers are rounded to those types.
+
+    Args:
+        made_of: the models it was made of, of which the first that is a run gives its job, and
+            what else is recorded then.
 
     Raises:
         MergeError: as `plan_model`, or a tensor is missing, too many or of another shape.
@@ -75,6 +82,7 @@ def write_model(
                 files.sync()
             finally:
                 files.close()
+            carry_job(made_of[0], folder, made_of[1])
             finish(layout, like.side_files(), folder, out)
     except OSError as error:
         raise MergeError(explain(error, out)) from error

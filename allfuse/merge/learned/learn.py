@@ -128,8 +128,14 @@ def merge_learned(
         _calibrate(mix, module)
     _refuse_infinite(module)
     state = module.state_dict()
+    about = {"rule": str(given.method), "models": [str(model) for model in given.models]}
     write_model(
-        mix.first, {name: state[name] for name in layout.entries}, out, overwrite, given.dtype
+        mix.first,
+        {name: state[name] for name in layout.entries},
+        out,
+        overwrite,
+        given.dtype,
+        made_of=(given.models, about),
     )
     return {
         "out": str(out),
