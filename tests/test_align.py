@@ -59,6 +59,7 @@ def put(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
 def test_units_that_may_move_are_found_whatever_the_model(name: str) -> None:
     found = groups_of(build(name), batch(name))
     assert sorted(group.size for group in found.groups) == sorted(MODELS[name][2])
+    assert len({group.name for group in found.groups}) == len(found.groups)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from allfuse.merge.align.aligning import align
+from allfuse.merge.align.aligning import WAYS, align
 from allfuse.training.calibrate import estimate_statistics
 
 pytest.importorskip("scipy")
@@ -32,9 +32,9 @@ def perceptron() -> nn.Module:
 
 def convolutions() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(32, 128, 3, padding=1), nn.BatchNorm2d(128), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10),
+        nn.Conv2d(1, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(64, 192, 3, padding=1), nn.BatchNorm2d(192), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(192, 10),
     )  # fmt: skip
 
 
@@ -93,15 +93,12 @@ def barrier(one: nn.Module, two: nn.Module, of: Data) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["weights", "activations"])
 @pytest.mark.parametrize("build", [perceptron, convolutions])
-def test_alignment_leaves_a_fifth_of_the_barrier_at_most(
-    build: Callable[[], nn.Module], how: str
-) -> None:
-    for (first, second), of in itertools.product(PAIRS, digits()):
+def test_alignment_leaves_a_fifth_of_the_barrier_at_most(build: Callable[[], nn.Module]) -> None:
+    for (first, second), how in itertools.product(PAIRS, WAYS):
         one, two = trained(build, first), trained(build, second)
-        before = barrier(one, two, of)
         moved = copy.deepcopy(two)
         align(one, moved, batches, how=how)
-        after = barrier(one, moved, of)
-        assert after <= 0.2 * before, f"seeds {first} and {second}: {before:.3f} to {after:.3f}"
+        for of in digits():
+            before, after = barrier(one, two, of), barrier(one, moved, of)
+            assert after <= 0.2 * before, f"{how}, seeds {first} and {second}: {before} to {after}"

@@ -70,11 +70,12 @@ class _Found:
         self.number: dict[int, int] = {}
 
     def note(self, dim: Dim, title: str) -> None:
-        for stretch in self.factors.read(dim):
-            for factor in stretch:
-                if factor not in self.number and self.factors.reason(factor) is None:
-                    self.number[factor] = len(self.groups)
-                    self.groups.append(Group(title, self.factors.factor_size(factor)))
+        factors = [factor for stretch in self.factors.read(dim) for factor in stretch]
+        for part, factor in enumerate(factors, start=1):
+            if factor not in self.number and self.factors.reason(factor) is None:
+                name = title if len(factors) == 1 else f"{title} part {part}"
+                self.number[factor] = len(self.groups)
+                self.groups.append(Group(name, self.factors.factor_size(factor)))
 
     def cut(self, dim: Dim) -> Cut:
         return tuple(

@@ -15,7 +15,8 @@ class Group:
     """Units that are in one order: the hidden units of a layer, channels, heads.
 
     Attributes:
-        name: the first place where they are, such as "0.weight[0]" for dim 0 of that tensor.
+        name: the first place where they are, such as "0.weight[0]" for dim 0 of that tensor; or
+            "query.weight[0] part 1", where that dim has several parts.
         size: how many.
     """
 
