@@ -626,6 +626,11 @@ GOOD = "merge_method: ties\nbase_model: base\nmodels:\n  - model: a\n  - model: 
             "slice 1 takes 1, 2 layers",
         ),
         ("merge_method: passthrough\nslices: [{sources: []}]\n", "a list of one or more"),
+        (
+            "merge_method: passthrough\n"
+            f"slices: [{{sources: [{{model: a, layer_range: [0, {10**30}]}}]}}]\n",
+            "layer_range is",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_done_is_refused_by_name(

@@ -23,6 +23,7 @@ from allfuse.plan.parse import read_call
 from allfuse.rule import METHODS, Rule
 
 SUFFIXES = (".yml", ".yaml")
+MOST_LAYERS = 1_000_000
 TYPES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
     **{name: name for name in FLOATS},
@@ -210,7 +211,7 @@ class _File:
             not isinstance(found, list)
             or len(found) != 2
             or not all(type(number) is int for number in found)
-            or not 0 <= found[0] <= found[1]
+            or not 0 <= found[0] <= found[1] <= MOST_LAYERS
         ):
             raise self.refuse(
                 f"{where}.layer_range",
