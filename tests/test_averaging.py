@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_training_loss import left_of, moments
 from test_training_split import CASES, assert_near
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
@@ -34,6 +35,7 @@ from allfuse.store.run import RunFolder
 from allfuse.store.tensorfile import read_model
 from allfuse.sync.averaging import Averaging
 from allfuse.training.averaging import Averages
+from allfuse.training.loop import train_job
 from allfuse.verify import verify_job
 
 RULES: list[Averaging] = [
@@ -351,6 +353,21 @@ def test_a_session_says_when_an_average_cannot_be_asked_for() -> None:
 def test_verify_passes_with_an_average() -> None:
     made = functools.partial(job, average=af.SWA(start=1), snapshots=2)
     assert verify_job(made, "data(2)", steps=4, threads=True).ok
+
+
+@pytest.mark.parametrize(
+    ("plan", "victim"),
+    often(("data(3)", 1), seldom=[("data(2) * shard(2)", 3), ("site(3, every=2)", 1)]),
+)
+def test_it_survives_the_loss_of_a_worker(plan: str, victim: int) -> None:
+    made = job(validation=points(10), evaluate_every=2, average=af.EMA(decay=0.8), snapshots=3)
+    work = functools.partial(train_job, made)
+    (alone,) = train(made)
+    for moment in moments(plan, work, victim, 6):
+        left = left_of(plan, work, (victim, moment))
+        assert all(each.average == left[0].average for each in left)
+        if "site" not in plan:
+            assert left[0].average["loss"] == pytest.approx(alone.average["loss"], rel=1e-9)
 
 
 # Snapshots.
