@@ -14,6 +14,7 @@ from torch import Tensor
 
 from allfuse.merge.merge import merge
 from allfuse.merge.recipe_file import read_recipe
+from allfuse.merge.vocabulary import read_tokens
 
 config = pytest.importorskip(
     "mergekit.config", reason="needs mergekit, an optional peer, which is not installed"
@@ -28,6 +29,9 @@ LLAMA = {
     "num_key_value_heads": 2, "vocab_size": WORDS, "tie_word_embeddings": False,
     "torch_dtype": "float32",
 }  # fmt: skip
+
+
+TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
@@ -330,3 +334,46 @@ def test_a_file_gives_the_numbers_that_mergekit_makes_of_it(name: str, place: Pa
     torch.testing.assert_close(ours, theirs, rtol=0.0, atol=3e-6)
     layers = [json.loads(Path(f, "config.json").read_text()) for f in ("ours", "theirs")]
     assert layers[0]["num_hidden_layers"] == layers[1]["num_hidden_layers"]
+
+
+def taller(name: str, words: int, seed: int) -> None:
+    """A model like `a` with more words, and a tokenizer beside it and the others."""
+    chance = torch.Generator().manual_seed(seed)
+    model = load("a")
+    for table in TABLES:
+        more = torch.randn(words - WORDS, WIDTH, generator=chance)
+        model[table] = torch.cat([model[table] + 0.1, more])
+    Path(name).mkdir()
+    save_file(model, Path(name, "model.safetensors"), metadata={"format": "pt"})
+    Path(name, "config.json").write_text(json.dumps({**LLAMA, "vocab_size": words}))
+    for folder, count in ((name, words), ("base", WORDS), ("a", WORDS), ("b", WORDS)):
+        vocabulary = {f"w{number}": number for number in range(count)}
+        own = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "w0"}
+        said = {"version": "1.0", "model": own, "added_tokens": []}
+        Path(folder, "tokenizer.json").write_text(json.dumps(said))
+        about = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "w0"}
+        Path(folder, "tokenizer_config.json").write_text(json.dumps(about))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties"])
+def test_words_that_some_models_lack_get_the_rows_that_mergekit_gives_them(
+    method: str, place: Path
+) -> None:
+    taller("tall", WORDS + 3, 1)
+    taller("taller", WORDS + 5, 2)
+    base = {} if method == "linear" else {"base_model": "base"}
+    models = [{"model": name} for name in ("a", "tall", "taller")]
+    said = {"merge_method": method, "models": models, "parameters": {"weight": 0.5}, **base,
+            "tokenizer_source": "union", "dtype": "float32"}  # fmt: skip
+    Path("recipe.yml").write_text(yaml.safe_dump(said))
+    merge(read_recipe(Path("recipe.yml")).recipe, Path("ours"))
+    options = running.MergeOptions(write_model_card=False)
+    running.run_merge(config.MergeConfiguration.model_validate(said), "theirs", options)
+    numbers, theirs = read_tokens(Path("theirs")), load("theirs")
+    assert numbers is not None
+    order = [numbers[f"w{number}"] for number in range(WORDS + 5)]  # new ones come in any order
+    for table in TABLES:
+        theirs[table] = theirs[table][order]
+    torch.testing.assert_close(load("ours"), theirs, rtol=0.0, atol=3e-6)
+    assert json.loads(Path("ours/config.json").read_text())["vocab_size"] == WORDS + 5
