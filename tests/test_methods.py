@@ -327,6 +327,16 @@ def test_what_is_left_out_does_not_depend_on_blocks(sift: Sift, block: int) -> N
     torch.testing.assert_close(sift_whole(sift, value, block=block), whole)
 
 
+@pytest.mark.parametrize("block", [7, 25, 299])
+def test_what_is_drawn_for_a_number_follows_from_its_place_wherever_a_block_begins(
+    block: int,
+) -> None:
+    (value,) = draw(1)
+    kept = sift_whole(Chance(0.4), value, block=300) != 0
+    assert torch.equal(sift_whole(Chance(0.4), value, block=block) != 0, kept)
+    assert 0.25 < float(kept.float().mean()) < 0.55
+
+
 @pytest.mark.parametrize("kept", [1, 7, 150, 299])
 def test_of_equal_magnitudes_those_of_lower_index_are_kept(kept: int) -> None:
     value = torch.tensor([1.0, -1.0, 2.0]).repeat(100).view(SHAPE)
