@@ -116,3 +116,15 @@ def test_a_merge_takes_no_more_memory_than_it_may(rule: str, tmp_path: Path) -> 
     done = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.splitlines()[-1]) * 1024 <= 500e6
+
+
+@pytest.mark.parametrize(
+    "given", [["--job", "job.py"], ["--set", "lr=1"], ["--examples", "8"]], ids=lambda g: g[0]
+)
+def test_what_only_rules_of_data_look_at_is_refused_beside_others(
+    given: list[str], models: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "job.py").write_text("")
+    with pytest.raises(UserError, match=f"{given[0]}: this rule looks at models alone"):
+        merge(*models, "--out", str(tmp_path / "out"), *given)
+    assert not (tmp_path / "out").exists()

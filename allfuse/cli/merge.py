@@ -18,6 +18,7 @@ from allfuse.cli.merge_jobs import (
     merge_by_data,
     read_jobs,
     refuse_beside,
+    refuse_without_data,
 )
 from allfuse.cli.merge_recipe import (
     RULE,
@@ -219,6 +220,7 @@ def merge(
             as_json=as_json,
         )
         return
+    refuse_without_data(job=job, set=settings, examples=examples != EXAMPLES)
     merge_on_disk(
         said,
         out,

@@ -34,6 +34,16 @@ ExamplesOption = Annotated[
 ]
 
 
+def refuse_without_data(**given: object) -> None:
+    """Refuse options that only what looks at data has. Raises UserError."""
+    for name, value in given.items():
+        if value:
+            raise UserError(
+                f"--{name}: this rule looks at models alone; next: leave it out, or a rule of data "
+                "(fisher, regmean, regmean++, adamerging), --align or --search"
+            )
+
+
 def read_jobs(
     models: Sequence[Path], files: list[Path] | None, settings: list[str] | None
 ) -> list[Job]:
