@@ -8,14 +8,6 @@ from collections.abc import Sequence
 from typing import TextIO, TypeVar
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
@@ -24,12 +16,13 @@ from allfuse.base.units import format_count
 from allfuse.merge.difference import Compared, Difference
 from allfuse.merge.grouping import Group
 from allfuse.merge.sums import Sums
+from allfuse.observe.bar import Bar
 from allfuse.observe.figures import short
 
 WIDTH = 120  # of what is no terminal
 SHOWN = 20  # rows of a table, without --all
 NAMED = 10  # tensors that one model lacks
-BAR = 12  # characters of the longest bar
+LONGEST = 12  # characters of the longest bar
 
 Each = TypeVar("Each", Group, Compared)
 
@@ -119,38 +112,17 @@ def _table(what: str, items: Sequence[Group | Compared], everything: bool) -> Ta
         distance = item.sums.distance
         part = distance / longest if longest and math.isfinite(distance) else float(distance != 0)
         texts = [Text(text) for text in _texts(item.sums).values()]
-        table.add_row(Text(item.name), *texts, Text("█" * round(BAR * part), style="cyan"))
+        table.add_row(Text(item.name), *texts, Text("█" * round(LONGEST * part), style="cyan"))
     if len(shown) < len(items):
         table.add_row(Text(f"and {len(items) - len(shown)} more: --all"))
     return table
 
 
-class DiffProgress:
-    """A sink that draws a bar of the bytes that are compared, on a terminal. A context manager."""
-
-    def __init__(self, file: TextIO | None = None) -> None:
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            console=Console(file=file or sys.stdout),
-            transient=True,
-        )
-        self._task = self._bar.add_task("comparing", total=None, visible=False)
+class DiffProgress(Bar):
+    """A sink that draws a bar of the bytes that are compared, on a terminal."""
 
     def __call__(self, event: Event) -> None:
         if event.name == "comparing":
-            self._bar.update(self._task, total=event.data["total"], visible=True)
+            self.show("comparing", total=event.data["total"])
         elif event.name == "compared_tensor":
-            self._bar.advance(self._task, event.data["bytes"])
-
-    def __enter__(self) -> DiffProgress:
-        if self._bar.console.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._bar.console.is_terminal:
-            self._bar.stop()
+            self.advance(event.data["bytes"])

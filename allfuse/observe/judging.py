@@ -7,56 +7,33 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from allfuse.base.events import Event
+from allfuse.observe.bar import COUNTS, Bar
 
 WIDTH = 100  # of what is no terminal
 SHOWN = 12  # candidates of the table of all
 
 
-class SearchProgress:
+class SearchProgress(Bar):
     """A sink that draws a bar of the candidates, and what was the best; a line for each candidate
-    where it is no terminal. A context manager."""
+    where it is no terminal."""
 
-    def __init__(self, file: TextIO | None = None) -> None:
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=Console(file=file or sys.stdout),
-            transient=True,
-        )
-        self._task = self._bar.add_task("searching", total=None, visible=False)
+    columns = COUNTS
 
     def __call__(self, event: Event) -> None:
-        data, is_live = event.data, self._bar.console.is_terminal
+        data = event.data
         if event.name == "searching":
-            self._bar.update(self._task, total=data["total"], visible=True)
-            if not is_live:
-                self._say(f"searching: {data['search']} over {data['models']} models")
+            self.show("searching", total=data["total"])
+            self.log(f"searching: {data['search']} over {data['models']} models")
         elif event.name == "judged":
             figures = f"{data['metric']} {data['figure']:.4g}, best {data['best']:.4g}"
-            self._bar.update(self._task, completed=data["number"], description=figures)
-            if not is_live:
-                known = " (known)" if data["known"] else ""
-                figure = f"{data['metric']} {data['figure']:.4g}{known}"
-                self._say(f"judged {data['number']}: {data['candidate']}: {figure}")
-
-    def _say(self, text: str) -> None:
-        self._bar.console.print(Text(text), soft_wrap=True)
-
-    def __enter__(self) -> SearchProgress:
-        if self._bar.console.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._bar.console.is_terminal:
-            self._bar.stop()
+            self.show(figures, completed=data["number"])
+            known = " (known)" if data["known"] else ""
+            figure = f"{data['metric']} {data['figure']:.4g}{known}"
+            self.log(f"judged {data['number']}: {data['candidate']}: {figure}")
 
 
 def print_report(report: Mapping[str, Any], file: TextIO | None = None) -> None:
