@@ -18,6 +18,7 @@ from torch import Tensor
 
 from allfuse.base.errors import MergeError
 from allfuse.merge import outline as outlining
+from allfuse.merge.folder import Stopped
 from allfuse.merge.header import read_header
 from allfuse.merge.merge import Merged, merge
 from allfuse.merge.recipe import Recipe
@@ -295,8 +296,126 @@ def test_a_number_that_is_not_finite_is_named(
     rule = make_rule(name)
     with pytest.raises(MergeError, match=rf"up has {bad} at index 2,175"):
         fuse(rule, models, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("*out"))
     merge(recipe_of(rule, models, allow_nan=True), tmp_path / "out")
+
+
+def test_a_file_that_cannot_be_read_now_is_said_and_the_next_call_goes_on(
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, seen = os.preadv, 0
+
+    def preadv(*given: Any) -> int:
+        nonlocal seen
+        seen += 1
+        if seen > 12:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(*given)
+
+    recipe = recipe_of(make_rule("mean"), models)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", preadv)
+        with pytest.raises(Stopped, match=r"cannot be read: .*the same command goes on"):
+            merge(recipe, tmp_path / "out", threads=1)
+    assert merge(recipe, tmp_path / "out").resumed_blocks > 0
+
+
+def full(tmp_path: Path, *values: float, dtype: torch.dtype = torch.float32) -> list[Path]:
+    """Models of one tensor that is one number everywhere, and the first of them again before."""
+    paths = [tmp_path / f"{place}.safetensors" for place in range(len(values))]
+    for path, value in zip(paths, values, strict=True):
+        save_file({"w": torch.full((700,), value, dtype=dtype)}, path)
+    return [paths[0], *paths]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "wider"),
+    [
+        ("F16", 1e6, "BF16 or F32"),
+        ("F8_E4M3", 1e3, "BF16 or F32"),
+        ("F8_E5M2", 1e5, "BF16 or F32"),
+        ("BF16", 3.4e38, "F32"),
+    ],
+)
+def test_a_number_that_the_type_written_cannot_hold_is_named(
+    dtype: str, value: float, wider: str, tmp_path: Path
+) -> None:
+    tensor = torch.zeros(7, 100)
+    tensor[6, 1] = -value  # in the second block
+    save_file({"w": tensor}, tmp_path / "0.safetensors")
+    paths, rule = [tmp_path / "0.safetensors"] * 2, make_rule("passthrough")
+    said = rf"w would have -{value:g} at index 601, which {dtype} .*--dtype {wider}, or --allow"
+    with pytest.raises(MergeError, match=said.replace("+", r"\+")):
+        fuse(rule, paths, tmp_path / "out", dtype=dtype)
+    assert not (tmp_path / "out").exists()
+    fuse(rule, paths, tmp_path / "out", dtype=dtype, allow_nan=True)
+    found = load_file(tmp_path / "out" / "model.safetensors")["w"]
+    assert torch.equal(found.float(), tensor.to(found.dtype).float())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most"), [("F16", 65519.0), ("F8_E4M3", 460.0), ("BF16", 3.3895e38), ("F32", 3.4e38)]
+)
+def test_the_largest_numbers_of_a_type_are_written(dtype: str, most: float, tmp_path: Path) -> None:
+    fuse(make_rule("passthrough"), full(tmp_path, most), tmp_path / "out", dtype=dtype)
+    found = load_file(tmp_path / "out" / "model.safetensors")["w"].double()
+    torch.testing.assert_close(found, torch.full_like(found, most), rtol=0.03, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        (METHODS["linear"](normalize=False), r"linear\(normalize=false\) with weights 1e\+30, 1"),
+        (METHODS["task_arithmetic"](scale=1e30), r"task_arithmetic\(scale=1e\+30\) with weights"),
+        (METHODS["ties"](scale=1e30), r"ties\(scale=1e\+30\) with weights"),
+    ],
+    ids=lambda given: getattr(given, "name", ""),
+)
+def test_a_rule_whose_arguments_lead_beyond_float32_is_named(
+    rule: Rule, said: str, tmp_path: Path
+) -> None:
+    paths = full(tmp_path, 0.0, 1e10, 2e10)[1:]  # the base and two models
+    with pytest.raises(MergeError, match=rf"w would have inf at index 0, and all .*{said}"):
+        fuse(rule, paths, tmp_path / "out", weights=[1e30, 1.0])
+    fuse(rule, paths, tmp_path / "out", weights=[1e30, 1.0], allow_nan=True)
+
+
+def test_a_number_that_only_float64_holds_is_named_as_it_is(tmp_path: Path) -> None:
+    paths = full(tmp_path, 1e300, dtype=torch.float64)
+    with pytest.raises(MergeError, match=r"w has 1e\+300 at index 0, which float32 cannot hold"):
+        fuse(make_rule("passthrough"), paths, tmp_path / "out")
+
+
+def test_whole_numbers_in_one_model_and_floating_point_ones_in_another_are_refused(
+    tmp_path: Path,
+) -> None:
+    save_file({"w": torch.ones(3), "n": torch.ones(3)}, tmp_path / "0.safetensors")
+    save_file({"w": torch.ones(3), "n": torch.ones(3).long()}, tmp_path / "1.safetensors")
+    for first, second, kinds in ((0, 1, "F32 and I64"), (1, 0, "I64 and F32")):
+        paths = [tmp_path / f"{number}.safetensors" for number in (0, first, second)]
+        with pytest.raises(MergeError, match=rf"in one of them alone: n {kinds}") as refused:
+            fuse(make_rule("mean"), paths, tmp_path / "out", weights=[1.0, 1.0])
+        assert "w F32" not in str(refused.value)
+
+
+def test_of_two_types_of_whole_numbers_the_first_is_kept(tmp_path: Path) -> None:
+    save_file({"n": torch.tensor([1]).short()}, tmp_path / "0.safetensors")
+    save_file({"n": torch.tensor([2]).long()}, tmp_path / "1.safetensors")
+    paths = [tmp_path / f"{number}.safetensors" for number in (0, 0, 1)]
+    fuse(make_rule("mean"), paths, tmp_path / "out", weights=[1.0, 1.0])
+    found = load_file(tmp_path / "out" / "model.safetensors")["n"]
+    assert (found.dtype, found.tolist()) == (torch.int16, [1])
+
+
+def test_a_vector_of_other_length_alone_is_no_vocabulary(tmp_path: Path) -> None:
+    for number in (0, 1):
+        save_file({"w": torch.ones(4, 4), "b": torch.ones(9 + number)},
+                  tmp_path / f"{number}.safetensors")  # fmt: skip
+    paths = [tmp_path / f"{number}.safetensors" for number in (0, 0, 1)]
+    for pad in (False, True):
+        with pytest.raises(MergeError, match=r"1 of other shapes: b \[9\] and \[10\]$"):
+            fuse(make_rule("mean"), paths, tmp_path / "out", weights=[1.0, 1.0],
+                 pad_vocabulary=pad)  # fmt: skip
 
 
 def test_large_numbers_whose_sum_overflows_are_finite(tmp_path: Path) -> None:
@@ -368,6 +487,9 @@ def test_memory_that_is_not_enough_is_refused_with_what_would_be(
         merge(recipe_of(make_rule("mean"), models), tmp_path / "out", memory_bytes=10**8)
 
 
+LINEAR: dict[str, Any] = {"rule": METHODS["linear"](), "base": None}
+
+
 @pytest.mark.parametrize(
     ("about", "said"),
     [
@@ -376,6 +498,15 @@ def test_memory_that_is_not_enough_is_refused_with_what_would_be(
         ({"rule": METHODS["slerp"](), "base": None}, "fuses 2 models, received 3"),
         ({"rule": METHODS["ties"](), "weights": [1.0]}, "1 weights for 3 models"),
         ({"rule": METHODS["ties"](), "dtype": "F23"}, "allowed: F64"),
+        ({"rule": METHODS["ties"](scale=1e39)}, "scale is 1e[+]39; allowed: 0, or 1.2e-38 to"),
+        ({"rule": METHODS["ties"](scale=1e-40)}, "scale is 1e-40; allowed: 0, or"),
+        ({**LINEAR, "weights": [1e300, 1, 1]}, "--weights 1e[+]300,1,1: allowed: 0, or numbers of"),
+        ({**LINEAR, "weights": [1e-300, 1, 1]}, "--weights 1e-300,1,1: allowed"),
+        ({**LINEAR, "weights": [float("nan"), 1, 1]}, "--weights nan,1,1: allowed"),
+        ({**LINEAR, "weights": [float("inf"), 1, 1]}, "--weights inf,1,1: allowed"),
+        ({**LINEAR, "weights": [2e38, 2e38, 0]}, "2e[+]38,0: linear .* by their sum, 4e[+]38"),
+        ({**LINEAR, "weights": [1, -1, 0]}, "--weights 1,-1,0: linear divides by their sum, 0"),
+        ({"rule": METHODS["median"](), "base": None, "weights": [0] * 3}, "median divides by"),
     ],
 )
 def test_a_recipe_without_meaning_is_refused(

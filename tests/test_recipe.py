@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from allfuse.base.errors import MergeError, UserError
 from allfuse.cli.app import app
 from allfuse.merge import outline as outlining
 from allfuse.merge.arrangement import find_stacks
+from allfuse.merge.learned import LEARNED
 from allfuse.merge.merge import merge
 from allfuse.merge.outline import outline
 from allfuse.merge.recipe import Recipe
-from allfuse.merge.recipe_file import read_recipe
+from allfuse.merge.recipe_file import OF_DATA, read_recipe
 from allfuse.rule import METHODS
 
 Model = dict[str, Tensor]
@@ -528,6 +530,57 @@ def test_what_has_no_effect_is_told(place: Path) -> None:
     ]
 
 
+def test_a_filter_that_fits_no_tensor_is_told_with_its_place(place: Path) -> None:
+    density = [{"filter": "atention", "value": 0.2}, {"filter": "mlp", "value": 0.5}]
+    models = [of("a", density=density), of("b")]
+    said = {"merge_method": "ties", "base_model": "base", "models": models}
+    scales = {"parameters": {"lambda": [{"filter": "nrom", "value": 0.5}, {"value": 1}]}}
+    notes = outline(read_recipe(write({**said, **scales})).recipe).notes
+    assert notes == (
+        "recipe.yml: parameters.lambda has the filter 'nrom', which no tensor that is fused has in "
+        "its name",
+        "recipe.yml: models[0].parameters.density has the filter 'atention', which no tensor that "
+        "is fused has in its name",
+    )
+    assert "filter 'atention'" in command(str(write(said)), "--out", "out")
+
+
+def test_a_filter_is_of_the_layers_of_its_slice(place: Path) -> None:
+    said = stack(("a", 0, 2), ("b", 2, 4))
+    scale = [{"filter": "layers.3.", "value": 0.5}, {"value": 1}]
+    said["slices"][1]["parameters"] = {"scale": scale}
+    assert "filter" not in "".join(outline(read_recipe(write(said)).recipe).notes)
+    said["slices"][0]["parameters"] = {"scale": scale}
+    notes = "".join(outline(read_recipe(write(said)).recipe).notes)
+    assert "slices[0].parameters.scale has the filter 'layers.3.'" in notes
+
+
+def test_parameters_are_checked_for_tensors_that_are_fused(place: Path) -> None:
+    """A counter has neither weight nor density."""
+    for name, value in (("low", 0.0), ("high", 1.0)):
+        model = {key: torch.full_like(each, value) for key, each in make(0).items()}
+        save({**model, "a.seen": torch.tensor(3)}, place / name)
+    cases = [{"filter": "seen", "value": 0}, {"value": 1}]
+    said = {"merge_method": "linear", "models": [of("low", weight=cases), of("high", weight=cases)]}
+    assert shares(fuse(said))[HEAD] == 0.5
+    with pytest.raises(MergeError, match=r"the weights of lm_head\.weight are 0, 0"):
+        fuse({**said, "models": [of("low", weight=0), of("high", weight=0)]})
+
+
+def test_a_stack_of_whole_and_floating_point_numbers_is_refused(place: Path) -> None:
+    whole = load("b")
+    whole[layer(1, Q)] = whole[layer(1, Q)].to(torch.int8)
+    save(whole, place / "whole")
+    sources = [{"model": name, "layer_range": [0, 2]} for name in ("a", "whole")]
+    said = {"merge_method": "linear", "slices": [{"sources": sources}]}
+    with pytest.raises(MergeError, match=rf"{layer(1, Q)} is F32 in a and I8 in whole"):
+        fuse(said)
+
+
+def test_rules_of_data_are_told_from_words_that_are_none() -> None:
+    assert set(OF_DATA) == set(LEARNED)
+
+
 def test_a_model_is_looked_for_beside_the_file_too(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -573,6 +626,18 @@ GOOD = "merge_method: ties\nbase_model: base\nmodels:\n  - model: a\n  - model: 
         (GOOD.replace("model: a", "model: org/a-7b"), "'org/a-7b', which is no file or folder"),
         (GOOD.replace("base_model: base", ""), "ties fuses what models learned since a base"),
         (GOOD + "parameters: {density: 1.5}\n", "density is the part that is kept"),
+        (
+            GOOD.replace("model: a", "model: a\n    parameters: {density: [0.5, 1.5]}"),
+            r"recipe.yml: models\[0\].parameters.density is .* of a: ties\(density=1.*the part",
+        ),
+        (GOOD + "parameters: {weight: 1e300}\n", "yml: parameters.weight is 1e[+]300; allowed: 0"),
+        (GOOD + f"parameters: {{weight: {10**400}}}\n", "yml: parameters.weight is 1000"),
+        (GOOD + "parameters: {lambda: 1e-300}\n", "yml: parameters.lambda is 1e-300; allowed: 0"),
+        *(
+            (GOOD.replace("ties", name), f"merge_method: rule {re.escape(name)}: it looks at data")
+            for name in LEARNED
+        ),
+        (GOOD.replace("ties", "fisher(x=1)"), r"--rule \"fisher\(x=1\)\" --job"),
         (GOOD + "parameters: {density: [0.5, 0]}\n", "density is the part that is kept"),
         (GOOD + "parameters: {density: .nan}\n", "density is nan; allowed: a number"),
         (GOOD + "parameters: {weight: .inf}\n", "weight is inf; allowed: a number"),
@@ -608,7 +673,7 @@ GOOD = "merge_method: ties\nbase_model: base\nmodels:\n  - model: a\n  - model: 
         (GOOD + "parameters: {rescale: true}\n", "rescale is True; ties allows false alone"),
         (
             "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 0}\n",
-            "weights of lm_head.weight are 0, 0, and linear divides by their sum",
+            "parameters.weight is 0; the weights of lm_head.weight are 0, 0, and linear divides",
         ),
         ("merge_method: slerp\nmodels: [{model: a}]\n", "slerp fuses 2 models, received 1"),
         (

@@ -27,6 +27,7 @@ from allfuse.rule.sift import Sift, Stretch
 from allfuse.store.tensorfile import DTYPES
 
 SLICE = 1 << 15
+MOST = torch.finfo(torch.float32).max
 
 
 class Found:
@@ -161,7 +162,7 @@ class Course:
         if sift is None:
             return stretch.values
         if self.is_last:
-            self._refuse_infinite(stretch.values, block)  # before it may be left out
+            self._refuse_read(stretch.values, block)  # before it may be left out
         return sift.apply(stretch, self._found[model].at(block, sift.running))
 
     def _together(self, block: int, base: Tensor | None) -> Stretch:
@@ -176,19 +177,44 @@ class Course:
         assert self.joint is not None
         return self._of_all.at(block, self.joint.running)
 
-    def _refuse_infinite(self, values: Tensor, block: int) -> None:
+    def _refuse_read(self, values: Tensor, block: int) -> None:
         """Raises MergeError where values are not finite because a number in a file is not."""
-        if self.recipe.allow_nan or math.isfinite(values.sum().item()):
+        if self.recipe.allow_nan or _fits(values, MOST):
             return
         for entry in self.task.sources:
-            read = self._read(entry, block)
-            bad = (~read.isfinite()).nonzero()
-            if len(bad):
-                at = int(bad[0])
+            read = self.sources.read(entry, *self.blocks[block])
+            at = _first_beyond(read.float(), MOST)
+            if at is not None:
+                value = read[at].item()
+                beyond = ", which float32 cannot hold" if math.isfinite(value) else ""
                 raise MergeError(
-                    f"{entry.file}: {entry.name} has {read[at].item()} at index "
-                    f"{self.blocks[block][0] + at:,}; next: take another checkpoint, or --allow-nan"
+                    f"{entry.file}: {entry.name} has {value} at index "
+                    f"{self.blocks[block][0] + at:,}{beyond}; next: take another checkpoint, or "
+                    "--allow-nan"
                 )
+
+    def _refuse_written(self, fused: Tensor, block: int) -> None:
+        """Raises MergeError where what is fused is not finite, or not in the type it is written in;
+        says whether that comes from what was read, from the rule, or from the type."""
+        target = self.task.target
+        most = _most(DTYPES[target.dtype])
+        if self.recipe.allow_nan or _fits(fused, most):
+            return
+        self._refuse_read(fused, block)
+        at = _first_beyond(fused, most)
+        assert at is not None
+        value = fused[at].item()
+        what = f"{target.name} would have {value:g} at index {self.blocks[block][0] + at:,}"
+        if math.isfinite(value):
+            wider = "F32" if target.dtype == "BF16" else "BF16 or F32"
+            raise MergeError(
+                f"{what}, which {target.dtype} cannot hold; next: --dtype {wider}, or --allow-nan"
+            )
+        weights = ", ".join(f"{weight:g}" for weight in self.task.weights)
+        raise MergeError(
+            f"{what}, and all that was read is finite: {self.rule} with weights {weights} goes "
+            "beyond what float32 holds; next: smaller weights or arguments, or --allow-nan"
+        )
 
     def _write(self, block: int) -> int:
         target, (begin, count) = self.task.target, self.blocks[block]
@@ -200,6 +226,7 @@ class Course:
         fused = self._fuse(block, base)
         if base is not None:
             fused += base
+        self._refuse_written(fused, block)
         return self.target.write(target, begin, fused.to(DTYPES[target.dtype]))
 
     def _fuse(self, block: int, base: Tensor | None) -> Tensor:
@@ -208,16 +235,33 @@ class Course:
             total = rule.prepare(self._sifted(0, block, base), weights[0])
             for model in range(1, len(weights)):
                 total += rule.prepare(self._sifted(model, block, base), weights[model])
-            fused = rule.finish(total, sum(weights))
-            self._refuse_infinite(fused, block)
-            return fused
+            return rule.finish(total, sum(weights))
         stretch, shares = self._together(block, base), torch.tensor(weights, dtype=torch.float64)
         if not any(self.sifts):
-            self._refuse_infinite(stretch.values, block)
+            self._refuse_read(stretch.values, block)  # a rule may leave it out
         if isinstance(rule, JointRule):
             return rule.fuse(stretch, shares, self._known(block))
         assert isinstance(rule, GatherRule)
         return _gather(rule, stretch.values, shares.float())
+
+
+def _most(dtype: torch.dtype) -> float:
+    """Up to which size a type holds the numbers of float32: those that round to its largest."""
+    about = torch.finfo(dtype)
+    return min(about.max * (1 + about.eps / 4), MOST)
+
+
+def _fits(values: Tensor, most: float) -> bool:
+    """Whether all values are at most so large; none is NaN then."""
+    flat = values.view(-1)
+    if torch.dot(flat, flat).sqrt().item() <= most:  # none is larger, and it takes a sixth
+        return True
+    return all(abs(end.item()) <= most for end in flat.aminmax())
+
+
+def _first_beyond(values: Tensor, most: float) -> int | None:
+    bad = (~(values.abs() <= most)).nonzero()
+    return int(bad[0]) if len(bad) else None
 
 
 def _gather(rule: GatherRule, values: Tensor, weights: Tensor) -> Tensor:

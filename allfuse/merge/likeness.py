@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from allfuse.base.errors import MergeError
 from allfuse.merge.arrangement import Place, layer_names, one_stack, outer_names
+from allfuse.merge.header import Entry
 from allfuse.merge.recipe import Recipe
 from allfuse.merge.source import Source
 
@@ -14,7 +15,8 @@ Shape = tuple[int, ...]
 
 
 def refuse_unlike(first: Source, other: Source, pad: bool = False) -> None:
-    """Refuse models with tensors of other names or shapes.
+    """Refuse models with tensors of other names or shapes, or of which one is floating-point in one
+    of them alone.
 
     Args:
         pad: whether tables of words may have different numbers of rows.
@@ -28,6 +30,11 @@ def refuse_unlike(first: Source, other: Source, pad: bool = False) -> None:
         name: (first.entries[name].shape, other.entries[name].shape)
         for name in first.entries
         if name in other.entries and first.entries[name].shape != other.entries[name].shape
+    }
+    kinds = {
+        name: (first.entries[name].dtype, other.entries[name].dtype)
+        for name in first.entries
+        if name in other.entries and first.entries[name].is_float != other.entries[name].is_float
     }
     rows = _rows(list(shapes.values()))
     said = []
@@ -43,6 +50,9 @@ def refuse_unlike(first: Source, other: Source, pad: bool = False) -> None:
                 "--pad-vocabulary, if rows of the same number are the same words"
             )
         said.append(f"{len(shapes)} of other shapes: {some(each)}{words}")
+    if kinds:
+        each = [f"{name} {one} and {two}" for name, (one, two) in kinds.items()]
+        said.append(f"{len(kinds)} floating-point in one of them alone: {some(each)}")
     if said:
         raise MergeError(
             f"{first.path} and {other.path} are not models of one kind, of their tensors are "
@@ -51,10 +61,11 @@ def refuse_unlike(first: Source, other: Source, pad: bool = False) -> None:
 
 
 def _rows(pairs: Sequence[tuple[Shape, Shape]]) -> tuple[int, int] | None:
-    """How many words two models have, where only tables of words differ."""
+    """How many words two models have, where only tables of words, and biases of them, differ."""
     rows = {(one[0], two[0]) for one, two in pairs if one and two and one[1:] == two[1:]}
     alike = all(one and two and one[1:] == two[1:] for one, two in pairs)
-    return rows.pop() if len(rows) == 1 and alike else None
+    has_table = any(len(one) == 2 for one, _ in pairs)
+    return rows.pop() if len(rows) == 1 and alike and has_table else None
 
 
 def refuse_untied(first: Source, sources: Iterable[Source]) -> None:
@@ -117,17 +128,23 @@ def refuse_unlike_places(
     shaped: dict[tuple[int, int], dict[str, tuple[Shape, Shape]]] = {}
     for place in places:
         owners = [base if p.model is None else sources[p.model] for p in place.said.parts]
-        found: list[tuple[Source, Shape]] = []
+        found: list[tuple[Source, Entry]] = []
         for owner, name in zip(owners, place.names, strict=True):
             assert owner is not None
             if name in owner.entries:
-                found.append((owner, owner.entries[name].shape))
+                found.append((owner, owner.entries[name]))
             else:
                 wrong.append(f"{name} is not in {owner.path}")
-        for other, shape in found[1:]:
+        for other, entry in found[1:]:
             first, like = found[0]
-            if shape != like:
-                shaped.setdefault((id(first), id(other)), {})[place.name] = (like, shape)
+            if entry.shape != like.shape:
+                pair = (like.shape, entry.shape)
+                shaped.setdefault((id(first), id(other)), {})[place.name] = pair
+            if entry.is_float != like.is_float:
+                wrong.append(
+                    f"{place.name} is {like.dtype} in {first.path} and {entry.dtype} in "
+                    f"{other.path}"
+                )
     for pairs in shaped.values():
         if not (recipe.pad_vocabulary and _rows(list(pairs.values()))):
             wrong += [

@@ -18,6 +18,7 @@ from allfuse.merge.likeness import (
 )
 from allfuse.merge.padding import Padded, pad
 from allfuse.merge.recipe import Recipe
+from allfuse.merge.settings import Settings
 from allfuse.merge.source import Source, open_source
 from allfuse.merge.tying import with_ties_of
 from allfuse.merge.vocabulary import refuse_other_tokens
@@ -152,6 +153,7 @@ def outline(recipe: Recipe) -> Outline:
     )
     copied = tuple(name for name in layout.entries if not drafts[name].is_float)
     config, notes = adapt_config(first, _changes(recipe, first, drafts, padded))
+    notes += _idle_filters(recipe, [place for place in places if drafts[place.name].is_float])
     if padded:
         notes += _compare_tokens(recipe)
     return Outline(recipe, sources, base, layout, tasks, copied, padded, config, tuple(notes))
@@ -195,12 +197,12 @@ def _draft(place: Place, recipe: Recipe, sources: Sequence[Source], base: Source
             start = base.entries[name]
         else:
             own.append(sources[part.model].entries[name])
-    rules, weights = recipe.settle(place.said, place.names[0], place.at)
     first = own[0] if start is None else start
     if not first.is_float:
         return Draft((first,), None, (recipe.rule,), (1.0,))
     if not own:  # a slice of the base alone
         return Draft((first,), None, (METHODS["passthrough"](),), (1.0,))
+    rules, weights = recipe.settle(place.said, place.names[0], place.at)
     if any(entry.shape != first.shape for entry in own):
         start, padded = pad(start, own, weights)
         return Draft(padded, start, rules, weights)
@@ -228,6 +230,23 @@ def _changes(
     if padded:
         rows, before = drafts[padded[0]].shape[0], first.entries[padded[0]].shape[0]
     return Changes(layers, count, rows, before, recipe.dtype)
+
+
+def _idle_filters(recipe: Recipe, places: Sequence[Place]) -> list[str]:
+    """Notes of filters in a file that fit none of the tensors they are for."""
+    levels: list[tuple[Settings, list[str]]]
+    levels = [(recipe.settings, [place.names[0] for place in places])]
+    for said in recipe.slices:
+        own = [place.names[0] for place in places if place.said is said]
+        levels += [(said.settings, own), *((part.settings, own) for part in said.parts)]
+    found = [
+        f"{setting.where} has the filter {part!r}, which no tensor that is fused has in its name"
+        for settings, names in levels
+        for setting in settings.values()
+        if setting.where
+        for part in setting.idle_filters(names)
+    ]
+    return list(dict.fromkeys(found))
 
 
 def _compare_tokens(recipe: Recipe) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from allfuse.base.choice import KINDS, write
 from allfuse.base.errors import MergeError, nearest
 from allfuse.merge.recipe import names_of_models
-from allfuse.merge.settings import WEIGHT, Setting, Value
+from allfuse.merge.settings import SIZES, WEIGHT, Setting, Value, is_held
 from allfuse.rule import Rule
 
 FIXED: dict[str, dict[str, Value]] = {
@@ -111,8 +111,9 @@ class Parameters:
     def _setting(self, said: Any, kind: str, where: str) -> Setting:
         cases = said if isinstance(said, list) and any(isinstance(x, dict) for x in said) else None
         if cases is None:
-            return Setting(((None, self._values(said, kind, where)),))
-        return Setting(tuple(self._case(case, kind, where) for case in cases))
+            return Setting(((None, self._values(said, kind, where)),), f"{self.file}: {where}")
+        found = tuple(self._case(case, kind, where) for case in cases)
+        return Setting(found, f"{self.file}: {where}")
 
     def _case(self, said: Any, kind: str, where: str) -> tuple[str | None, tuple[Value, ...]]:
         if not isinstance(said, dict) or "value" not in said or said.keys() - {"filter", "value"}:
@@ -144,6 +145,8 @@ class Parameters:
         right = isinstance(said, types) and isinstance(said, bool) == (kind == "bool")
         if not right or (isinstance(said, float) and not math.isfinite(said)):
             raise self.refuse(where, f"is {shown(said)}; allowed: {word}")
+        if not isinstance(said, str) and not is_held(said):
+            raise self.refuse(where, f"is {shown(said)}; allowed: 0, or numbers of {SIZES}")
         value: Value = said
         return value
 

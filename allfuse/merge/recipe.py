@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
@@ -12,7 +11,15 @@ from pathlib import Path
 from allfuse.base.choice import build
 from allfuse.base.errors import MergeError, PlanError, nearest
 from allfuse.merge.header import FLOATS
-from allfuse.merge.settings import WEIGHT, Settings, Value, find_value
+from allfuse.merge.settings import (
+    SIZES,
+    WEIGHT,
+    Settings,
+    Value,
+    find_value,
+    is_held,
+    tell_values,
+)
 from allfuse.rule import Rule, SumRule
 
 SIFTS = ("density", "gamma", "epsilon")
@@ -106,6 +113,7 @@ class Recipe:
             for part in said.parts:
                 self._check_settings(part.settings, of_a_model=True)
         self._check_settings(self.settings)
+        self._check_numbers()
 
     def _check_slices(self) -> None:
         name, takes = self.rule.name, self.rule.models
@@ -123,6 +131,17 @@ class Recipe:
             if (len(self.slices) > 1 and None in counts) or len(set(counts)) > 1:
                 ranges = ", ".join("all" if count is None else str(count) for count in counts)
                 raise MergeError(f"slice {number} takes {ranges} layers; allowed: as many of each")
+
+    def _check_numbers(self) -> None:
+        for spec in fields(self.rule):
+            value = getattr(self.rule, spec.name)
+            if isinstance(value, (int, float)) and not is_held(value):
+                raise MergeError(f"{self.rule}: {spec.name} is {value}; allowed: 0, or {SIZES}")
+        given = "--weights " + ",".join(f"{weight:g}" for weight in self.weights)
+        if not all(map(is_held, self.weights)):
+            raise MergeError(f"{given}: allowed: 0, or numbers of {SIZES}")
+        if not self.slices and WEIGHT not in self.settings:
+            _check_sum(self.rule, self.weights, f"{given}:")
 
     def _check_settings(self, settings: Settings, of_a_model: bool = False) -> None:
         known = [WEIGHT, *(spec.name for spec in fields(self.rule))]
@@ -172,21 +191,27 @@ class Recipe:
             MergeError: a parameter is not what the rule takes, or no weight is left.
         """
         own = [spec.name for spec in fields(self.rule)]
-        whole = _values(own, [said.settings, self.settings], tensor, place)
-        each = [name for name in names_of_models(self.rule) if name != WEIGHT]
-        rules, weights = [], []
+        rules: list[Rule] = []
+        weights: list[float] = []
+        told: list[str] = []
         for part in said.fused:
             levels = [part.settings, said.settings, self.settings]
-            changes = whole | _values(each, levels, tensor, place)
+            changes = _values(own, levels, tensor, place)
             weight = find_value(levels, WEIGHT, tensor, place)
+            told += tell_values(levels, [WEIGHT], tensor, place)
             assert part.model is not None
             weights.append(float(self.weights[part.model] if weight is None else weight))
             try:
                 rules.append(_build(self.rule, tuple(changes.items())))
             except PlanError as error:
-                raise MergeError(f"{tensor} of {self.models[part.model]}: {error}") from error
+                model = self.models[part.model]
+                places = "; ".join(tell_values(levels, changes, tensor, place))
+                begin = f"{places}, for " if places else ""
+                raise MergeError(f"{begin}{tensor} of {model}: {error}") from error
         if rules:
-            _check_weights(rules[0], tensor, weights)
+            listed = ", ".join(f"{weight:g}" for weight in weights)
+            begin = "".join(f"{each}; " for each in dict.fromkeys(told))
+            _check_sum(rules[0], weights, f"{begin}the weights of {tensor} are {listed}, and")
         return tuple(rules), tuple(weights)
 
 
@@ -200,21 +225,17 @@ def names_of_models(rule: Rule) -> tuple[str, ...]:
     return (WEIGHT, *names)
 
 
-def _check_weights(rule: Rule, tensor: str, weights: Sequence[float]) -> None:
-    if not all(map(math.isfinite, weights)):
-        raise MergeError(f"the weights of {tensor} are {_said(weights)}; allowed: finite numbers")
+def _check_sum(rule: Rule, weights: Sequence[float], begin: str) -> None:
+    """Refuse weights by whose sum a rule cannot divide."""
     divides = getattr(rule, "normalize", True) and (
         isinstance(rule, SumRule) or not rule.of_changes
     )
-    if rule.weighted and divides and not sum(weights):
+    total = sum(weights)
+    if rule.weighted and divides and not (total and is_held(total)):
         raise MergeError(
-            f"the weights of {tensor} are {_said(weights)}, and {rule.name} divides by their sum, "
-            "0; next: give one of them more"
+            f"{begin} {rule.name} divides by their sum, {total:g}; allowed: a sum of {SIZES}; "
+            "next: other weights"
         )
-
-
-def _said(weights: Sequence[float]) -> str:
-    return ", ".join(f"{weight:g}" for weight in weights)
 
 
 def _values(

@@ -39,6 +39,8 @@ KEYS = (
     "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype",
     "tokenizer_source", "tokenizer", *OURS,
 )  # fmt: skip
+OF_DATA = ("fisher", "regmean", "regmean++", "adamerging")
+"""Rules of `learned.LEARNED`, named here since that loads torch."""
 REFUSED = {
     "modules": "parts of a model are not merged each on its own; next: a file for each",
     "input_model_parameters": "next: say them as parameters of each model",
@@ -298,5 +300,12 @@ def _slices(pieces: Sequence[Piece], models: Sequence[Path]) -> list[Slice]:
 
 def read_rule(text: str) -> Rule:
     """The rule that a text says, such as "ties(density=0.2)". Raises PlanError."""
+    name = text.partition("(")[0].strip()
+    if name in OF_DATA:
+        raise PlanError(
+            f"rule {name}",
+            "it looks at data, and neither a recipe nor a search does",
+            f'allfuse merge MODEL MODEL --rule "{text.strip()}" --job job.py --out FOLDER',
+        )
     call = read_call(text)
     return build("rule", METHODS, call.name, call.args, call.kwargs)
