@@ -11,8 +11,10 @@ from merging_cases import make_modules, save_all, small
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from allfuse.base.errors import MergeError, PlanError, UserError
+from allfuse.base.errors import Interrupted, MergeError, PlanError, UserError
 from allfuse.cli.app import app
+from allfuse.cli.merge_jobs import OF_DATA
+from allfuse.merge.learned import LEARNED
 
 JOB = """
 import allfuse as af
@@ -111,3 +113,32 @@ def test_bad_input_is_refused_before_anything_is_written(models: list[str], tmp_
             merge(*models, *arguments, *out)
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".partial-*"))
+
+
+def test_the_rules_of_data_are_known_by_name() -> None:
+    assert tuple(LEARNED) == OF_DATA
+
+
+@pytest.mark.parametrize("where", ["os.pwrite", "allfuse.merge.learned.fisher.find_scores"])
+def test_ctrl_c_leaves_nothing_and_is_told(
+    where: str, models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, stop)
+    job = str(tmp_path / "job.py")
+    with pytest.raises(Interrupted, match=r"interrupted; .*the same command begins anew"):
+        merge(*models, "--rule", "fisher", "--job", job, "--out", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".partial-*"))
+
+
+def test_one_folder_says_which_models_it_stands_for(models: list[str], tmp_path: Path) -> None:
+    (tmp_path / "some").mkdir()
+    for model in models:
+        os.rename(model, tmp_path / "some" / Path(model).name)
+    said = merge(str(tmp_path / "some"), "--rule", "regmean", "--job", str(tmp_path / "job.py"),
+                 "--out", str(tmp_path / "new" / "out"))  # fmt: skip
+    assert "some stands for 3 models: 0.safetensors, 1.safetensors, 2.safetensors" in said
+    assert (tmp_path / "new" / "out" / "model.safetensors").exists()

@@ -543,10 +543,10 @@ def merge(*arguments: str) -> str:
 
 def test_the_command_searches_and_tells(tmp_path: Path) -> None:
     models = list(map(str, write_models(tmp_path, [near(1), -truth(), near(2)])))
-    job, out = str(write_job(tmp_path)), tmp_path / "out"
+    job, out = str(write_job(tmp_path)), tmp_path / "new" / "out"
     said = merge(*models, "--search", "greedy", "--job", job, "--out", str(out), "--dry-run")
     assert "greedy search of 3 models" in said
-    assert not out.exists()
+    assert not out.parent.exists()
     said = merge(*models, "--search", "greedy", "--job", job, "--out", str(out))
     for part in ("best single", "uniform", "chosen", "validation (301)", "test (200)", "95 %"):
         assert part in said
@@ -568,6 +568,7 @@ def test_the_models_in_a_folder_are_searched_and_the_job_is_that_of_its_run(tmp_
     said = merge(str(run), "--search", "greedy", "--out", str(tmp_path / "out"), "--json", "-q")
     told = json.loads(said.splitlines()[-1])
     assert len(told["models"]) == 3
+    assert "stands for 3 models: step-000005.safetensors, " in told["notes"][0]
     assert told["rows"]["chosen"]["test"]["samples"] == 150
 
 

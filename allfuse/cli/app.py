@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
 from allfuse.base.errors import AllfuseError, WorkerFailed
 from allfuse.cli import diff, evaluate, join, merge, plan, predict, run, train, verify
-from allfuse.cli.options import print_json
+from allfuse.cli.options import if_interrupted, print_json
 
 app = typer.Typer(
     name="allfuse",
@@ -48,15 +50,26 @@ def about(
     """
 
 
-app.command("train", no_args_is_help=True)(train.train)
-app.command("join", no_args_is_help=True)(join.join)
-app.command("run", no_args_is_help=True)(run.run)
-app.command("verify", no_args_is_help=True)(verify.verify)
-app.command("evaluate", no_args_is_help=True)(evaluate.evaluate)
-app.command("predict", no_args_is_help=True)(predict.predict)
-app.command("merge", no_args_is_help=True)(merge.merge)
-app.command("diff", no_args_is_help=True)(diff.diff)
-app.command("plan", no_args_is_help=True)(plan.plan)
+def told(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that says so where Ctrl-C ends it: Typer itself would end without a word."""
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        with if_interrupted():
+            command(**given)
+
+    return run
+
+
+app.command("train", no_args_is_help=True)(told(train.train))
+app.command("join", no_args_is_help=True)(told(join.join))
+app.command("run", no_args_is_help=True)(told(run.run))
+app.command("verify", no_args_is_help=True)(told(verify.verify))
+app.command("evaluate", no_args_is_help=True)(told(evaluate.evaluate))
+app.command("predict", no_args_is_help=True)(told(predict.predict))
+app.command("merge", no_args_is_help=True)(told(merge.merge))
+app.command("diff", no_args_is_help=True)(told(diff.diff))
+app.command("plan", no_args_is_help=True)(told(plan.plan))
 
 
 def main() -> None:
@@ -73,7 +86,7 @@ def main() -> None:
         if "--json" in sys.argv:
             print_json({"ok": False, "error": str(error), "exit_code": error.exit_code})
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # before there was a command
         print("allfuse: interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:

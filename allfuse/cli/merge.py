@@ -7,17 +7,16 @@ from typing import Annotated
 
 import typer
 
-from allfuse.base.errors import UserError
 from allfuse.cli.merge_align import AlignOption, merge_by_alignment, refuse_beside_alignment
 from allfuse.cli.merge_disk import merge_on_disk
 from allfuse.cli.merge_jobs import (
     EXAMPLES,
     ExamplesOption,
     JobsOption,
-    find_learned,
+    looks_at_data,
     merge_by_data,
-    read_jobs,
     refuse_beside,
+    refuse_few,
     refuse_without_data,
 )
 from allfuse.cli.merge_recipe import (
@@ -25,6 +24,7 @@ from allfuse.cli.merge_recipe import (
     PadOption,
     ShardOption,
     find_models,
+    note_models,
     read_request,
     read_rule,
     read_size,
@@ -77,7 +77,10 @@ def merge(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(metavar="TYPE", help="F32, BF16 or F16; by default that of base or first."),
+        typer.Option(
+            metavar="TYPE",
+            help="F32, BF16, F16, ..., or as PyTorch names them; by default that of base or first.",
+        ),
     ] = None,
     memory: Annotated[
         str, typer.Option(metavar="SIZE", help="What the process may take, such as 2GB.")
@@ -158,10 +161,9 @@ def merge(
         )
         return
     refuse_without_search(evaluations=evaluations, per_layer=per_layer)
-    method = None if rule is None else find_learned(rule)
-    if method is not None:
+    if rule is not None and looks_at_data(rule):
         refuse_beside(
-            method,
+            rule,
             pad_vocabulary=pad_vocabulary,
             shard_size=shard_size,
             allow_nan=allow_nan,
@@ -170,13 +172,15 @@ def merge(
             workers=workers,
         )
         refuse_recipes(models, f"--rule {rule}")
-        models = find_models(models)
+        found = find_models(models)
         merge_by_data(
-            method,
-            models,
+            rule,
+            found,
             out,
-            jobs=read_jobs(models, job, settings),
-            weights=read_weights(weights, len(models)),
+            jobs=job,
+            settings=settings,
+            notes=note_models(models, found),
+            weights=read_weights(weights, len(found)),
             base=base,
             dtype=dtype,
             examples=examples,
@@ -189,8 +193,7 @@ def merge(
             threads=threads,
         )
         return
-    if threads is not None and threads < 1:
-        raise UserError(f"--threads {threads}: allowed: 1 or more")
+    refuse_few("--threads", threads)
     said = read_request(
         models,
         rule=rule,

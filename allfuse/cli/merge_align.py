@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,8 +11,8 @@ import typer
 
 from allfuse.base.errors import UserError
 from allfuse.base.units import format_bytes
-from allfuse.cli.merge_jobs import read_jobs
-from allfuse.cli.options import print_json, set_threads
+from allfuse.cli.merge_jobs import ANEW, print_notes, read_jobs, refuse_early, refuse_few
+from allfuse.cli.options import if_interrupted, parse_settings, print_json, set_threads
 
 if TYPE_CHECKING:
     from allfuse.merge.recipe_file import Said
@@ -45,10 +46,13 @@ def merge_by_alignment(
     as_json: bool,
 ) -> None:
     """Align and fuse models, or say what would be done, and tell of it."""
+    recipe = said.recipe
+    parse_settings(settings)
+    refuse_early([*recipe.models, *([recipe.base] if recipe.base else [])], out, jobs, overwrite)
+    refuse_few("--examples", examples, least=2)
     from allfuse.merge.align.merging import Alignment, check_aligned, merge_aligned
 
     set_threads(threads, 1)
-    recipe = said.recipe
     alignment = Alignment(
         how=how,
         job=read_jobs(recipe.models, jobs, settings)[0],
@@ -57,35 +61,35 @@ def merge_by_alignment(
     )
     if dry_run:
         told = check_aligned(recipe, alignment, out, memory_bytes=memory_bytes, overwrite=overwrite)
-        _tell_plan(told, out, as_json)
+        _tell_plan(told | {"notes": list(said.notes)}, recipe.models, out, as_json)
         return
     options: dict[str, Any] = {
         "memory_bytes": memory_bytes,
         "threads": threads,
         "overwrite": overwrite,
     }
-    if quiet:
-        done = merge_aligned(recipe, alignment, out, **options)
-    else:
-        from allfuse.base.events import Bus
-        from allfuse.observe.merging import MergeProgress
+    with if_interrupted(ANEW):
+        if quiet:
+            done = merge_aligned(recipe, alignment, out, **options)
+        else:
+            from allfuse.base.events import Bus
+            from allfuse.observe.merging import MergeProgress
 
-        bus = Bus()
-        with MergeProgress(sys.stderr if as_json else sys.stdout) as progress:
-            bus.subscribe(progress)
-            done = merge_aligned(recipe, alignment, out, tell=bus.emit, **options)
+            bus = Bus()
+            with MergeProgress(sys.stderr if as_json else sys.stdout) as progress:
+                bus.subscribe(progress)
+                done = merge_aligned(recipe, alignment, out, tell=bus.emit, **options)
     notes = [*said.notes, *done["notes"]]
     if as_json:
-        print_json(
-            {"ok": True, "command": "merge", "rule": str(recipe.rule), **done, "notes": notes}
-        )
+        models = [str(model) for model in recipe.models]
+        begin = {"ok": True, "command": "merge", "models": models, "rule": str(recipe.rule)}
+        print_json({**begin, **done, "notes": notes})
         return
     print(
         f"{out}: {done['parameters']:,} parameters in {done['tensors']:,} tensors by "
         f"{recipe.rule} of {len(recipe.models)} models, aligned by {how}, {done['seconds']:.2f} s"
     )
-    for note in notes:
-        print(f"  note: {note}")
+    print_notes(notes)
 
 
 def refuse_beside_alignment(**given: object) -> None:
@@ -99,9 +103,9 @@ def refuse_beside_alignment(**given: object) -> None:
             )
 
 
-def _tell_plan(told: dict[str, Any], out: Path, as_json: bool) -> None:
+def _tell_plan(told: dict[str, Any], models: Sequence[Path], out: Path, as_json: bool) -> None:
     if as_json:
-        print_json({"ok": True, "command": "merge", **told})
+        print_json({"ok": True, "command": "merge", **told, "models": [str(m) for m in models]})
         return
     groups = [f"{name} ({size:,})" for name, size in told["groups"].items()]
     more = f" and {len(groups) - SHOWN} more" if len(groups) > SHOWN else ""
@@ -112,3 +116,4 @@ def _tell_plan(told: dict[str, Any], out: Path, as_json: bool) -> None:
         f"  {told['units']:,} units in {len(groups)} groups may get another place: "
         f"{', '.join(groups[:SHOWN])}{more}"
     )
+    print_notes(told["notes"])

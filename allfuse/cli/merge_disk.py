@@ -8,14 +8,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from allfuse.base.errors import PlanError, WorkerFailed
+from allfuse.base.errors import MergeError, PlanError, RunError, WorkerFailed
 from allfuse.base.units import format_bytes, format_seconds
-from allfuse.cli.options import choose_plan, is_first, print_json, run_under
+from allfuse.cli.merge_jobs import print_notes
+from allfuse.cli.options import choose_plan, if_interrupted, is_first, print_json, run_under
 
 if TYPE_CHECKING:
     from allfuse.merge.recipe import Recipe
     from allfuse.merge.recipe_file import Said
     from allfuse.plan import Plan
+
+GOES_ON = "the same command goes on where it was"
 
 
 def merge_on_disk(
@@ -34,8 +37,10 @@ def merge_on_disk(
 ) -> None:
     """Check everything before any process starts; then fuse models, or say what would be done, and
     tell of it."""
+    from allfuse.merge.folder import Stopped, discard
     from allfuse.merge.merge import choose_threads, describe, refuse_place, threads_here
     from allfuse.merge.outline import outline
+    from allfuse.store.durable import partial_path
 
     recipe, chosen = said.recipe, choose_plan(plan, workers)
     refuse_other_plans(chosen)
@@ -45,26 +50,32 @@ def merge_on_disk(
         each = choose_threads(made, memory_bytes, threads or threads_here(chosen.workers))
         if dry_run:
             told = describe(made, each, chosen.workers)
-            _tell_plan(told | {"notes": [*said.notes, *told["notes"]]}, out, as_json)
+            _tell_plan(told | {"notes": [*said.notes, *told["notes"]]}, recipe, out, as_json)
     if dry_run:
         return
     options = {"memory_bytes": memory_bytes, "threads": threads, "overwrite": overwrite}
     work = functools.partial(merge_here, recipe, out, options, quiet, as_json)
     try:
-        done = run_under(chosen, work, threads=threads, timeout_s=timeout)
+        with if_interrupted(GOES_ON):
+            done = run_under(chosen, work, threads=threads, timeout_s=timeout)
+    except Stopped:
+        raise
+    except (MergeError, RunError):
+        discard(partial_path(out))
+        raise
     except WorkerFailed as error:
-        text = f"{error}\nnext: the same command goes on where they were"
+        text = f"{error}\nnext: {GOES_ON}"
         raise WorkerFailed(text, error.rank, error.trace, error.exit_code) from error
     done["notes"] = [*said.notes, *done["notes"]]
     if as_json:
-        print_json({"ok": True, "command": "merge", "rule": str(recipe.rule), **done})
+        print_json({**_begin_json(recipe), "rule": str(recipe.rule), **done})
     elif is_first():
         speed = (done["read_bytes"] + done["written_bytes"]) / max(done["seconds"], 1e-9)
         print(
             f"{done['out']}: {done['parameters']:,} parameters in {done['tensors']:,} tensors by "
             f"{recipe.rule}, {done['seconds']:.2f} s, {format_bytes(speed)}/s read and written"
         )
-        _tell_notes(done["notes"])
+        print_notes(done["notes"])
 
 
 def refuse_other_plans(plan: Plan) -> None:
@@ -96,9 +107,13 @@ def merge_here(
         return asdict(merge(recipe, out, world=world, tell=bus.emit, **options))
 
 
-def _tell_plan(told: dict[str, Any], out: Path, as_json: bool) -> None:
+def _begin_json(recipe: Recipe) -> dict[str, Any]:
+    return {"ok": True, "command": "merge", "models": [str(model) for model in recipe.models]}
+
+
+def _tell_plan(told: dict[str, Any], recipe: Recipe, out: Path, as_json: bool) -> None:
     if as_json:
-        print_json({"ok": True, "command": "merge", **told})
+        print_json(told | _begin_json(recipe))
         return
     workers = f" in each of {told['workers']} workers" if told["workers"] > 1 else ""
     print(
@@ -114,9 +129,4 @@ def _tell_plan(told: dict[str, Any], out: Path, as_json: bool) -> None:
         print(f"  as in the first model, being whole numbers: {', '.join(told['copied'][:10])}")
     if told["padded"]:
         print(f"  with rows that some models lack: {', '.join(told['padded'][:10])}")
-    _tell_notes(told["notes"])
-
-
-def _tell_notes(notes: list[str]) -> None:
-    for note in notes:
-        print(f"  note: {note}")
+    print_notes(told["notes"])

@@ -9,14 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from allfuse.base.errors import UserError
+from allfuse.base.errors import JobError, UserError
 from allfuse.base.units import format_bytes
-from allfuse.cli.options import parse_settings, print_json
+from allfuse.cli.options import if_interrupted, parse_settings, print_json, set_threads
 
 if TYPE_CHECKING:
     from allfuse.job import Job
     from allfuse.merge.learned import Learned
+    from allfuse.merge.learned.learn import LearnedMerge
+    from allfuse.plan.parse import Call
 
+ANEW = "nothing was written, and the same command begins anew"
+OF_DATA = ("fisher", "regmean", "regmean++", "adamerging")
+"""Rules that look at data: the names of merge.learned's table, which loads torch."""
 EXAMPLES = 256
 PLUS = "_plus_plus"
 
@@ -40,7 +45,7 @@ def refuse_without_data(**given: object) -> None:
         if value:
             raise UserError(
                 f"--{name}: this rule looks at models alone; next: leave it out, or a rule of data "
-                "(fisher, regmean, regmean++, adamerging), --align or --search"
+                f"({', '.join(OF_DATA)}), --align or --search"
             )
 
 
@@ -57,44 +62,87 @@ def read_jobs(
     return find_jobs(models, files or [], parse_settings(settings))
 
 
-def find_learned(rule: str) -> Learned | None:
-    """The method that looks at data which a text says; None where it says a rule of weights alone.
+def _read(rule: str) -> Call:
+    from allfuse.plan.parse import Call, read_call
+
+    call = read_call(rule.replace("++", PLUS), "rule")  # which no expression can be
+    return Call(call.name.replace(PLUS, "++"), call.args, call.kwargs)
+
+
+def looks_at_data(rule: str) -> bool:
+    """Whether a text says a rule that looks at data. Loads no torch.
 
     Raises:
-        PlanError: it says neither.
+        PlanError: there is no such rule.
     """
     from allfuse.base.choice import Choice, build
-    from allfuse.plan.parse import read_call
     from allfuse.rule import METHODS
 
-    call = read_call(rule.replace("++", PLUS))  # which no expression can be
-    name = call.name.replace(PLUS, "++")
-    if name in METHODS:
-        return None
-    from allfuse.merge.learned import LEARNED, Learned
-
-    table: dict[str, type[Choice]] = {**METHODS, **LEARNED}
-    made = build("rule", table, name, call.args, call.kwargs)
-    assert isinstance(made, Learned)
-    return made
+    call = _read(rule)
+    if call.name not in METHODS and call.name not in OF_DATA:
+        table: dict[str, type[Choice]] = {**METHODS, **dict.fromkeys(OF_DATA, Choice)}
+        build("rule", table, call.name, call.args, call.kwargs)
+    return call.name in OF_DATA
 
 
-def refuse_beside(method: Learned, **given: object) -> None:
+def find_learned(rule: str) -> Learned:
+    """The method that looks at data which a text says.
+
+    Raises:
+        PlanError: it says none.
+    """
+    from allfuse.base.choice import build
+    from allfuse.merge.learned import LEARNED
+
+    call = _read(rule)
+    return build("rule", LEARNED, call.name, call.args, call.kwargs)
+
+
+def refuse_early(
+    models: Sequence[Path], out: Path, jobs: list[Path] | None, overwrite: bool
+) -> None:
+    """Refuse what can be refused before torch is loaded, which takes seconds: models and job files
+    that are not there, and a place that is taken.
+
+    Raises:
+        MergeError, JobError: says which.
+    """
+    from allfuse.merge.folder import refuse_folder
+    from allfuse.merge.source import open_source
+
+    places = [place for model in models for place in open_source(model).places]
+    refuse_folder(places, 0, out, overwrite)
+    for file in jobs or []:
+        if not file.is_file():
+            raise JobError(
+                f"--job {file}: there is no such file; allowed: a Python file with a function job()"
+            )
+
+
+def refuse_few(option: str, value: int | None, least: int = 1) -> None:
+    """Refuse a number that is too small. Raises UserError."""
+    if value is not None and value < least:
+        raise UserError(f"{option} {value}: allowed: {least} or more")
+
+
+def refuse_beside(rule: str, **given: object) -> None:
     """Refuse options that mean nothing for a rule which looks at data. Raises UserError."""
     for name, value in given.items():
         if value:
             raise UserError(
-                f"--{name.replace('_', '-')} beside --rule {method}: it is for rules that stream "
+                f"--{name.replace('_', '-')} beside --rule {rule}: it is for rules that stream "
                 "from disk; next: leave it out, or another rule"
             )
 
 
 def merge_by_data(
-    method: Learned,
+    rule: str,
     models: Sequence[Path],
     out: Path,
     *,
-    jobs: list[Job],
+    jobs: list[Path] | None,
+    settings: list[str] | None,
+    notes: list[str],
     dry_run: bool,
     overwrite: bool,
     quiet: bool,
@@ -105,42 +153,81 @@ def merge_by_data(
     """Fuse models by what they do with data, and tell of it.
 
     Args:
-        about: weights, base, examples, seed, dtype and calibrate of `LearnedMerge`.
+        notes: what else to tell. about: weights, base, examples, seed, dtype and calibrate of
+            `LearnedMerge`.
     """
-    from allfuse.cli.options import set_threads
-    from allfuse.merge.learned.learn import LearnedMerge, check, merge_learned
-
-    if threads is not None and threads < 1:
-        raise UserError(f"--threads {threads}: allowed: 1 or more")
-    set_threads(threads, 1)
-    given = LearnedMerge(method=method, models=models, jobs=jobs, **about)
-    if dry_run:
-        told = check(given, out, overwrite)
-        if as_json:
-            print_json({"ok": True, "command": "merge", **told})
-        else:
-            print(
-                f"{out}: would be {told['parameters']:,} parameters in {told['tensors']:,} tensors "
-                f"by {told['rule']} of {told['models']} models\n"
-                f"  at most {told['examples']} samples of each model's data, about "
-                f"{format_bytes(told['memory_bytes'])} in memory beside activations, write "
-                f"{format_bytes(told['written_bytes'])}"
-            )
-        return
-    if quiet:
-        done = merge_learned(given, out, overwrite=overwrite)
-    else:
-        from allfuse.base.events import Bus
-        from allfuse.observe.learning import LearnProgress
-
-        bus = Bus()
-        with LearnProgress(sys.stderr if as_json else sys.stdout) as progress:
-            bus.subscribe(progress)
-            done = merge_learned(given, out, overwrite=overwrite, tell=bus.emit)
+    base, names = about["base"], [str(model) for model in models]
+    refuse_few("--threads", threads)
+    refuse_few("--examples", about["examples"])
+    parse_settings(settings)
+    refuse_early([*models, *([] if base is None else [base])], out, jobs, overwrite)
+    with if_interrupted(ANEW):
+        given = _prepare(rule, models, read_jobs(models, jobs, settings), threads, about)
+        begin = {"ok": True, "command": "merge", "rule": str(given.method)}
+        if dry_run:
+            told = _check(given, out, overwrite)
+            if as_json:
+                print_json({**begin, **told, "models": names, "notes": notes})
+            else:
+                _tell_plan(told, out)
+                print_notes(notes)
+            return
+        done = _merge(given, out, overwrite, quiet, as_json)
     if as_json:
-        print_json({"ok": True, "command": "merge", "rule": str(method), **done})
+        print_json({**begin, "models": names, **done, "notes": notes})
     else:
         print(
             f"{done['out']}: {done['parameters']:,} parameters in {done['tensors']:,} tensors by "
-            f"{method} of {len(models)} models, {done['seconds']:.2f} s"
+            f"{given.method} of {len(models)} models, {done['seconds']:.2f} s"
         )
+        print_notes(notes)
+
+
+def _prepare(
+    rule: str,
+    models: Sequence[Path],
+    jobs: list[Job],
+    threads: int | None,
+    about: dict[str, Any],
+) -> LearnedMerge:
+    from allfuse.merge.learned.learn import LearnedMerge
+
+    set_threads(threads, 1)
+    return LearnedMerge(method=find_learned(rule), models=models, jobs=jobs, **about)
+
+
+def _check(given: LearnedMerge, out: Path, overwrite: bool) -> dict[str, Any]:
+    from allfuse.merge.learned.learn import check
+
+    return check(given, out, overwrite)
+
+
+def _merge(
+    given: LearnedMerge, out: Path, overwrite: bool, quiet: bool, to_stderr: bool
+) -> dict[str, Any]:
+    from allfuse.merge.learned.learn import merge_learned
+
+    if quiet:
+        return merge_learned(given, out, overwrite=overwrite)
+    from allfuse.base.events import Bus
+    from allfuse.observe.learning import LearnProgress
+
+    bus = Bus()
+    with LearnProgress(sys.stderr if to_stderr else sys.stdout) as progress:
+        bus.subscribe(progress)
+        return merge_learned(given, out, overwrite=overwrite, tell=bus.emit)
+
+
+def _tell_plan(told: dict[str, Any], out: Path) -> None:
+    print(
+        f"{out}: would be {told['parameters']:,} parameters in {told['tensors']:,} tensors "
+        f"by {told['rule']} of {told['models']} models\n"
+        f"  at most {told['examples']} samples of each model's data, about "
+        f"{format_bytes(told['memory_bytes'])} in memory beside activations, write "
+        f"{format_bytes(told['written_bytes'])}"
+    )
+
+
+def print_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        print(f"  note: {note}")

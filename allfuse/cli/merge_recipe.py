@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from allfuse.base.errors import UserError
+from allfuse.base.errors import UserError, nearest
 from allfuse.base.units import parse_bytes
 
 if TYPE_CHECKING:
     from allfuse.merge.recipe_file import Said
 
 RULE = "mean"
+MOST_NAMED = 10
 
 PadOption = Annotated[
     bool,
@@ -69,7 +70,7 @@ def read_request(
             pad_vocabulary=pad_vocabulary,
             shard_bytes=shard_bytes,
         )
-        return Said(recipe, ())
+        return Said(recipe, tuple(note_models(models, every)))
     if len(models) > 1:
         raise UserError(f"{files[0]} is a recipe, which names its models; allowed: it alone")
     for option, value in (("--rule", rule), ("--weights", weights), ("--base", base)):
@@ -103,6 +104,16 @@ def find_models(models: Sequence[Path]) -> list[Path]:
     return find_ingredients(models[0]) if len(models) == 1 else list(models)
 
 
+def note_models(given: Sequence[Path], found: Sequence[Path]) -> list[str]:
+    """Which models one folder stands for, where it stands for several: a note, or none."""
+    if len(found) == len(given):
+        return []
+    names = ["its model" if path == given[0] else path.name for path in found]
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    listed = ", ".join(names[:MOST_NAMED])
+    return [f"{given[0]} stands for {len(found)} models: {listed}{more}"]
+
+
 def read_rule(text: str) -> Any:
     """The rule that a text says. Raises PlanError."""
     from allfuse.merge.recipe_file import read_rule
@@ -111,10 +122,21 @@ def read_rule(text: str) -> Any:
 
 
 def read_type(text: str | None) -> str | None:
-    """A type of numbers by its name in safetensors; PyTorch's name is taken, too."""
+    """A type of numbers by its name in safetensors, in capitals or not, or by PyTorch's name.
+
+    Raises:
+        UserError: there is no such type.
+    """
     from allfuse.merge.recipe_file import TYPES
 
-    return None if text is None else TYPES.get(text, text)
+    if text is None:
+        return None
+    found = TYPES.get(text.lower()) or TYPES.get(text.upper())
+    if found is None:
+        raise UserError(
+            f"--dtype {text}{nearest(text.lower(), TYPES)}; allowed: {', '.join(TYPES)}"
+        )
+    return found
 
 
 def read_weights(text: str | None, models: int) -> list[float]:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from allfuse.base.errors import UserError
-from allfuse.cli.merge_jobs import find_learned
+from allfuse.cli.merge_jobs import looks_at_data, print_notes, refuse_early, refuse_few
+from allfuse.cli.merge_recipe import find_models, note_models
 from allfuse.cli.options import choose_plan, is_first, parse_settings, print_json, run_under
 
 if TYPE_CHECKING:
@@ -62,12 +63,18 @@ def merge_by_search(
         models: several, or one folder with several.
         about: base, dtype, seed, allow_nan, calibrate and memory_bytes of a `Subject`.
     """
+    from allfuse.judge.searches import refuse_counts, refuse_search
+
+    refuse_search(search, per_layer)
+    found, given, base = find_models(models), parse_settings(settings), about["base"]
+    refuse_counts(search, len(found), evaluations)
+    refuse_few("--threads", threads)
+    refuse_early([*found, *([] if base is None else [base])], out, jobs, overwrite)
+    chosen, notes = choose_plan(plan, workers), note_models(models, found)
     from allfuse.judge.subject import Subject, find_job
     from allfuse.judge.wish import Wish, check
-    from allfuse.store.model_files import find_ingredients
 
-    found = find_ingredients(models[0]) if len(models) == 1 else list(models)
-    job = find_job([*models, *found], jobs or [], parse_settings(settings))
+    job = find_job([*models, *found], jobs or [], given)
     subject = Subject(models=tuple(found), job=job, rule=rule, **about)
     wish = Wish(
         search=search,
@@ -77,13 +84,13 @@ def merge_by_search(
         overwrite=overwrite,
     )
     check(subject, wish)
-    chosen = choose_plan(plan, workers)
     if dry_run:
         told = {
             "search": search,
             "models": [str(path) for path in found],
             "job": str(job.path),
             "evaluations": wish.limit,
+            "notes": notes,
         }
         if as_json:
             print_json({"ok": True, "command": "merge", **told})
@@ -91,9 +98,12 @@ def merge_by_search(
             limit = "" if wish.limit is None else f", at most {wish.limit} candidates"
             print(f"{out}: would be by {search} search of {len(found)} models{limit}")
             print(f"  judged by {job.path}")
+            print_notes(notes)
         return
     work = functools.partial(_search_here, subject, wish, quiet or not is_first(), as_json)
     report = run_under(chosen, work, threads=threads, timeout_s=timeout)
+    if report is not None:
+        report["notes"] = [*notes, *report["notes"]]
     if as_json:
         print_json({"ok": True, "command": "merge", **report})
     elif is_first():
@@ -104,7 +114,7 @@ def merge_by_search(
 
 def refuse_beside_search(rule: str | None, weights: str | None, **given: object) -> None:
     """Refuse what a search does not do. Raises UserError."""
-    if rule is not None and find_learned(rule) is not None:
+    if rule is not None and looks_at_data(rule):
         raise UserError(
             f"--rule {rule}: it looks at data, and a search fuses by rules of weights alone; next: "
             "another rule, or no --search"

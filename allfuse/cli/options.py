@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from allfuse.base.errors import UserError
+from allfuse.base.errors import Interrupted, UserError
 from allfuse.plan import Plan, as_plan, check_workers
 from allfuse.plan.loss import loss_policy
 
@@ -227,6 +228,21 @@ def set_threads(threads: int | None, local_workers: int) -> None:
     from allfuse.launcher.local import threads_each
 
     torch.set_num_threads(threads or threads_each(local_workers))
+
+
+@contextmanager
+def if_interrupted(then: str = "") -> Iterator[None]:
+    """Say in one line that Ctrl-C ended the work, and what the same command does then.
+
+    Raises:
+        Interrupted: it did.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; {then}" if then else "interrupted") from None
+    except Interrupted as error:
+        raise (Interrupted(f"{error}; {then}") if then else error) from None
 
 
 def is_first() -> bool:

@@ -21,7 +21,9 @@ SPARE = 4
 def scratch(needed_bytes: int, beside: Path) -> Iterator[Path]:
     """A folder in memory where so many bytes are little there, else in `beside`. It is removed at
     the end; what processes that were killed have left in either place is removed at the start.
+    `beside` is made where it is not there.
     """
+    beside.mkdir(parents=True, exist_ok=True)
     for place in (MEMORY, beside):
         sweep(place)
     fits = MEMORY.is_dir() and needed_bytes * SPARE <= shutil.disk_usage(MEMORY).free

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from allfuse.base.errors import MergeError, nearest
+from allfuse.base.errors import MergeError
 from allfuse.judge.candidate import Candidate, single
 from allfuse.judge.coefficients import Space, require_cma
+from allfuse.judge.searches import refuse_counts, refuse_search
 from allfuse.judge.subject import Subject
 from allfuse.merge.merge import refuse_place
 from allfuse.merge.outline import outline
 from allfuse.rule import Mean
 
-SEARCHES = ("greedy", "coefficients", "methods")
 EVALUATIONS = 100
 """Candidates of a search that would not end by itself."""
 
@@ -36,16 +36,7 @@ class Wish:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if self.search not in SEARCHES:
-            raise MergeError(
-                f"--search {self.search}: there is no such search{nearest(self.search, SEARCHES)}; "
-                f"allowed: {', '.join(SEARCHES)}"
-            )
-        if self.per_layer and self.search != "coefficients":
-            raise MergeError(
-                f"--per-layer: --search {self.search} does not look for weights; allowed: with "
-                "--search coefficients"
-            )
+        refuse_search(self.search, self.per_layer)
 
     @property
     def limit(self) -> int | None:
@@ -62,19 +53,13 @@ def check(subject: Subject, wish: Wish) -> None:
             evaluations to begin with.
     """
     n, rule = len(subject.models), subject.rule
-    if n < 2:
-        raise MergeError(f"--search {wish.search} needs at least 2 models, received {n}")
+    refuse_counts(wish.search, n, wish.limit)
     if len({path.resolve() for path in subject.models}) < n:
         raise MergeError("--search: a model was given twice; allowed: each once")
     _check_rule(subject, wish)
     if wish.search == "coefficients":
         require_cma()
         Space(rule, n, [])
-    if wish.limit is not None and wish.limit < n + 1:
-        raise MergeError(
-            f"--evaluations {wish.limit}: each of {n} models is judged by itself, and all of them "
-            f"together; allowed: {n + 1} or more"
-        )
     for model in range(n):
         outline(subject.recipe(single(model)))
     plan = outline(subject.recipe(Candidate(tuple(range(n)), rule, (1.0,) * n)))

@@ -10,11 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from allfuse.base.errors import MergeError
+from allfuse.base.errors import MergeError, UserError
 from allfuse.base.units import format_bytes
 from allfuse.merge.estimate import estimate_seconds
 from allfuse.merge.flushing import Flusher
-from allfuse.merge.folder import finish, held, make_files, refuse_folder
+from allfuse.merge.folder import (
+    AGAIN,
+    Stopped,
+    discard,
+    finish,
+    held,
+    make_files,
+    refuse_folder,
+)
 from allfuse.merge.journal import Journal
 from allfuse.merge.origin import carry_job
 from allfuse.merge.outline import BLOCK, Outline, Task, outline
@@ -64,7 +72,9 @@ def merge(
     """Fuse models on disk.
 
     What is not whole lies beside `out` under a name that begins with ".partial-"; the same call
-    goes on with it. The result does not depend on `memory_bytes`, `threads` and `world`.
+    goes on with it. Where what was given is refused, it is removed (in a world by whoever started
+    the ranks, when all have ended: `discard`). The result does not depend on `memory_bytes`,
+    `threads` and `world`.
 
     Args:
         memory_bytes: of this process, at most; threads: None: as many as there are cores for it.
@@ -72,7 +82,7 @@ def merge(
 
     Raises:
         MergeError: models that cannot be fused or read, no room, or `out` is there already.
-        PeerLost: another rank is silent.
+        Stopped: files that cannot be read or written now. PeerLost: another rank is silent.
     """
     begin = time.monotonic()
     plan, together = outline(recipe), Together(world, tell)
@@ -92,7 +102,13 @@ def merge(
                 plan.write_config(folder)
                 finish(plan.layout, plan.side_files(), folder, out)
     except OSError as error:
-        raise MergeError(f"{explain(error, out)}; the same command goes on then") from error
+        raise Stopped(f"{explain(error, out)}; {AGAIN}") from error
+    except UserError as error:
+        if isinstance(error.__cause__, OSError):
+            raise Stopped(f"{error}; {AGAIN}") from error
+        if together.size == 1:
+            discard(partial)
+        raise
     return Merged(
         out=str(out),
         tensors=len(plan.tasks),

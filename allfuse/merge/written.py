@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,7 @@ def write_model(
     made_of: tuple[Sequence[Path], Mapping[str, Any]] = ((), {}),
 ) -> int:
     """Write tensors as a model like another one, which appears under its name when it is whole;
-    the bytes written.
+    the bytes written. Of one that could not be written nothing is left.
 
     Names, files, types and side files are those of `like`; numbers are rounded to those types.
 
@@ -72,7 +74,7 @@ def write_model(
     layout = plan_model(like, out, overwrite, dtype)
     _refuse_others(layout, like, tensors)
     try:
-        with held(partial_path(out)) as folder:
+        with held(partial_path(out)) as folder, _removed_after_errors(folder):
             make_files(layout, folder, fresh=True)
             files = Files(folder)
             try:
@@ -87,6 +89,16 @@ def write_model(
     except OSError as error:
         raise MergeError(explain(error, out)) from error
     return layout.bytes
+
+
+@contextmanager
+def _removed_after_errors(folder: Path) -> Iterator[None]:
+    """Nobody goes on with what was begun."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _refuse_others(layout: Layout, like: Source, tensors: Mapping[str, Tensor]) -> None:

@@ -25,7 +25,8 @@ DIGIT_FIRST = re.compile(r"""(?<![\w.'"])(1f1b)(?![\w.'"])""")
 TRUTH = {"true": True, "false": False}  # beside True and False, as YAML has them
 
 EXAMPLE = "data(4)"
-ALLOWED = "a plan is read, never evaluated: it holds names, calls, numbers, quoted text and *"
+EXAMPLES = {"plan": EXAMPLE, "rule": "ties(density=0.2)"}
+ALLOWED = "is read, never evaluated: it holds names, calls, numbers, quoted text and *"
 
 
 @dataclass(frozen=True, repr=False)
@@ -57,13 +58,16 @@ def read_product(text: str) -> list[Call]:
     return Reader(text).factors()
 
 
-def read_call(text: str) -> Call:
+def read_call(text: str, kind: str = "plan") -> Call:
     """The one call that a text holds: `ring`, `topk(0.01)`.
+
+    Args:
+        kind: what errors call it, such as "rule".
 
     Raises:
         PlanError: the text is not one call.
     """
-    reader = Reader(text)
+    reader = Reader(text, kind)
     return reader.call(reader.body)
 
 
@@ -84,23 +88,29 @@ def check_number(value: float) -> None:
 class Reader:
     """Walks the syntax tree of one text and admits only what a plan may hold."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, kind: str = "plan") -> None:
+        self.example, self.allowed = EXAMPLES[kind], f"a {kind} {ALLOWED}"
         if len(text) > MAX_CHARACTERS:
             raise PlanError(
-                clip(text), f"has {len(text):,} characters, at most {MAX_CHARACTERS:,}", EXAMPLE
+                clip(text),
+                f"has {len(text):,} characters, at most {MAX_CHARACTERS:,}",
+                self.example,
             )
         lines = " ".join(text.splitlines()).strip()  # lines, as YAML folds them, mean nothing
         self.text = DIGIT_FIRST.sub(r"'\1'", lines)
         if not self.text:
-            raise PlanError("an empty text", "a plan names at least one axis", "data(1)")
+            why = "a plan names at least one axis" if kind == "plan" else f"a {kind} has a name"
+            raise PlanError("an empty text", why, "data(1)" if kind == "plan" else self.example)
         self.check_depth()
         try:
             with _parsing:
                 self.body = ast.parse(self.text, mode="eval").body
         except SyntaxError as error:
-            raise PlanError(clip(text), f"is not a plan: {error.msg}", self.repaired()) from None
+            why = f"is not a {kind}: {error.msg}"
+            raise PlanError(clip(text), why, self.repaired()) from None
         except (ValueError, RecursionError, MemoryError):  # not text, or chains of operators
-            raise PlanError(clip(text), "is not a plan: it cannot be read", EXAMPLE) from None
+            why = f"is not a {kind}: it cannot be read"
+            raise PlanError(clip(text), why, self.example) from None
 
     def repaired(self) -> str:
         """The text with the brackets closed that it left open, if that makes it an expression."""
@@ -109,7 +119,7 @@ class Reader:
             with _parsing:
                 ast.parse(closed, mode="eval")
         except (SyntaxError, ValueError, RecursionError, MemoryError):
-            return EXAMPLE
+            return self.example
         return clip(closed)
 
     def check_depth(self) -> None:
@@ -119,7 +129,7 @@ class Reader:
             depth += (character in "([{") - (character in ")]}")
             if depth > MAX_DEPTH:
                 raise PlanError(
-                    clip(self.text), f"is nested more than {MAX_DEPTH} levels deep", EXAMPLE
+                    clip(self.text), f"is nested more than {MAX_DEPTH} levels deep", self.example
                 )
 
     def factors(self) -> list[Call]:
@@ -174,11 +184,12 @@ class Reader:
         if isinstance(value, int | float) and not isinstance(value, bool):
             check_number(value)
             return -value if negative else value
-        raise self.refusal(node, nearest="auto" if value is None else EXAMPLE)
+        raise self.refusal(node, nearest="auto" if value is None else self.example)
 
     def source(self, node: ast.AST) -> str:
         return ast.get_source_segment(self.text, node) or self.text
 
-    def refusal(self, node: ast.expr, why: str = ALLOWED, nearest: str = EXAMPLE) -> PlanError:
+    def refusal(self, node: ast.expr, why: str = "", nearest: str = "") -> PlanError:
         """Says why this part cannot stand in a plan, and what could stand there."""
-        return PlanError(clip(self.source(node)), why, clip(nearest))
+        given, nearest = clip(self.source(node)), clip(nearest or self.example)
+        return PlanError(given, why or self.allowed, nearest)

@@ -289,7 +289,7 @@ def _read_record(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise RunError(
             f"there is no run in {path} (no {RECORD}); allowed: a folder that "
-            "`allfuse train --out` made"
+            "`allfuse train --out` made, or `allfuse merge` of runs"
         )
     try:
         content = parse_json(file.read_bytes())
