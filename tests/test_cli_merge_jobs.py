@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from allfuse.base.errors import Interrupted, MergeError, PlanError, UserError
 from allfuse.cli.app import app
-from allfuse.cli.merge_jobs import OF_DATA
+from allfuse.merge import OF_DATA
 from allfuse.merge.learned import LEARNED
 
 JOB = """

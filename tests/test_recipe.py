@@ -23,7 +23,7 @@ from allfuse.merge.learned import LEARNED
 from allfuse.merge.merge import merge
 from allfuse.merge.outline import outline
 from allfuse.merge.recipe import Recipe
-from allfuse.merge.recipe_file import OF_DATA, read_recipe
+from allfuse.merge.recipe_file import read_recipe
 from allfuse.rule import METHODS
 
 Model = dict[str, Tensor]
@@ -575,10 +575,6 @@ def test_a_stack_of_whole_and_floating_point_numbers_is_refused(place: Path) -> 
     said = {"merge_method": "linear", "slices": [{"sources": sources}]}
     with pytest.raises(MergeError, match=rf"{layer(1, Q)} is F32 in a and I8 in whole"):
         fuse(said)
-
-
-def test_rules_of_data_are_told_from_words_that_are_none() -> None:
-    assert set(OF_DATA) == set(LEARNED)
 
 
 def test_a_model_is_looked_for_beside_the_file_too(

@@ -12,6 +12,7 @@ import typer
 from allfuse.base.errors import JobError, UserError
 from allfuse.base.units import format_bytes
 from allfuse.cli.options import if_interrupted, parse_settings, print_json, set_threads
+from allfuse.merge import OF_DATA
 
 if TYPE_CHECKING:
     from allfuse.job import Job
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from allfuse.plan.parse import Call
 
 ANEW = "nothing was written, and the same command begins anew"
-OF_DATA = ("fisher", "regmean", "regmean++", "adamerging")
-"""Rules that look at data: the names of merge.learned's table, which loads torch."""
 EXAMPLES = 256
 PLUS = "_plus_plus"
 

@@ -13,6 +13,7 @@ from typing import Any
 from allfuse.base.choice import build
 from allfuse.base.errors import MergeError, PlanError, nearest
 from allfuse.base.units import parse_bytes
+from allfuse.merge import OF_DATA
 from allfuse.merge.header import FLOATS
 from allfuse.merge.parameters import KNOWN, Parameters, shown
 from allfuse.merge.recipe import Part, Recipe, Slice
@@ -39,8 +40,6 @@ KEYS = (
     "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype",
     "tokenizer_source", "tokenizer", *OURS,
 )  # fmt: skip
-OF_DATA = ("fisher", "regmean", "regmean++", "adamerging")
-"""Rules of `learned.LEARNED`, named here since that loads torch."""
 REFUSED = {
     "modules": "parts of a model are not merged each on its own; next: a file for each",
     "input_model_parameters": "next: say them as parameters of each model",
