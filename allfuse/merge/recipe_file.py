@@ -306,5 +306,5 @@ def read_rule(text: str) -> Rule:
             "it looks at data, and neither a recipe nor a search does",
             f'allfuse merge MODEL MODEL --rule "{text.strip()}" --job job.py --out FOLDER',
         )
-    call = read_call(text)
+    call = read_call(text, "rule")
     return build("rule", METHODS, call.name, call.args, call.kwargs)
