@@ -33,8 +33,8 @@ def make_subject(job: Job, *, steps: int, double: bool) -> tuple[Job, list[str]]
     """The job for so many steps, and what was changed about it, in words.
 
     Left out is what makes two runs differ by design (dropout) and what does not bear on weights
-    (evaluations, saving, averages, hooks). With `double` model and batches are float64, autocast is off.
-    The list is whole once the model is built.
+    (evaluations, saving, averages, hooks). With `double` model and batches are float64, autocast
+    is off. The list is whole once the model is built.
     """
     notes: list[str] = []
 
