@@ -103,6 +103,7 @@ def test_coefficients_find_weights_that_the_uniform_soup_has_not(tmp_path: Path)
     assert found["weights"][1] < 0.3 * max(found["weights"])
 
 
+@pytest.mark.slow
 def test_the_same_seed_finds_the_same_coefficients(tmp_path: Path) -> None:
     pytest.importorskip("cma")
     rows = []

@@ -89,8 +89,8 @@ def kill_again_and_again(kills: int, seed: int, models: list[str], out: Path) ->
 def test_a_merge_killed_at_a_few_random_points_gives_the_same_bytes(
     models: list[str], tmp_path: Path
 ) -> None:
-    found = kill_again_and_again(4, 1, models, tmp_path / "out")
-    assert found["killed"] >= 4
+    found = kill_again_and_again(2, 1, models, tmp_path / "out")
+    assert found["killed"] >= 2
     assert found["finished"] >= 1
 
 
