@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from allfuse.plan import Data, Plan, Site, as_plan
 from allfuse.plan.axes import Axis
 from allfuse.plan.plan import PlanLike
 from allfuse.rule import Mean
+from allfuse.store.scratch import scratch_folder
 from allfuse.verify.compare import TOLERANCES
 from allfuse.verify.ordered import check_ordered, verify_ordered
 from allfuse.verify.progress import Listener, Relay
@@ -67,8 +66,8 @@ def verify_job(
     crew = Crew(chosen, threads)
     before = torch.get_default_dtype()
     try:
-        with tempfile.TemporaryDirectory(prefix="allfuse-verify-") as name:
-            task = Task(job, dict(settings or {}), chosen, steps, double, device, Path(name))
+        with scratch_folder("allfuse-verify-") as folder:
+            task = Task(job, dict(settings or {}), chosen, steps, double, device, folder)
             with Relay(task.folder / "progress.jsonl", on_event) as relay:
                 if chosen.outer is not None:
                     return verify_ordered(crew, task, lambda text: relay.emit("note", text=text))
