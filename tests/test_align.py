@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from aligned_models import MODELS, build, numbers, perceptron
+from commands import merge
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -368,15 +369,6 @@ def planted(tmp_path: Path) -> dict[str, str]:
 def left(folder: Path) -> list[str]:
     """The files of a folder."""
     return sorted(path.name for path in folder.iterdir() if path.name != "__pycache__")
-
-
-def merge(*arguments: str) -> str:
-    """What the command prints; its error is raised."""
-    result = CliRunner().invoke(app, ["merge", *arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 @pytest.mark.parametrize("how", ["weights", "activations"])

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import merge
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -24,15 +25,6 @@ def models(tmp_path: Path) -> list[str]:
     for number, path in enumerate(paths):
         save_file({"w": torch.full((20, 30), float(number)), "n": torch.tensor([number])}, path)
     return paths
-
-
-def merge(*arguments: str) -> str:
-    """What the command prints; its error is raised."""
-    result = CliRunner().invoke(app, ["merge", *arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 def test_merge_writes_a_model_and_says_so(models: list[str], tmp_path: Path) -> None:

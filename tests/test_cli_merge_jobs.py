@@ -7,12 +7,11 @@ import os
 from pathlib import Path
 
 import pytest
+from commands import merge
 from merging_cases import make_modules, save_all, small
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 from allfuse.base.errors import Interrupted, MergeError, PlanError, UserError
-from allfuse.cli.app import app
 from allfuse.merge import OF_DATA
 from allfuse.merge.learned import LEARNED
 
@@ -40,15 +39,6 @@ def job(seed=0, samples=24):
 def models(tmp_path: Path) -> list[str]:
     (tmp_path / "job.py").write_text(JOB)
     return [str(path) for path in save_all(make_modules(small, 3), tmp_path)]
-
-
-def merge(*arguments: str) -> str:
-    """What the command prints; its error is raised."""
-    result = CliRunner().invoke(app, ["merge", *arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 @pytest.mark.parametrize(

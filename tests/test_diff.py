@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from commands import allfuse
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from typer.testing import CliRunner
 
 from allfuse.base.errors import MergeError, UserError
 from allfuse.base.order import natural
-from allfuse.cli.app import app
 from allfuse.merge import difference as differing
 from allfuse.merge.difference import compare
 from allfuse.merge.grouping import place_of
@@ -183,12 +182,7 @@ def test_tensors_are_told_by_layer_and_kind(models: list[Path]) -> None:
 
 
 def diff(*arguments: str) -> str:
-    """What the command prints; its error is raised."""
-    result = CliRunner().invoke(app, ["diff", *arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
+    return allfuse("diff", *arguments)
 
 
 def test_the_command_shows_the_whole_and_what_differs_most(models: list[Path]) -> None:

@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import merge
 from judged import chosen, find, near, subject, truth, weights_of, write_job, write_models
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from allfuse.base.errors import Interrupted, JobError, MergeError
-from allfuse.cli.app import app
 from allfuse.job import Metric
 from allfuse.jobfile import load_job
 from allfuse.judge.candidate import Candidate, single, together
@@ -531,15 +530,6 @@ def test_points_stand_for_weights_and_arguments() -> None:
 
 
 # The command line.
-
-
-def merge(*arguments: str) -> str:
-    """What the command prints; its error is raised."""
-    result = CliRunner().invoke(app, ["merge", *arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 def test_the_command_searches_and_tells(tmp_path: Path) -> None:

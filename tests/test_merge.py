@@ -44,15 +44,19 @@ def make_model(seed: int, base: Model | None = None, dtype: torch.dtype = torch.
     }
 
 
-@pytest.fixture
-def models(tmp_path: Path) -> list[Path]:
+def write_models(folder: Path) -> list[Path]:
     """A base and three models that come from it, a file each."""
     base = make_model(0)
     made = [base, *(make_model(seed, base) for seed in (1, 2, 3))]
-    paths = [tmp_path / f"{number}.safetensors" for number in range(len(made))]
+    paths = [folder / f"{number}.safetensors" for number in range(len(made))]
     for model, path in zip(made, paths, strict=True):
         save_file(model, path)
     return paths
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> list[Path]:
+    return write_models(tmp_path)
 
 
 def make_rule(name: str) -> Rule:

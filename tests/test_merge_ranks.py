@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_merge import Broken, break_off, fuse, make_model, make_rule, recipe_of
+from test_merge import Broken, break_off, fuse, make_model, make_rule, recipe_of, write_models
 
 from allfuse.base.errors import MergeError, PeerLost
 from allfuse.launcher import current_world
@@ -26,15 +26,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def models(tmp_path: Path) -> list[Path]:
-    """A base and three models that come from it, a file each."""
-    from safetensors.torch import save_file
-
-    base = make_model(0)
-    made = [base, *(make_model(seed, base) for seed in (1, 2, 3))]
-    paths = [tmp_path / f"{number}.safetensors" for number in range(len(made))]
-    for model, path in zip(made, paths, strict=True):
-        save_file(model, path)
-    return paths
+    return write_models(tmp_path)
 
 
 def merge_by(ranks: int, recipe: Recipe, out: Path, timeout_s: float = 20.0) -> list[Any]:

@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from commands import merge as command
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from typer.testing import CliRunner
 
 from allfuse.base.errors import MergeError, UserError
-from allfuse.cli.app import app
 from allfuse.merge import outline as outlining
 from allfuse.merge.arrangement import find_stacks
 from allfuse.merge.learned import LEARNED
@@ -712,14 +711,6 @@ def test_a_bomb_of_aliases_is_refused_at_once(place: Path) -> None:
     text = GOOD + f"parameters:\n  density: &d [x]\n  weight: {'[' * 500}{']' * 500}\n"
     with pytest.raises(MergeError):
         read_recipe(write(text))
-
-
-def command(*arguments: str) -> str:
-    result = CliRunner().invoke(app, ["merge", *arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 def test_a_recipe_is_merged_by_the_command(place: Path) -> None:
