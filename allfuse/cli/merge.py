@@ -32,6 +32,7 @@ from allfuse.cli.merge_recipe import (
     read_weights,
     refuse_recipes,
 )
+from allfuse.cli.merge_result import Result
 from allfuse.cli.merge_search import (
     EvaluationsOption,
     PerLayerOption,
@@ -128,6 +129,7 @@ def merge(
     allfuse merge runs/a runs/b runs/c --rule mean --out runs/soup
     """
     dtype = read_type(dtype)
+    result = Result(out=out, overwrite=overwrite, dry_run=dry_run, quiet=quiet, as_json=as_json)
     if align is not None:
         refuse_beside_alignment(search=search, plan=plan, workers=workers)
     if search is not None:
@@ -137,7 +139,7 @@ def merge(
         )
         merge_by_search(
             models,
-            out,
+            result,
             search=search,
             rule=read_rule(rule or RULE),
             memory_bytes=read_size("--memory", memory),
@@ -149,10 +151,6 @@ def merge(
             per_layer=per_layer,
             threads=threads,
             timeout=timeout,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            quiet=quiet,
-            as_json=as_json,
             base=base,
             dtype=dtype,
             seed=seed or 0,
@@ -176,7 +174,7 @@ def merge(
         merge_by_data(
             rule,
             found,
-            out,
+            result,
             jobs=job,
             settings=settings,
             notes=note_models(models, found),
@@ -186,10 +184,6 @@ def merge(
             examples=examples,
             calibrate=calibrate,
             seed=seed or 0,
-            dry_run=dry_run,
-            overwrite=overwrite,
-            quiet=quiet,
-            as_json=as_json,
             threads=threads,
         )
         return
@@ -210,30 +204,22 @@ def merge(
         merge_by_alignment(
             said,
             align,
-            out,
+            result,
             jobs=job,
             settings=settings,
             examples=examples,
             calibrate=calibrate,
             threads=threads,
             memory_bytes=memory_bytes,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            quiet=quiet,
-            as_json=as_json,
         )
         return
     refuse_without_data(job=job, set=settings, examples=examples != EXAMPLES)
     merge_on_disk(
         said,
-        out,
+        result,
         plan=plan,
         workers=workers,
         threads=threads,
         timeout=timeout,
         memory_bytes=memory_bytes,
-        overwrite=overwrite,
-        dry_run=dry_run,
-        quiet=quiet,
-        as_json=as_json,
     )

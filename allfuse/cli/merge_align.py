@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,8 +9,9 @@ import typer
 
 from allfuse.base.errors import UserError
 from allfuse.base.units import format_bytes
-from allfuse.cli.merge_jobs import ANEW, print_notes, read_jobs, refuse_early, refuse_few
-from allfuse.cli.options import if_interrupted, parse_settings, print_json, set_threads
+from allfuse.cli.merge_jobs import ANEW, read_jobs, refuse_early, refuse_few
+from allfuse.cli.merge_result import Result
+from allfuse.cli.options import if_interrupted, parse_settings, set_threads
 
 if TYPE_CHECKING:
     from allfuse.merge.recipe_file import Said
@@ -32,7 +31,7 @@ AlignOption = Annotated[
 def merge_by_alignment(
     said: Said,
     how: str,
-    out: Path,
+    result: Result,
     *,
     jobs: list[Path] | None,
     settings: list[str] | None,
@@ -40,13 +39,10 @@ def merge_by_alignment(
     calibrate: bool,
     threads: int | None,
     memory_bytes: int,
-    overwrite: bool,
-    dry_run: bool,
-    quiet: bool,
-    as_json: bool,
 ) -> None:
     """Align and fuse models, or say what would be done, and tell of it."""
-    recipe = said.recipe
+    recipe, out, overwrite = said.recipe, result.out, result.overwrite
+    models = [str(model) for model in recipe.models]
     parse_settings(settings)
     refuse_early([*recipe.models, *([recipe.base] if recipe.base else [])], out, jobs, overwrite)
     refuse_few("--examples", examples, least=2)
@@ -59,37 +55,29 @@ def merge_by_alignment(
         examples=examples,
         calibrate=calibrate,
     )
-    if dry_run:
+    if result.dry_run:
         told = check_aligned(recipe, alignment, out, memory_bytes=memory_bytes, overwrite=overwrite)
-        _tell_plan(told | {"notes": list(said.notes)}, recipe.models, out, as_json)
+        told["notes"] = list(said.notes)
+        result.tell(told | {"models": models}, _wording(told, out))
         return
-    options: dict[str, Any] = {
-        "memory_bytes": memory_bytes,
-        "threads": threads,
-        "overwrite": overwrite,
-    }
-    with if_interrupted(ANEW):
-        if quiet:
-            done = merge_aligned(recipe, alignment, out, **options)
-        else:
-            from allfuse.base.events import Bus
-            from allfuse.observe.merging import MergeProgress
+    from allfuse.observe.merging import MergeProgress
 
-            bus = Bus()
-            with MergeProgress(sys.stderr if as_json else sys.stdout) as progress:
-                bus.subscribe(progress)
-                done = merge_aligned(recipe, alignment, out, tell=bus.emit, **options)
-    notes = [*said.notes, *done["notes"]]
-    if as_json:
-        models = [str(model) for model in recipe.models]
-        begin = {"ok": True, "command": "merge", "models": models, "rule": str(recipe.rule)}
-        print_json({**begin, **done, "notes": notes})
-        return
-    print(
+    with if_interrupted(ANEW), result.watched(MergeProgress) as tell:
+        done = merge_aligned(
+            recipe,
+            alignment,
+            out,
+            memory_bytes=memory_bytes,
+            threads=threads,
+            overwrite=overwrite,
+            tell=tell,
+        )
+    done |= {"models": models, "rule": str(recipe.rule), "notes": [*said.notes, *done["notes"]]}
+    result.tell(
+        done,
         f"{out}: {done['parameters']:,} parameters in {done['tensors']:,} tensors by "
-        f"{recipe.rule} of {len(recipe.models)} models, aligned by {how}, {done['seconds']:.2f} s"
+        f"{recipe.rule} of {len(models)} models, aligned by {how}, {done['seconds']:.2f} s",
     )
-    print_notes(notes)
 
 
 def refuse_beside_alignment(**given: object) -> None:
@@ -103,17 +91,14 @@ def refuse_beside_alignment(**given: object) -> None:
             )
 
 
-def _tell_plan(told: dict[str, Any], models: Sequence[Path], out: Path, as_json: bool) -> None:
-    if as_json:
-        print_json({"ok": True, "command": "merge", **told, "models": [str(m) for m in models]})
-        return
+def _wording(told: dict[str, Any], out: Path) -> str:
+    """What would be done, in words."""
     groups = [f"{name} ({size:,})" for name, size in told["groups"].items()]
     more = f" and {len(groups) - SHOWN} more" if len(groups) > SHOWN else ""
-    print(
+    return (
         f"{out}: would be {told['parameters']:,} parameters in {told['tensors']:,} tensors by "
         f"{told['rule']} of {told['models']} models, aligned by {told['align']}\n"
         f"  write {format_bytes(told['written_bytes'])}\n"
         f"  {told['units']:,} units in {len(groups)} groups may get another place: "
         f"{', '.join(groups[:SHOWN])}{more}"
     )
-    print_notes(told["notes"])

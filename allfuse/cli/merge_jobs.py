@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,8 @@ import typer
 
 from allfuse.base.errors import JobError, UserError
 from allfuse.base.units import format_bytes
-from allfuse.cli.options import if_interrupted, parse_settings, print_json, set_threads
+from allfuse.cli.merge_result import Result
+from allfuse.cli.options import if_interrupted, parse_settings, set_threads
 from allfuse.merge import OF_DATA
 
 if TYPE_CHECKING:
@@ -137,15 +137,11 @@ def refuse_beside(rule: str, **given: object) -> None:
 def merge_by_data(
     rule: str,
     models: Sequence[Path],
-    out: Path,
+    result: Result,
     *,
     jobs: list[Path] | None,
     settings: list[str] | None,
     notes: list[str],
-    dry_run: bool,
-    overwrite: bool,
-    quiet: bool,
-    as_json: bool,
     threads: int | None,
     **about: Any,
 ) -> None:
@@ -155,31 +151,28 @@ def merge_by_data(
         notes: what else to tell. about: weights, base, examples, seed, dtype and calibrate of
             `LearnedMerge`.
     """
-    base, names = about["base"], [str(model) for model in models]
+    base, out = about["base"], result.out
     refuse_few("--threads", threads)
     refuse_few("--examples", about["examples"])
     parse_settings(settings)
-    refuse_early([*models, *([] if base is None else [base])], out, jobs, overwrite)
+    refuse_early([*models, *([] if base is None else [base])], out, jobs, result.overwrite)
     with if_interrupted(ANEW):
         given = _prepare(rule, models, read_jobs(models, jobs, settings), threads, about)
-        begin = {"ok": True, "command": "merge", "rule": str(given.method)}
-        if dry_run:
-            told = _check(given, out, overwrite)
-            if as_json:
-                print_json({**begin, **told, "models": names, "notes": notes})
-            else:
-                _tell_plan(told, out)
-                print_notes(notes)
+        common = {
+            "rule": str(given.method),
+            "models": [str(model) for model in models],
+            "notes": notes,
+        }
+        if result.dry_run:
+            told = _check(given, out, result.overwrite)
+            result.tell(told | common, _wording(told, out))
             return
-        done = _merge(given, out, overwrite, quiet, as_json)
-    if as_json:
-        print_json({**begin, "models": names, **done, "notes": notes})
-    else:
-        print(
-            f"{done['out']}: {done['parameters']:,} parameters in {done['tensors']:,} tensors by "
-            f"{given.method} of {len(models)} models, {done['seconds']:.2f} s"
-        )
-        print_notes(notes)
+        done = _merge(given, result)
+    result.tell(
+        done | common,
+        f"{done['out']}: {done['parameters']:,} parameters in {done['tensors']:,} tensors by "
+        f"{given.method} of {len(models)} models, {done['seconds']:.2f} s",
+    )
 
 
 def _prepare(
@@ -201,32 +194,20 @@ def _check(given: LearnedMerge, out: Path, overwrite: bool) -> dict[str, Any]:
     return check(given, out, overwrite)
 
 
-def _merge(
-    given: LearnedMerge, out: Path, overwrite: bool, quiet: bool, to_stderr: bool
-) -> dict[str, Any]:
+def _merge(given: LearnedMerge, result: Result) -> dict[str, Any]:
     from allfuse.merge.learned.learn import merge_learned
-
-    if quiet:
-        return merge_learned(given, out, overwrite=overwrite)
-    from allfuse.base.events import Bus
     from allfuse.observe.learning import LearnProgress
 
-    bus = Bus()
-    with LearnProgress(sys.stderr if to_stderr else sys.stdout) as progress:
-        bus.subscribe(progress)
-        return merge_learned(given, out, overwrite=overwrite, tell=bus.emit)
+    with result.watched(LearnProgress) as tell:
+        return merge_learned(given, result.out, overwrite=result.overwrite, tell=tell)
 
 
-def _tell_plan(told: dict[str, Any], out: Path) -> None:
-    print(
+def _wording(told: dict[str, Any], out: Path) -> str:
+    """What would be done, in words."""
+    return (
         f"{out}: would be {told['parameters']:,} parameters in {told['tensors']:,} tensors "
         f"by {told['rule']} of {told['models']} models\n"
         f"  at most {told['examples']} samples of each model's data, about "
         f"{format_bytes(told['memory_bytes'])} in memory beside activations, write "
         f"{format_bytes(told['written_bytes'])}"
     )
-
-
-def print_notes(notes: Sequence[str]) -> None:
-    for note in notes:
-        print(f"  note: {note}")

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from allfuse.base.errors import UserError
-from allfuse.cli.merge_jobs import looks_at_data, print_notes, refuse_early, refuse_few
+from allfuse.cli.merge_jobs import looks_at_data, refuse_early, refuse_few
 from allfuse.cli.merge_recipe import find_models, note_models
-from allfuse.cli.options import choose_plan, is_first, parse_settings, print_json, run_under
+from allfuse.cli.merge_result import Result
+from allfuse.cli.options import choose_plan, is_first, parse_settings, run_under
 
 if TYPE_CHECKING:
     from allfuse.judge.subject import Subject
@@ -39,7 +39,7 @@ PerLayerOption = Annotated[
 
 def merge_by_search(
     models: Sequence[Path],
-    out: Path,
+    result: Result,
     *,
     search: str,
     rule: Rule,
@@ -51,10 +51,6 @@ def merge_by_search(
     per_layer: bool,
     threads: int | None,
     timeout: float,
-    overwrite: bool,
-    dry_run: bool,
-    quiet: bool,
-    as_json: bool,
     **about: Any,
 ) -> None:
     """Search, and tell what was found.
@@ -69,7 +65,8 @@ def merge_by_search(
     found, given, base = find_models(models), parse_settings(settings), about["base"]
     refuse_counts(search, len(found), evaluations)
     refuse_few("--threads", threads)
-    refuse_early([*found, *([] if base is None else [base])], out, jobs, overwrite)
+    sources = [*found, *([] if base is None else [base])]
+    refuse_early(sources, result.out, jobs, result.overwrite)
     chosen, notes = choose_plan(plan, workers), note_models(models, found)
     from allfuse.judge.subject import Subject, find_job
     from allfuse.judge.wish import Wish, check
@@ -78,13 +75,13 @@ def merge_by_search(
     subject = Subject(models=tuple(found), job=job, rule=rule, **about)
     wish = Wish(
         search=search,
-        out=out,
+        out=result.out,
         evaluations=evaluations,
         per_layer=per_layer,
-        overwrite=overwrite,
+        overwrite=result.overwrite,
     )
     check(subject, wish)
-    if dry_run:
+    if result.dry_run:
         told = {
             "search": search,
             "models": [str(path) for path in found],
@@ -92,21 +89,18 @@ def merge_by_search(
             "evaluations": wish.limit,
             "notes": notes,
         }
-        if as_json:
-            print_json({"ok": True, "command": "merge", **told})
-        else:
-            limit = "" if wish.limit is None else f", at most {wish.limit} candidates"
-            print(f"{out}: would be by {search} search of {len(found)} models{limit}")
-            print(f"  judged by {job.path}")
-            print_notes(notes)
+        limit = "" if wish.limit is None else f", at most {wish.limit} candidates"
+        text = f"{result.out}: would be by {search} search of {len(found)} models{limit}"
+        result.tell(told, f"{text}\n  judged by {job.path}")
         return
-    work = functools.partial(_search_here, subject, wish, quiet or not is_first(), as_json)
+    work = functools.partial(_search_here, subject, wish, result)
     report = run_under(chosen, work, threads=threads, timeout_s=timeout)
-    if report is not None:
-        report["notes"] = [*notes, *report["notes"]]
-    if as_json:
-        print_json({"ok": True, "command": "merge", **report})
-    elif is_first():
+    if not is_first():
+        return
+    report["notes"] = [*notes, *report["notes"]]
+    if result.as_json:
+        result.tell(report, "")
+    else:
         from allfuse.observe.judging import print_report
 
         print_report(report)
@@ -138,21 +132,10 @@ def refuse_without_search(**given: object) -> None:
             )
 
 
-def _search_here(subject: Subject, wish: Wish, quiet: bool, to_stderr: bool) -> Any:
+def _search_here(subject: Subject, wish: Wish, result: Result) -> Any:
     """One rank's part; the report on rank 0."""
-    from allfuse.base.events import Bus
     from allfuse.judge.search import search
-    from allfuse.launcher import current_world
-
-    def run(tell: Callable[..., None]) -> Any:
-        return search(subject, wish, tell=tell)
-
-    world = current_world()
-    bus = Bus(0 if world is None else world.rank)
-    if quiet or bus.rank != 0:
-        return run(bus.emit)
     from allfuse.observe.judging import SearchProgress
 
-    with SearchProgress(sys.stderr if to_stderr else sys.stdout) as progress:
-        bus.subscribe(progress)
-        return run(bus.emit)
+    with result.watched(SearchProgress) as tell:
+        return search(subject, wish, tell=tell)
