@@ -37,7 +37,7 @@ def test_more_threads_take_less_and_a_slower_machine_more(
     paths: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = work_s(paths, "linear")
-    assert work_s(paths, "linear", threads=2) == pytest.approx(one / 2)
+    assert work_s(paths, "linear", threads=2) == pytest.approx(one / 2**estimate.SCALING)
     monkeypatch.setattr(estimate, "_copy_speed", lambda: estimate.COPY_BYTES_PER_S / 4)
     assert work_s(paths, "linear") == pytest.approx(4 * one)
 

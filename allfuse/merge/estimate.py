@@ -7,12 +7,15 @@ import time
 from allfuse.merge.outline import Outline, Task
 from allfuse.rule.base import JointRule, SumRule
 
-START_S = 1.5  # Python and torch, until the first block is read
-READ_NS, TURN_NS, SUM_NS, GATHER_NS, WRITE_NS = 0.6, 1.5, 0.4, 2.5, 2.0
-"""Of one thread, for each number: to read it from one model; to measure it in a turn; to add it to
-a sum, or to fuse it otherwise; to round, write and check what came out. Seen on a machine whose
-memory is copied at COPY_BYTES_PER_S."""
+START_S = 2.1  # Python and torch, until the first block is read
+READ_NS, WRITE_NS = 0.6, 3.0
+TURN_NS, JOINT_NS = 4.5, 2.0
+SUM_NS, JOIN_NS, GATHER_NS = 0.5, 2.5, 5.0
+"""Of one thread, for each number: to read it from one model, and to round, write and check what
+came out; to measure it in a turn of a sift, and of a rule of all models; to fuse it by a sum, by a
+rule that measures all models, and by another. All where memory is copied at COPY_BYTES_PER_S."""
 COPY_BYTES_PER_S = 10e9
+SCALING = 0.75  # 2 threads do 1.7 times the work of one: 1.5 to 1.9 when measured
 PROBE_BYTES, PROBES = 1 << 24, 5
 
 
@@ -20,19 +23,23 @@ def estimate_seconds(plan: Outline, threads: int) -> float:
     """About how many seconds so many threads, of all ranks, will take where models are in memory:
     the work that a rule is known to be, at the speed at which this machine copies memory."""
     work_s = sum(_cost_ns(task) for task in plan.tasks) * 1e-9
-    return START_S + work_s * COPY_BYTES_PER_S / _copy_speed() / threads
+    return START_S + work_s * COPY_BYTES_PER_S / _copy_speed() / threads**SCALING
 
 
 def _cost_ns(task: Task) -> float:
-    models, count = len(task.inputs), task.target.count
+    count = task.target.count
     if not task.target.is_float:
         return count * (READ_NS + WRITE_NS)
     sifts = [sift for rule in task.rules if (sift := rule.sift(count)) is not None]
     turns = max((sift.turns for sift in sifts), default=0)
-    turns += task.rule.turns(count) if isinstance(task.rule, JointRule) else 0
-    fuse_ns = SUM_NS if isinstance(task.rule, SumRule) else GATHER_NS
-    each = (1 + turns) * len(task.sources) * READ_NS + turns * models * TURN_NS
-    return count * (each + models * fuse_ns + WRITE_NS)
+    joint, fuse_ns = 0, GATHER_NS
+    if isinstance(task.rule, JointRule):
+        joint, fuse_ns = task.rule.turns(count), JOIN_NS
+    elif isinstance(task.rule, SumRule):
+        fuse_ns = SUM_NS
+    read_ns = (1 + turns + joint) * len(task.sources) * READ_NS
+    each_ns = turns * TURN_NS + joint * JOINT_NS + fuse_ns
+    return count * (read_ns + len(task.inputs) * each_ns + WRITE_NS)
 
 
 def _copy_speed() -> float:
