@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from allfuse.merge.outline import Outline, Task
@@ -23,7 +24,7 @@ def estimate_seconds(plan: Outline, threads: int) -> float:
     """About how many seconds so many threads, of all ranks, will take where models are in memory:
     the work that a rule is known to be, at the speed at which this machine copies memory."""
     work_s = sum(_cost_ns(task) for task in plan.tasks) * 1e-9
-    return START_S + work_s * COPY_BYTES_PER_S / _copy_speed() / threads**SCALING
+    return START_S + work_s * COPY_BYTES_PER_S / _copy_speed() / math.pow(threads, SCALING)
 
 
 def _cost_ns(task: Task) -> float:
